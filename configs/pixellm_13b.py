@@ -1,0 +1,16 @@
+"""PixelLM-13B (CVPR 2024, arXiv 2312.02228): CLIP ViT-L/14-336 at 448 pixels and LLaMA 13B.
+
+The model only; the training recipe joins it when training lands. Override any field on the command
+line with `--config.model.<field>=...`.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from pixellm_jax.config import SIZES
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The recipe as a ConfigDict; `pixellm_jax.config.from_mapping` turns it into dataclasses."""
+    return ml_collections.ConfigDict({"model": dataclasses.asdict(SIZES["13b"])})

@@ -1,0 +1,65 @@
+"""The legend: one letter, one axis, everywhere: in signatures, einsums, tests and parameters.
+
+A letter names an axis of an array. Its logical name is what a parameter carries in its `axes`
+string and what `sharding.py` maps to mesh axes. A name that is not here is an error.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Axis(NamedTuple):
+    """What a letter means, and the logical name that parameters carry for it."""
+
+    meaning: str
+    logical: str
+
+
+AXES: dict[str, Axis] = {
+    "b": Axis("batch: one image", "batch"),
+    "t": Axis("sequence positions that ask (queries)", "sequence"),
+    "u": Axis("sequence positions that are asked (keys)", "keys"),
+    "p": Axis("patches of the image, row by row", "patch"),
+    "i": Axis("image positions in the language model's sequence", "image_token"),
+    "d": Axis("width of the language model", "embed"),
+    "e": Axis("width of the vision encoder", "vision"),
+    "c": Axis("width of the pixel decoder", "decoder"),
+    "f": Axis("hidden width of an MLP", "mlp"),
+    "n": Axis("attention heads", "heads"),
+    "g": Axis("key/value heads", "kv_heads"),
+    "h": Axis("size of one attention head", "head"),
+    "v": Axis("vocabulary", "vocab"),
+    "l": Axis("stacked layers", "layer"),
+    "s": Axis("feature scales of the codebook", "scale"),
+    "k": Axis("codebook tokens per scale", "codebook"),
+    "m": Axis("target slots", "target"),
+    "r": Axis("rank of a low-rank pair", "rank"),
+    "y": Axis("rows of an image or feature grid", "rows"),
+    "x": Axis("columns of an image or feature grid", "columns"),
+    "Y": Axis("rows of a mask grid", "mask_rows"),
+    "X": Axis("columns of a mask grid", "mask_columns"),
+    "o": Axis("outputs of a convolution or head", "out"),
+    "q": Axis("learned query tokens of the pixel decoder", "query"),
+}
+
+LOGICAL: frozenset[str] = frozenset(axis.logical for axis in AXES.values()) | {
+    "kernel",  # rows or columns of a convolution kernel
+    "colour",  # red, green, blue
+    "position",  # rows of a position table
+    "frequency",  # Fourier features
+    "coordinate",  # x, y
+}
+
+
+def logical_axes(axes: str) -> tuple[str, ...]:
+    """Splits a parameter's `axes` string, e.g. "embed mlp", and refuses unknown names.
+
+    Raises:
+        ValueError: a name is not in the legend.
+    """
+    names = tuple(axes.split())
+    unknown = [name for name in names if name not in LOGICAL]
+    if unknown:
+        raise ValueError(f"axis names {unknown} are not in the legend of pixellm_jax.axes")
+    return names

@@ -1,0 +1,125 @@
+"""Everybody's contract: what goes into the model and what comes out of it.
+
+One image is one packed sequence: the prefix (system text and image) once, then its conversations
+one after the other. A token sees the prefix and its own conversation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int32, Num, UInt8
+
+from pixellm_jax.config import ModelConfig
+
+VOID = 255
+"""Mask value of pixels that take no part: void regions and the padding of the canvas."""
+
+Array = jax.Array | np.ndarray
+
+
+class Batch(NamedTuple):
+    """A batch of images with their packed conversations; every ragged axis has a validity mask.
+
+    image: u8 RGB on the canvas, fitted to the top left corner and zero outside `image_hw`. (Float
+        images are taken as normalised already.)
+    image_hw: rows and columns of the fitted picture on the canvas.
+    tokens: ids; `prompt.IMAGE_TOKEN` at every image position.
+    segment: 0 prefix, 1.. conversation, -1 padding.
+    position: rotary position; each conversation continues from the end of the prefix.
+    loss_mask: the token is supervised.
+    codebook_index: sequence index of the state *before* each codebook token.
+    masks: 0, 1, `VOID`, at any square resolution of the canvas.
+    target_valid, target_conversation: which target slots are filled, and by whose answer.
+    """
+
+    image: Num[Array, "b y x 3"]
+    image_hw: Int32[Array, "b 2"]
+    tokens: Int32[Array, "b t"]
+    segment: Int32[Array, "b t"]
+    position: Int32[Array, "b t"]
+    loss_mask: Bool[Array, "b t"]
+    codebook_index: Int32[Array, "b m s k"]
+    masks: UInt8[Array, "b m Y X"]
+    target_valid: Bool[Array, "b m"]
+    target_conversation: Int32[Array, "b m"]
+
+
+class Prediction(NamedTuple):
+    """What the model says: the next token at every position, and one mask per target slot.
+
+    hidden: final-norm states of the language model. text_logits: of the *next* token.
+    mask_logits: fused logits on `config.mask_grid`; positive means inside.
+    """
+
+    hidden: Float[Array, "b t d"]
+    text_logits: Float[Array, "b t v"]
+    mask_logits: Float[Array, "b m Y X"]
+
+
+def spec(config: ModelConfig, *, batch: int, length: int, targets: int, masks: int) -> Batch:
+    """Shapes and dtypes of a batch, for `jax.eval_shape` and ahead-of-time compilation.
+
+    `length`, `targets`: budgets per image. `masks`: side of the target masks in pixels.
+    """
+    canvas, codebook = config.vision.canvas, config.codebook
+
+    def array(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, *shape), dtype)
+
+    return Batch(
+        image=array("uint8", canvas, canvas, 3),
+        image_hw=array("int32", 2),
+        tokens=array("int32", length),
+        segment=array("int32", length),
+        position=array("int32", length),
+        loss_mask=array("bool", length),
+        codebook_index=array("int32", targets, codebook.scales, codebook.tokens_per_scale),
+        masks=array("uint8", targets, masks, masks),
+        target_valid=array("bool", targets),
+        target_conversation=array("int32", targets),
+    )
+
+
+def check(batch: Batch, config: ModelConfig) -> None:
+    """Checks a batch on the host: shapes, dtypes and the indices that would be clamped in silence.
+
+    Raises:
+        ValueError: names the field, what was found and what was expected.
+    """
+    wanted = spec(
+        config,
+        batch=batch.tokens.shape[0],
+        length=batch.tokens.shape[1],
+        targets=batch.target_valid.shape[1],
+        masks=batch.masks.shape[-1],
+    )
+    for name, found, want in zip(Batch._fields, batch, wanted, strict=True):
+        if found.shape != want.shape or found.dtype != want.dtype:
+            raise ValueError(
+                f"batch.{name}: found {found.dtype}{list(found.shape)}, "
+                f"expected {want.dtype}{list(want.shape)}"
+            )
+    tokens, segment = np.asarray(batch.tokens), np.asarray(batch.segment)
+    if tokens.max(initial=0) >= config.language.vocabulary:
+        raise ValueError(
+            f"batch.tokens: id {tokens.max()} is outside the vocabulary of "
+            f"{config.language.vocabulary}"
+        )
+    images = (tokens < 0).sum(axis=1)
+    if not np.isin(images, (0, config.image_tokens)).all():
+        raise ValueError(
+            f"batch.tokens: {images.tolist()} image positions per row, "
+            f"expected {config.image_tokens}"
+        )
+    filled = np.asarray(batch.target_valid)
+    index = np.asarray(batch.codebook_index)[filled]
+    if index.size and (index.min() < 0 or index.max() >= tokens.shape[1]):
+        raise ValueError(
+            f"batch.codebook_index: {index.min()}..{index.max()} leaves the sequence of "
+            f"{tokens.shape[1]}"
+        )
+    if segment.max(initial=0) < np.asarray(batch.target_conversation)[filled].max(initial=0):
+        raise ValueError("batch.target_conversation: names a conversation that is not in the row")

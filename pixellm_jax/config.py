@@ -1,0 +1,235 @@
+"""What configures a model: frozen dataclasses, named sizes and the checks that tie them together."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, get_type_hints
+
+from pixellm_jax.errors import InputError
+
+DEFAULT_TAPS = (-2, -11, -17)
+"""Hidden states of a 24-layer encoder that feed scale 0, 1, 2 (released model: the first two)."""
+
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+"""Statistics on 0..255 RGB. The released weights expect these, not those of CLIP."""
+
+POSITION_RESIZES = ("released", "correct")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """CLIP ViT. Defaults: ViT-L/14-336 run on a canvas of 448 pixels.
+
+    `table` is the side of the stored position table in patches (336 / 14); it is resized to the
+    canvas at use. `position_resize`: "released" takes the last stored row as the class position, as
+    the released weights need it; "correct" takes the first, where CLIP keeps it.
+    `taps`: hidden states (0 = embeddings, -1 = after the last layer) for scale 0, 1, ...
+    """
+
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp: int = 4096
+    patch: int = 14
+    canvas: int = 448
+    table: int = 24
+    taps: tuple[int, ...] = DEFAULT_TAPS[:2]
+    position_resize: str = "released"
+    eps: float = 1e-5
+
+    @property
+    def grid(self) -> int:
+        """Side of the patch grid of the canvas."""
+        return self.canvas // self.patch
+
+    @property
+    def tap_layers(self) -> tuple[int, ...]:
+        """Number of layers that lie before each tap, scale by scale."""
+        return tuple(tap if tap >= 0 else self.layers + 1 + tap for tap in self.taps)
+
+    @property
+    def layers_used(self) -> int:
+        """Layers up to the deepest tap; the rest of the encoder is never run."""
+        return max(self.tap_layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """LLaMA. Defaults: 7B with 32,000 + 8 ids."""
+
+    vocabulary: int = 32008
+    width: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    head: int = 128
+    mlp: int = 11008
+    rope_theta: float = 10000.0
+    eps: float = 1e-5
+    max_positions: int = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookConfig:
+    """Segmentation codebook: N learnable tokens at each of L feature scales per target."""
+
+    tokens_per_scale: int = 3
+    scales: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Pixel decoder: one two-way transformer per scale."""
+
+    width: int = 256
+    heads: int = 8
+    mlp: int = 2048
+    depth: int = 2
+    mask_tokens: int = 4
+
+    @property
+    def inner(self) -> int:
+        """Width of the attention between tokens and image."""
+        return self.width // 2
+
+    @property
+    def upscaled(self) -> int:
+        """Channels of the upscaled features that the hypernetwork weighs."""
+        return self.width // 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The whole model. `image_grid`: side of the grid of image positions the language model sees.
+
+    `template`: conversation template (see `prompt.TEMPLATES`). `dtype`: of the activations; norms,
+    softmax, positional codes, mask logits and losses are always float32.
+
+    Raises:
+        InputError: fields that contradict each other, named.
+    """
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    image_grid: int = 16
+    template: str = "llava_v1"
+    pixel_mean: tuple[float, ...] = IMAGENET_MEAN
+    pixel_std: tuple[float, ...] = IMAGENET_STD
+    dtype: str = "bfloat16"
+
+    @property
+    def image_tokens(self) -> int:
+        """Image positions in the language model's sequence."""
+        return self.image_grid**2
+
+    @property
+    def mask_grid(self) -> int:
+        """Side of the fused mask logits: four times the patch grid, whatever L is."""
+        return 4 * self.vision.grid
+
+    def __post_init__(self) -> None:
+        vision, language, codebook, decoder = (
+            self.vision,
+            self.language,
+            self.codebook,
+            self.decoder,
+        )
+        _require(
+            vision.canvas % vision.patch == 0,
+            f"vision.canvas={vision.canvas} is not a multiple of vision.patch={vision.patch}",
+        )
+        _require(
+            vision.width % vision.heads == 0,
+            f"vision.width={vision.width} is not a multiple of vision.heads={vision.heads}",
+        )
+        _require(
+            len(vision.taps) == codebook.scales,
+            f"vision.taps={vision.taps} names {len(vision.taps)} hidden states, but "
+            f"codebook.scales={codebook.scales}: give one tap per scale",
+        )
+        _require(
+            all(0 <= layer <= vision.layers for layer in vision.tap_layers),
+            f"vision.taps={vision.taps} reach outside the {vision.layers + 1} hidden states",
+        )
+        _require(
+            vision.position_resize in POSITION_RESIZES,
+            f"vision.position_resize={vision.position_resize!r}: choose from {POSITION_RESIZES}",
+        )
+        _require(
+            language.heads % language.kv_heads == 0,
+            f"language.heads={language.heads} is not a multiple of "
+            f"language.kv_heads={language.kv_heads}",
+        )
+        _require(
+            language.head % 2 == 0, f"language.head={language.head} must be even (rotary pairs)"
+        )
+        _require(
+            codebook.tokens_per_scale >= 1 and codebook.scales >= 1,
+            f"codebook={codebook} needs at least one token and one scale",
+        )
+        _require(
+            decoder.width % (2 * decoder.heads) == 0 and decoder.width % 8 == 0,
+            f"decoder.width={decoder.width} must be a multiple of 8 and of twice "
+            f"decoder.heads={decoder.heads}",
+        )
+        _require(self.dtype in DTYPES, f"dtype={self.dtype!r}: choose from {DTYPES}")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(f"model config: {message}")
+
+
+SIZES: dict[str, ModelConfig] = {
+    "7b": ModelConfig(),
+    "13b": ModelConfig(
+        language=LanguageConfig(width=5120, layers=40, heads=40, kv_heads=40, mlp=13824)
+    ),
+}
+"""The released sizes by name."""
+
+T = TypeVar("T")
+
+
+def from_mapping(kind: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+    """Builds a config dataclass from nested mappings (JSON or ConfigDict), in this one place.
+
+    Example:
+        >>> from_mapping(CodebookConfig, {"tokens_per_scale": 1, "scales": 3})
+        CodebookConfig(tokens_per_scale=1, scales=3)
+
+    Raises:
+        InputError: an unknown key (with the nearest known one) or a value of the wrong type.
+    """
+    hints = get_type_hints(kind)
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(hints)}"
+            raise InputError(f"{where}: unknown key {key!r}; {hint}")
+        arguments[key] = _convert(hints[key], value, f"{where}.{key}")
+    return kind(**arguments)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where}: expected a group of keys, found {value!r}")
+        return from_mapping(hint, value, where)  # type: ignore[arg-type]
+    if hint in (tuple[int, ...], tuple[float, ...]):
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"{where}: expected a list of numbers, found {value!r}")
+        return tuple(_convert(hint.__args__[0], item, where) for item in value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise InputError(f"{where}: expected {hint.__name__}, found {value!r}")
+    return value

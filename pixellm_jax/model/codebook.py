@@ -1,0 +1,40 @@
+"""Segmentation codebook: N learnable tokens at each of L feature scales per target, and their fusion.
+
+The tokens themselves are rows of the language model's vocabulary; what is here turns the states
+that predict them into one query per scale, and the masks of the scales into one mask.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from pixellm_jax.config import ModelConfig
+from pixellm_jax.model.layers import MLP, constant
+
+
+class Codebook(nnx.Module):
+    """Text projection, token fusion (over k) and mask fusion (over s).
+
+    The fusion weights are real parameters that start at 1/(N L) and 1/L: the constants of the
+    released model, which never trained them (reference bug T3).
+    """
+
+    def __init__(self, key: Key[Array, ""], config: ModelConfig) -> None:
+        d, c = config.language.width, config.decoder.width
+        s, k = config.codebook.scales, config.codebook.tokens_per_scale
+        self.projection = MLP(key, (d, d, c), "embed embed decoder", jax.nn.relu)
+        self.token_fusion = constant(1 / (s * k), (s, k), "scale codebook")
+        self.mask_fusion = constant(1 / s, (s,), "scale")
+
+    def fuse_tokens(self, states: Float[Array, "b m s k d"]) -> Float[Array, "b m s c"]:
+        """One query per target and scale: the weighted sum of its projected token states."""
+        return jnp.einsum(
+            "bmskc,sk->bmsc", self.projection(states), self.token_fusion[...].astype(states.dtype)
+        )
+
+    def fuse_masks(self, logits: Float[Array, "s b m Y X"]) -> Float[Array, "b m Y X"]:
+        """The weighted sum of the scales' mask logits, in float32."""
+        return jnp.einsum("sbmyx,s->bmyx", logits, self.mask_fusion[...])

@@ -1,0 +1,115 @@
+"""Vision encoder: CLIP ViT with two (or more) tapped hidden states and a key mask for padding."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from pixellm_jax.config import VisionConfig
+from pixellm_jax.model.layers import LayerNorm, Projection, attend, normal, resize_bilinear, stack
+
+
+def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x * sigmoid(1.702 x), CLIP's activation."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def patch_valid(image_hw: Int[Array, "b 2"], config: VisionConfig) -> Bool[Array, "b y x"]:
+    """A patch is valid if its top left pixel lies inside the fitted picture."""
+    corner = config.patch * jnp.arange(config.grid)
+    rows, columns = (corner < image_hw[:, axis, None] for axis in (0, 1))
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def resize_positions(table: Float[Array, "position e"], config: VisionConfig) -> Array:
+    """Brings the stored position table (side^2 + 1 rows) to the grid of the canvas.
+
+    "correct": row 0 is the class position, the rest is the grid. "released": the last row is taken
+    as the class position and the rows before it as the grid, and the class position stays at the
+    end, although the class token is row 0 of the sequence: everything is one row off. The released
+    weights were trained and are run that way.
+    """
+    at_end = config.position_resize == "released"
+    grid, own = (table[:-1], table[-1:]) if at_end else (table[1:], table[:1])
+    grid = grid.reshape(config.table, config.table, -1)
+    if config.grid != config.table:
+        grid = resize_bilinear(grid, config.grid, config.grid)
+    grid = grid.reshape(config.grid**2, -1)
+    return jnp.concatenate([grid, own] if at_end else [own, grid])
+
+
+class VisionBlock(nnx.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, key: Key[Array, ""], config: VisionConfig) -> None:
+        keys = iter(jax.random.split(key, 6))
+        e, n, h = config.width, config.heads, config.width // config.heads
+        self.attention_norm = LayerNorm(e, "vision", config.eps)
+        self.query = Projection(next(keys), (e, n, h), "vision heads head")
+        self.key = Projection(next(keys), (e, n, h), "vision heads head")
+        self.value = Projection(next(keys), (e, n, h), "vision heads head")
+        self.out = Projection(next(keys), (n, h, e), "heads head vision", inputs=2)
+        self.mlp_norm = LayerNorm(e, "vision", config.eps)
+        self.up = Projection(next(keys), (e, config.mlp), "vision mlp")
+        self.down = Projection(next(keys), (config.mlp, e), "mlp vision")
+
+    def __call__(
+        self, x: Float[Array, "b t e"], visible: Bool[Array, "b t u"]
+    ) -> Float[Array, "b t e"]:
+        y = self.attention_norm(x)
+        x = x + self.out(attend(self.query(y), self.key(y), self.value(y), visible))
+        return x + self.down(quick_gelu(self.up(self.mlp_norm(x))))
+
+
+class VisionEncoder(nnx.Module):
+    """Patches and a class token through the layers up to the deepest tap."""
+
+    def __init__(self, key: Key[Array, ""], config: VisionConfig) -> None:
+        self.config = config
+        keys = iter(jax.random.split(key, 4))
+        e, patch = config.width, config.patch
+        self.patch = normal(
+            next(keys),
+            (patch, patch, 3, e),
+            "kernel kernel colour vision",
+            scale=(3 * patch**2) ** -0.5,
+        )
+        self.class_token = normal(next(keys), (e,), "vision", scale=e**-0.5)
+        self.position = normal(
+            next(keys), (config.table**2 + 1, e), "position vision", scale=e**-0.5
+        )
+        self.embedding_norm = LayerNorm(e, "vision", config.eps)
+        self.layers = stack(lambda k: VisionBlock(k, config), next(keys), config.layers_used)
+
+    def __call__(
+        self, pixels: Float[Array, "b y x 3"], valid: Bool[Array, "b y x"]
+    ) -> tuple[Float[Array, "b p e"], ...]:
+        """Normalised pixels of the canvas -> patches of the tapped hidden states, scale by scale.
+
+        `valid`: patches of the fitted picture; the others are never attended to (reference.md 6.5).
+        The class token is dropped.
+        """
+        config = self.config
+        b, grid, patch = pixels.shape[0], config.grid, config.patch
+        blocks = pixels.reshape(b, grid, patch, grid, patch, 3)
+        x = jnp.einsum("byixjo,ijoe->byxe", blocks, self.patch[...].astype(pixels.dtype))
+        own = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (b, 1, x.shape[-1]))
+        x = jnp.concatenate([own, x.reshape(b, grid**2, -1)], axis=1)
+        x = x + resize_positions(self.position[...], config).astype(x.dtype)
+        x = self.embedding_norm(x)
+
+        visible = jnp.concatenate([jnp.ones((b, 1), bool), valid.reshape(b, -1)], axis=1)
+        visible = jnp.broadcast_to(visible[:, None, :], (b, x.shape[1], x.shape[1]))
+
+        def run(x: Array, layer: VisionBlock) -> tuple[Array, None]:
+            return layer(x, visible), None
+
+        states = {0: x}
+        for start, stop in pairwise([0, *sorted({*config.tap_layers} - {0})]):
+            part = jax.tree.map(lambda leaf: leaf[start:stop], self.layers)  # noqa: B023
+            states[stop] = jax.lax.scan(jax.checkpoint(run), states[start], part)[0]
+        return tuple(states[layer][:, 1:] for layer in config.tap_layers)
