@@ -1,12 +1,10 @@
-"""A folder of PyTorch weights -> a checkpoint, and back; streamed, checked, atomic."""
+"""Folders of PyTorch weights -> a checkpoint: streamed, checked, atomic."""
 
 from __future__ import annotations
 
-from collections import Counter
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,8 +14,8 @@ from pixellm_jax import checkpoint, hf, hf_config
 from pixellm_jax.checkpoint import Leaf
 from pixellm_jax.config import CodebookConfig, ModelConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.folders import whole_folder
-from pixellm_jax.tensor_files import open_folder, write_safetensors
+from pixellm_jax.model.pixellm import PixelLM
+from pixellm_jax.tensor_files import open_folder
 from pixellm_jax.vocabulary import Vocabulary
 
 LORA_PREFIX = "base_model.model."
@@ -27,7 +25,7 @@ LORA_ALPHA = 16.0
 NAMES_SHOWN = 40
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraTensor:
     """W + (alpha / r) B A, read from the three tensors; float32 sum in the dtype of W."""
 
@@ -61,13 +59,13 @@ def convert(
     template: str = "llava_v1",
     lora_alpha: float | None = None,
     seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda new, total: None,
 ) -> ModelConfig:
     """Reads a PixelLM (or LLaVA) folder and a CLIP folder; writes a checkpoint at `out`.
 
     A LLaVA folder has no PixelLM parts: they are drawn with `seed`, in the sizes of `codebook`, its
     tokenizer and embeddings grow by the codebook tokens, and the result is where training starts.
-    `progress` is called with bytes done and bytes in all. Peak memory: the largest stacked tensor.
+    `progress` is called with the bytes just written and the bytes in all. Peak memory: the largest stacked tensor.
 
     Raises:
         InputError: anything wrong with the folders, all tensors in one report.
@@ -109,12 +107,8 @@ def convert(
         for name, tensor in tensors[source].items()
         if name in unused[source] or (released and name.endswith(hf.DERIVED))
     }
-    total = sum(_bytes(leaf) for leaf in [*params.values(), *kept.values()])
-    done = Counter[str]()
-
-    def written(leaf: Leaf) -> None:
-        done["bytes"] += _bytes(leaf)
-        progress(done["bytes"], total)
+    total = sum(leaf.nbytes for leaf in [*params.values(), *kept.values()])
+    progress(0, total)
 
     sources = {"config.json": model, "generation_config.json": model}
     checkpoint.write(
@@ -131,7 +125,7 @@ def convert(
             },
             "vision.json": hf_config.read_json(vision / "config.json"),
         },
-        written=written,
+        written=lambda leaf: progress(leaf.nbytes, total),
     )
     return config
 
@@ -180,11 +174,8 @@ def _check(
     folders: Mapping[str, Path],
 ) -> None:
     """Every tensor is wanted and every wanted tensor is there in its shape, or one report says no."""
-    codebook = config.codebook
-    optional = {
-        hf.FUSION["codebook.token_fusion"]: (codebook.scales, codebook.tokens_per_scale),
-        hf.FUSION["codebook.mask_fusion"]: (codebook.scales,),
-    }
+    fusion = hf.released_fusion(config)
+    optional = {hf.FUSION[path]: value.shape for path, value in fusion.items()}
     for source, found in tensors.items():
         wanted = dict(unused[source])
         for entry in entries:
@@ -246,20 +237,12 @@ def _leaf(entry: hf.Entry, tensors: Mapping[str, hf.Tensor]) -> Leaf:
 def _fusion(config: ModelConfig, tensors: Mapping[str, hf.Tensor]) -> dict[str, Leaf]:
     """Trained fusion weights where the folder has them, else the released constants."""
     leaves = {}
-    for path, value in _released_fusion(config).items():
+    for path, value in hf.released_fusion(config).items():
         tensor = tensors.get(hf.FUSION[path])
         read = tensor.read if tensor else (lambda value=value: value)
         dtype = tensor.dtype if tensor else value.dtype
         leaves[path] = Leaf(shape=value.shape, dtype=dtype, read=read)
     return leaves
-
-
-def _released_fusion(config: ModelConfig) -> dict[str, np.ndarray]:
-    s, k = config.codebook.scales, config.codebook.tokens_per_scale
-    return {
-        "codebook.token_fusion": np.full((s, k), 1 / (s * k), np.float32),
-        "codebook.mask_fusion": np.full((s,), 1 / s, np.float32),
-    }
 
 
 def _in_llava(entry: hf.Entry) -> bool:
@@ -268,8 +251,6 @@ def _in_llava(entry: hf.Entry) -> bool:
 
 def _grow(config: ModelConfig, size: int, params: dict[str, Leaf], seed: int) -> ModelConfig:
     """Brings embeddings and head to the size of the tokenizer; new rows ~ N(0, 0.02)."""
-    import dataclasses
-
     for index, path in enumerate(("language_model.embedding", "language_model.head")):
         old = params[path]
 
@@ -287,8 +268,6 @@ def _grow(config: ModelConfig, size: int, params: dict[str, Leaf], seed: int) ->
 
 def _fresh(config: ModelConfig, params: Mapping[str, Leaf], seed: int) -> dict[str, Leaf]:
     """The parameters that no folder holds, drawn with `seed`; nothing else is materialised."""
-    from pixellm_jax.model.pixellm import PixelLM
-
     def draw(key: jax.Array) -> dict[str, jax.Array]:
         state = nnx.to_flat_state(nnx.state(PixelLM(key, config)))
         named = {".".join(map(str, path)): variable.get_value() for path, variable in state}
@@ -300,6 +279,3 @@ def _fresh(config: ModelConfig, params: Mapping[str, Leaf], seed: int) -> dict[s
         for name, array in arrays.items()
     }
 
-
-def _bytes(leaf: Leaf) -> int:
-    return int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize

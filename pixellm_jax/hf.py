@@ -215,6 +215,15 @@ def _decoder(config: ModelConfig) -> Iterator[Entry]:
         yield from _linear(f"{ours}.hypernetwork.layers.{i}", name, inputs, outputs)
 
 
+def released_fusion(config: ModelConfig) -> dict[str, np.ndarray]:
+    """The fusion constants of the released model by our paths: 1/(N L) and 1/L, float32."""
+    s, k = config.codebook.scales, config.codebook.tokens_per_scale
+    return {
+        "codebook.token_fusion": np.full((s, k), 1 / (s * k), np.float32),
+        "codebook.mask_fusion": np.full((s,), 1 / s, np.float32),
+    }
+
+
 def upsample_name(scale: int) -> str:
     """Scale 1 has the released name; further scales, which the release lacks, are numbered."""
     return "upsample_2x" if scale == 1 else f"upsample_2x_{scale}"

@@ -1,0 +1,8 @@
+"""Runs `pixellm convert` from a checkout: python scripts/convert.py --help"""
+
+import sys
+
+from pixellm_jax.cli.main import script
+
+if __name__ == "__main__":
+    sys.exit(script("convert"))

@@ -1,0 +1,8 @@
+"""Runs `pixellm export` from a checkout: python scripts/export.py --help"""
+
+import sys
+
+from pixellm_jax.cli.main import script
+
+if __name__ == "__main__":
+    sys.exit(script("export"))

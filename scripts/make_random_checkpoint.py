@@ -1,0 +1,176 @@
+"""Writes PyTorch folders of a PixelLM with random weights: OUT/hf and OUT/clip.
+
+    python scripts/make_random_checkpoint.py --out tiny
+    pixellm convert --hf tiny/hf --vision tiny/clip --out tiny/jax
+
+The tiny model answers every question with "It is [SEG]." (its head is wired from each token of that
+answer to the next); everything else in it is noise, so its masks mean nothing. `--size 7b` writes the
+shapes of the released model, about 13.5 GB, to try converting and serving at full size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import sentencepiece
+
+from pixellm_jax import hf
+from pixellm_jax.config import (
+    SIZES,
+    CodebookConfig,
+    DecoderConfig,
+    LanguageConfig,
+    ModelConfig,
+    VisionConfig,
+)
+from pixellm_jax.hf_config import OWN_KEY, hf_model, hf_vision
+from pixellm_jax.prompt import LLAVA_V1, question_ids
+from pixellm_jax.tensor_files import write_safetensors
+from pixellm_jax.vocabulary import Vocabulary
+
+ANSWER = "It is {group}."
+SENTENCES = [LLAVA_V1.opening, "It is . USER: ASSISTANT: Please segment the dog in this image."]
+SHARD_BYTES = 2 << 30
+
+
+def tiny(tokens_per_scale: int = 3, scales: int = 2) -> ModelConfig:
+    """A model of under a million parameters with every part of the real one; L up to 3."""
+    return ModelConfig(
+        vision=VisionConfig(
+            width=32, layers=18, heads=4, mlp=64, canvas=112, table=6, taps=(-2, -11, -17)[:scales]
+        ),
+        language=LanguageConfig(
+            vocabulary=0, width=64, layers=2, heads=4, kv_heads=2, head=16, mlp=96, max_positions=2048
+        ),
+        codebook=CodebookConfig(tokens_per_scale=tokens_per_scale, scales=scales),
+        decoder=DecoderConfig(width=32, heads=4, mlp=64),
+        image_grid=4,
+        dtype="float32",
+    )
+
+
+def write(out: Path, config: ModelConfig, *, dtype: str = "float32", seed: int = 0) -> ModelConfig:
+    """Writes both folders; returns the config with its vocabulary filled in."""
+    folders = {hf.MODEL: out / "hf", hf.VISION: out / "clip"}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    vocabulary = write_tokenizer(folders[hf.MODEL], config)
+    language = LanguageConfig(**{**vars(config.language), "vocabulary": vocabulary.size})
+    config = ModelConfig(**{**vars(config), "language": language})
+    for source, folder in folders.items():
+        index: dict[str, str] = {}
+        for i, shard in enumerate(_shards(config, source, dtype, seed)):
+            if source == hf.MODEL and config.language.width == 64:
+                _wire(shard, vocabulary, config)
+            file = f"model-{i + 1:05d}.safetensors"
+            write_safetensors(folder / file, shard)
+            index |= dict.fromkeys(shard, file)
+        text = json.dumps({"metadata": {}, "weight_map": index})
+        (folder / "model.safetensors.index.json").write_text(text)
+    settings = hf_model(config)
+    if config.image_grid == ModelConfig().image_grid:
+        settings.pop(OWN_KEY)
+    (folders[hf.MODEL] / "config.json").write_text(json.dumps(settings, indent=2))
+    (folders[hf.VISION] / "config.json").write_text(json.dumps(hf_vision(config.vision), indent=2))
+    return config
+
+
+def write_tokenizer(folder: Path, config: ModelConfig) -> Vocabulary:
+    """Trains a small SentencePiece model and adds the codebook tokens."""
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 8),
+        model_writer=trained,
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(trained.getvalue())
+    codebook = config.codebook
+    vocabulary = Vocabulary.with_codebook(
+        folder, tokens_per_scale=codebook.tokens_per_scale, scales=codebook.scales
+    )
+    vocabulary.save(folder)
+    return vocabulary
+
+
+def _shards(
+    config: ModelConfig, source: str, dtype: str, seed: int
+) -> Iterator[dict[str, np.ndarray]]:
+    shapes = {
+        name: entry.torch
+        for entry in hf.table(config)
+        if entry.source == source
+        for name in entry.names
+    } | hf.unused(config, source)
+    shard: dict[str, np.ndarray] = {}
+    for name, shape in shapes.items():
+        kept = np.float32 if ".mask_decoder." in name or ".prompt_encoder." in name else dtype
+        shard[name] = _draw(name, shape, seed).astype(kept)
+        if sum(array.nbytes for array in shard.values()) > SHARD_BYTES:
+            yield shard
+            shard = {}
+    yield shard
+
+
+def _draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Norms near one, biases near zero, the rest scaled by fan-in; fixed by name and seed."""
+    x = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(
+        shape, dtype=np.float32
+    )
+    if len(shape) == 1:
+        return np.float32(name.endswith("weight")) + 0.1 * x
+    if name.endswith("gaussian_matrix") or "embed" in name:
+        return x
+    return x / np.float32(np.sqrt(np.prod(shape[1:])))
+
+
+def _wire(shard: dict[str, np.ndarray], vocabulary: Vocabulary, config: ModelConfig) -> None:
+    """Makes the answer the most likely continuation of every prompt.
+
+    The layers add next to nothing, so that the last state is the embedding of the last token; the
+    head of each token of the answer is the embedding of the token before it.
+    """
+    answer = vocabulary.encode(ANSWER.format(group=vocabulary.group_text), bos=False)
+    prompt = question_ids(vocabulary, LLAVA_V1, "?", image_tokens=config.image_tokens)
+    chain = [int(prompt[-1]), *answer, vocabulary.eos]
+    if len(set(chain)) != len(chain):
+        raise ValueError(f"a token stands twice in the chain {chain}")
+    for name, array in shard.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            array *= 1e-3
+    head, embedding = shard["lm_head.weight"], shard["model.embed_tokens.weight"]
+    head *= 1e-2
+    for before, after in zip(chain, chain[1:], strict=False):
+        head[after] = embedding[before]
+
+
+def main() -> None:
+    """Parses the command line and writes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--size", choices=["tiny", *SIZES], default="tiny")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.size == "tiny":
+        write(options.out, tiny(), seed=options.seed)
+    else:
+        write(options.out, SIZES[options.size], dtype=ml_dtypes.bfloat16, seed=options.seed)
+    print(f"{options.out / 'hf'} and {options.out / 'clip'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Packaging of pixellm_jax. Tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def version() -> str:
+    """Return `__version__` of the package without importing it."""
+    text = (ROOT / "pixellm_jax" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if found is None:
+        raise RuntimeError('pixellm_jax/__init__.py has no line `__version__ = "..."`.')
+    return found.group(1)
+
+
+setup(
+    name="pixellm_jax",
+    version=version(),
+    description="PixelLM in JAX: questions about an image, answered with text and pixel masks.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["pixellm_jax*", "data_pipeline*"]),
+    package_data={"": ["*.json", "*.txt"]},
+    entry_points={"console_scripts": ["pixellm = pixellm_jax.cli.main:main"]},
+    install_requires=[
+        "jax>=0.10,<0.12",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.12.8",
+        "transformers>=5",
+        "tensorflow-datasets>=4.9.10",
+        "grain>=0.2.18",
+        "jaxtyping>=0.3",
+        "ml-collections>=1.0",
+        "ml-dtypes>=0.5",
+        "numpy>=2.0",
+        "pillow>=11",
+        "pycocotools>=2.0.8",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": ["pytest>=8.3", "beartype>=0.20"],
+        # The PyTorch oracles of tests/parity. One pinned release: newer ones pull in gigabytes.
+        "parity": ['torch==2.13.0; python_version < "3.12"'],
+        "dev": ["ruff>=0.17,<0.18", "mypy>=2.0", "types-tqdm"],
+    },
+)
