@@ -28,6 +28,7 @@ AXES: dict[str, Axis] = {
     "f": Axis("hidden width of an MLP", "mlp"),
     "n": Axis("attention heads", "heads"),
     "g": Axis("key/value heads", "kv_heads"),
+    "a": Axis("attention heads that share one key/value head", "shared_heads"),
     "h": Axis("size of one attention head", "head"),
     "v": Axis("vocabulary", "vocab"),
     "l": Axis("stacked layers", "layer"),
@@ -39,12 +40,13 @@ AXES: dict[str, Axis] = {
     "x": Axis("columns of an image or feature grid", "columns"),
     "Y": Axis("rows of a mask grid", "mask_rows"),
     "X": Axis("columns of a mask grid", "mask_columns"),
+    "w": Axis("rows inside a patch or kernel", "kernel_rows"),
+    "z": Axis("columns inside a patch or kernel", "kernel_columns"),
     "o": Axis("outputs of a convolution or head", "out"),
     "q": Axis("learned query tokens of the pixel decoder", "query"),
 }
 
 LOGICAL: frozenset[str] = frozenset(axis.logical for axis in AXES.values()) | {
-    "kernel",  # rows or columns of a convolution kernel
     "colour",  # red, green, blue
     "position",  # rows of a position table
     "frequency",  # Fourier features

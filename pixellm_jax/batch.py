@@ -6,7 +6,7 @@ one after the other. A token sees the prefix and its own conversation.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,10 +14,8 @@ from jaxtyping import Bool, Float, Int32, Num, UInt8
 
 from pixellm_jax.config import ModelConfig
 
-VOID = 255
-"""Mask value of pixels that take no part: void regions and the padding of the canvas."""
-
-Array = jax.Array | np.ndarray
+Array = Any
+"""On the host a numpy array, on the device a jax array, in `spec` only its shape."""
 
 
 class Batch(NamedTuple):
@@ -31,7 +29,7 @@ class Batch(NamedTuple):
     position: rotary position; each conversation continues from the end of the prefix.
     loss_mask: the token is supervised.
     codebook_index: sequence index of the state *before* each codebook token.
-    masks: 0, 1, `VOID`, at any square resolution of the canvas.
+    masks: 0, 1, `geometry.VOID`, at any square resolution of the canvas.
     target_valid, target_conversation: which target slots are filled, and by whose answer.
     """
 

@@ -1,10 +1,10 @@
 """A model on disk: an Orbax checkpoint with the config and the tokenizer beside it.
 
-    config.json   the model config
-    params/       Orbax: dotted parameter name -> array
-    unused/       Orbax: tensors of the imported folders that only an export needs
-    tokenizer/    the tokenizer's files
-    source/       configs of the imported folders, for export
+config.json   the model config
+params/       Orbax: dotted parameter name -> array
+unused/       Orbax: tensors of the imported folders that only an export needs
+tokenizer/    the tokenizer's files
+source/       configs of the imported folders, for export
 """
 
 from __future__ import annotations

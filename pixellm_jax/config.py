@@ -1,4 +1,4 @@
-"""What configures a model: frozen dataclasses, named sizes and the checks that tie them together."""
+"""What configures a model: frozen dataclasses, named sizes, and checks that tie them together."""
 
 from __future__ import annotations
 

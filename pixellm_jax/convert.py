@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -65,12 +66,14 @@ def convert(
 
     A LLaVA folder has no PixelLM parts: they are drawn with `seed`, in the sizes of `codebook`, its
     tokenizer and embeddings grow by the codebook tokens, and the result is where training starts.
-    `progress` is called with the bytes just written and the bytes in all. Peak memory: the largest stacked tensor.
+    `progress` is called with the bytes just written and the bytes in all. Peak memory: the largest
+    stacked tensor.
 
     Raises:
         InputError: anything wrong with the folders, all tensors in one report.
     """
     vision_config = hf_config.read_vision(vision)
+    tensors: dict[str, Mapping[str, hf.Tensor]]
     tensors = {hf.MODEL: _without_lora(model, lora_alpha), hf.VISION: open_folder(vision)}
     shapes = {name: tensor.shape for name, tensor in tensors[hf.MODEL].items()}
     released = hf_config.is_pixellm(shapes)
@@ -173,7 +176,7 @@ def _check(
     tensors: Mapping[str, Mapping[str, hf.Tensor]],
     folders: Mapping[str, Path],
 ) -> None:
-    """Every tensor is wanted and every wanted tensor is there in its shape, or one report says no."""
+    """Every tensor is wanted, every wanted tensor is there in its shape, or one report says no."""
     fusion = hf.released_fusion(config)
     optional = {hf.FUSION[path]: value.shape for path, value in fusion.items()}
     for source, found in tensors.items():
@@ -239,7 +242,7 @@ def _fusion(config: ModelConfig, tensors: Mapping[str, hf.Tensor]) -> dict[str, 
     leaves = {}
     for path, value in hf.released_fusion(config).items():
         tensor = tensors.get(hf.FUSION[path])
-        read = tensor.read if tensor else (lambda value=value: value)
+        read = tensor.read if tensor else partial(np.array, value)
         dtype = tensor.dtype if tensor else value.dtype
         leaves[path] = Leaf(shape=value.shape, dtype=dtype, read=read)
     return leaves
@@ -268,6 +271,7 @@ def _grow(config: ModelConfig, size: int, params: dict[str, Leaf], seed: int) ->
 
 def _fresh(config: ModelConfig, params: Mapping[str, Leaf], seed: int) -> dict[str, Leaf]:
     """The parameters that no folder holds, drawn with `seed`; nothing else is materialised."""
+
     def draw(key: jax.Array) -> dict[str, jax.Array]:
         state = nnx.to_flat_state(nnx.state(PixelLM(key, config)))
         named = {".".join(map(str, path)): variable.get_value() for path, variable in state}
@@ -275,7 +279,6 @@ def _fresh(config: ModelConfig, params: Mapping[str, Leaf], seed: int) -> dict[s
 
     arrays = {name: np.asarray(a) for name, a in jax.jit(draw)(jax.random.key(seed)).items()}
     return {
-        name: Leaf(shape=array.shape, dtype=array.dtype, read=lambda array=array: array)
+        name: Leaf(shape=array.shape, dtype=array.dtype, read=partial(np.asarray, array))
         for name, array in arrays.items()
     }
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,9 +81,8 @@ def _unused(config: ModelConfig, unused: dict[str, Leaf], source: str) -> Iterat
     """What was carried along; zeros for a model that never had these tensors."""
     shapes = hf.unused(config, source)
     for name, shape in shapes.items():
-        zeros = Leaf(
-            shape=shape, dtype=np.dtype(np.float32), read=lambda s=shape: np.zeros(s, np.float32)
-        )
+        read = partial(np.zeros, shape, np.float32)
+        zeros = Leaf(shape=shape, dtype=np.dtype(np.float32), read=read)
         yield _same(name, unused.get(name, zeros))
     for name, leaf in unused.items():
         if name.endswith(hf.DERIVED) and name.startswith("vision_") == (source == hf.VISION):
@@ -103,11 +103,13 @@ def _write_shards(folder: Path, parts: list[Part], progress: Callable[[int], Non
             size = 0
         groups[-1].append(part)
         size += part.leaf.nbytes
-    index = {}
+    index: dict[str, str] = {}
     for i, group in enumerate(groups):
         many = len(groups) > 1
-        file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if many else "model.safetensors"
-        tensors = {}
+        file = (
+            f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if many else "model.safetensors"
+        )
+        tensors: dict[str, np.ndarray] = {}
         for part in group:
             tensors |= dict(part.tensors(part.leaf.read()))
         write_safetensors(folder / file, tensors)
@@ -121,12 +123,12 @@ def _write_shards(folder: Path, parts: list[Part], progress: Callable[[int], Non
         )
 
 
-def _write_configs(
-    made: Path, config: ModelConfig, source: dict[str, dict[str, Any]]
-) -> None:
+def _write_configs(made: Path, config: ModelConfig, source: dict[str, dict[str, Any]]) -> None:
     """The configs of the imported folders, with our own key where they do not say it all."""
     vision = made / VISION_FOLDER
-    _write_json(vision / "config.json", source.get("vision.json", hf_config.hf_vision(config.vision)))
+    _write_json(
+        vision / "config.json", source.get("vision.json", hf_config.hf_vision(config.vision))
+    )
     model = source.get("config.json", hf_config.hf_model(config))
     _write_json(made / "config.json", model)
     if hf_config.OWN_KEY in model:

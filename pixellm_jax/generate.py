@@ -35,8 +35,8 @@ def generate(
 ) -> Generation:
     """Up to `budget` new tokens per row, ending at the id `stop`.
 
-    `tokens`: prompts, padded on the right; `length`: their true lengths. The prompt runs once; every
-    further token costs one pass over one position. Compiles once per (rows, prompt length, budget).
+    `tokens`: prompts, padded on the right; `length`: their true lengths. The prompt runs once;
+    every further token costs one pass over one position. Compiles once per shape and budget.
     """
     language = model.language_model
     b, t = tokens.shape

@@ -15,7 +15,7 @@ pixel and never shifts it.
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int, UInt8
+from jaxtyping import Float, Float32, Int, UInt8
 from PIL import Image
 
 from pixellm_jax.errors import InputError
@@ -97,33 +97,6 @@ def unfit(
     for target, logits in zip(out, mask_logits, strict=True):
         np.matmul(down @ logits.astype(np.float32), right, out=target)
     return out
-
-
-def patch_valid(hw: tuple[int, int], canvas: int, patch: int) -> Bool[np.ndarray, "y x"]:
-    """Which patches show the picture: those whose top left pixel is inside the fitted size.
-
-    `hw`: original or fitted size, it makes no difference. `patch`: side of a patch in pixels. The
-    grid has `canvas // patch` rows and columns.
-
-        (269, 448) on 448, patch 14  ->  bool[32 32], true in the first 20 rows
-    """
-    height, width = fitted_size(hw, canvas)
-    corner = np.arange(canvas // patch) * patch
-    return (corner < height)[:, None] & (corner < width)
-
-
-def image_token_valid(
-    hw: tuple[int, int], canvas: int, patch: int, grid: int
-) -> Bool[np.ndarray, "{grid*grid}"]:
-    """Which image tokens of the language model show the picture, row by row.
-
-    Nearest sampling of `patch_valid`: token i of a side takes patch `floor(i * patches / grid)`.
-
-        (269, 448) on 448, patch 14, grid 16  ->  bool[256], true in the first 10 rows of 16
-    """
-    valid = patch_valid(hw, canvas, patch)
-    nearest = np.arange(grid) * len(valid) // grid
-    return valid[np.ix_(nearest, nearest)].reshape(-1)
 
 
 def mask_to_canvas(

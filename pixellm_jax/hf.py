@@ -160,9 +160,7 @@ def _vision(config: ModelConfig) -> Iterator[Entry]:
 
 
 def _linear(path: str, name: str, inputs: int, outputs: int) -> Iterator[Entry]:
-    yield Entry(
-        path=f"{path}.weight", name=f"{name}.weight", torch=(outputs, inputs), order=(1, 0)
-    )
+    yield Entry(path=f"{path}.weight", name=f"{name}.weight", torch=(outputs, inputs), order=(1, 0))
     yield Entry(path=f"{path}.bias", name=f"{name}.bias", torch=(outputs,))
 
 
@@ -189,7 +187,9 @@ def _decoder(config: ModelConfig) -> Iterator[Entry]:
     d, c, o = config.language.width, decoder.width, decoder.upscaled
     ours, neck, head = "pixel_decoder", "model.image_feature_neck", "model.mask_decoder"
 
-    def weight(path: str, name: str, torch: tuple, factored: tuple = (), order: tuple = ()) -> Entry:
+    def weight(
+        path: str, name: str, torch: tuple, factored: tuple = (), order: tuple = ()
+    ) -> Entry:
         path = f"{ours}.{path}"
         return Entry(path=path, name=name, torch=torch, factored=factored, order=order)
 
@@ -295,6 +295,9 @@ def unused(config: ModelConfig, source: str) -> dict[str, tuple[int, ...]]:
 
     They are kept beside the parameters so that export writes a complete folder, bit for bit.
     """
+    layer: dict[str, tuple[int, ...]]
+    prompt: dict[str, tuple[int, ...]]
+    decoder: dict[str, tuple[int, ...]] = {}
     c, scales, masks = config.decoder.width, config.codebook.scales, config.decoder.mask_tokens
     if source == VISION:
         e, f = config.vision.width, config.vision.mlp
@@ -309,9 +312,14 @@ def unused(config: ModelConfig, source: str) -> dict[str, tuple[int, ...]]:
         return {f"vision_model.{name}": shape for name, shape in shapes.items()}
     prompt = {f"point_embeddings.{i}.weight": (1, c) for i in range(4)}
     prompt |= {"not_a_point_embed.weight": (1, c)}
-    for i, shape in ((0, (4, 1, 2, 2)), (1, (4,)), (3, (16, 4, 2, 2)), (4, (16,)), (6, (c, 16, 1, 1))):
+    for i, shape in (
+        (0, (4, 1, 2, 2)),
+        (1, (4,)),
+        (3, (16, 4, 2, 2)),
+        (4, (16,)),
+        (6, (c, 16, 1, 1)),
+    ):
         prompt |= {f"mask_downscaling.{i}.weight": shape, f"mask_downscaling.{i}.bias": shape[:1]}
-    decoder = {}
     mlps = {f"output_hypernetworks_mlps.{i}": config.decoder.upscaled for i in range(1, masks)}
     for stem, outputs in {**mlps, "iou_prediction_head": masks}.items():
         for i, rows in enumerate((c, c, outputs)):

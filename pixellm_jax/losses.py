@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pixellm_jax.batch import VOID, Batch, Prediction
+from pixellm_jax.batch import Batch, Prediction
+from pixellm_jax.geometry import VOID
 from pixellm_jax.model.layers import resize_bilinear
 
 DICE_SCALE = 1000.0

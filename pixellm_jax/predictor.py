@@ -77,8 +77,8 @@ class Predictor:
         EXIF orientation is applied first: masks belong to the upright picture.
 
         Raises:
-            InputError: an image that cannot be read or is too elongated, a question that is empty or
-                too long for the model.
+            InputError: an image that cannot be read or is too elongated, a question that is empty
+                or too long for the model.
         """
         config = self.config
         picture = read_image(image)

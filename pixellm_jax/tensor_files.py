@@ -159,7 +159,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     # save_file takes the memory as it lies, so anything else than C order would be scrambled.
     ordered = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     try:
+        temporary.touch()
+        mode = (
+            temporary.stat().st_mode
+        )  # of an ordinary new file; save_file makes one for its owner only
         safetensors.numpy.save_file(ordered, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(
@@ -167,7 +172,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
             "and has space"
         ) from error
     finally:
-        with contextlib.suppress(OSError):  # it is gone where all went well
+        with contextlib.suppress(OSError):
             temporary.unlink()
 
 
@@ -249,8 +254,8 @@ def _merge(weights: _Weights, shards: dict[str, dict[str, LazyTensor]]) -> dict[
         )
     found = [f"{len(names)} {what}: {_listed(names)}" for what, names in problems.items() if names]
     if found:
-        report = "; ".join(found)
-        raise InputError(f"{weights.source}: tensors must match it, but {report}; {_COMPLETE}")
+        report = f"expected each tensor once, found {'; '.join(found)}"
+        raise InputError(f"{weights.source}: {report}; {_COMPLETE}")
     if not tensors:
         raise InputError(f"{weights.source}: no tensors, expected weights; {_COMPLETE}")
     return tensors
@@ -259,10 +264,8 @@ def _merge(weights: _Weights, shards: dict[str, dict[str, LazyTensor]]) -> dict[
 def _find_safetensors(stream: BinaryIO) -> dict[str, TensorView]:
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
-    if size < 8:
-        raise InputError(f"{size} bytes, expected a safetensors file; {_AGAIN}")
     length = int.from_bytes(stream.read(8), "little")
-    if length > min(size - 8, MAX_HEADER_BYTES):
+    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
         raise InputError(
             f"a header of {length} bytes in a file of {size}, expected that and {MAX_HEADER_BYTES} "
             f"at most: truncated, or no safetensors file; {_AGAIN}"

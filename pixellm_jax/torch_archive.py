@@ -302,18 +302,18 @@ def _state_dict(saved: Any) -> dict[str, TensorView]:
 def _tensors(state: dict[Any, Any]) -> dict[str, TensorView]:
     """Return the tensors of a dictionary, and refuse by name what is neither tensor nor plain."""
     tensors = {}
+    seen: set[int] = set()
     for name, value in state.items():
         if isinstance(name, str) and isinstance(value, TensorView):
             tensors[name] = value
-        elif not _is_plain(value):
+        elif not _is_plain(value, seen):
             found = f"entry {name!r:.120} ({_type(value)})"
             raise InputError(f"{found} is no tensor with a name, nor plain values; {_ONLY_MODEL}")
     return tensors
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a value, cyclic or not, is built of numbers, strings and None."""
-    seen: set[int] = set()
+def _is_plain(value: Any, seen: set[int]) -> bool:
+    """Whether a value is built of numbers, strings and None; `seen`: ids of containers known."""
     waiting = [value]
     while waiting:
         item = waiting.pop()

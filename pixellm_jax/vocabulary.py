@@ -29,39 +29,27 @@ import tokenizers
 from pixellm_jax.errors import InputError
 
 IM_START, IM_END = "<im_start>", "<im_end>"
-_BLANK = "▁"
-_PIECES, _WHOLE, _CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
-_ADDED, _MAP = "added_tokens.json", "special_tokens_map.json"
+_PIECES, _WHOLE, _ADDED = "tokenizer.model", "tokenizer.json", "added_tokens.json"
+_CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"
 _SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SentencePieceChunks:
-    """Encodes stretches of text without added tokens by a `tokenizer.model`.
-
-    Not `legacy`: only a stretch that begins the text (`first`) gets a dummy blank.
-    """
+    """Encodes text without added tokens; not `legacy`: a dummy blank only for the `first`."""
 
     model: sentencepiece.SentencePieceProcessor
     legacy: bool
 
-    @property
-    def size(self) -> int:
-        return self.model.get_piece_size()
-
-    def find(self, token: str) -> int | None:
-        index = self.model.piece_to_id(token)
-        return index if self.model.id_to_piece(index) == token else None
-
     def encode(self, text: str, *, first: bool) -> list[int]:
         if self.legacy:
             return self.model.encode(text)
-        text = text.replace(_BLANK, " ")
+        text = text.replace("▁", " ")
         ids = self.model.encode(text)
         head = self.model.id_to_piece(ids[0]) if ids else ""
-        if first or text.startswith(" ") or not head.startswith(_BLANK):
+        if first or text.startswith(" ") or not head.startswith("▁"):
             return ids
-        return ([self.model.piece_to_id(head[1:])] if head != _BLANK else []) + ids[1:]
+        return ([self.model.piece_to_id(head[1:])] if head != "▁" else []) + ids[1:]
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids)
@@ -69,16 +57,9 @@ class SentencePieceChunks:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class JsonChunks:
-    """Does the same by the `tokenizer.json` of a folder that has no `tokenizer.model`."""
+    """Does the same by `tokenizer.json`: exact ids for words, if not for stray blanks."""
 
     model: tokenizers.Tokenizer
-
-    @property
-    def size(self) -> int:
-        return self.model.get_vocab_size(with_added_tokens=False)
-
-    def find(self, token: str) -> int | None:
-        return self.model.token_to_id(token)
 
     def encode(self, text: str, *, first: bool) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
@@ -91,8 +72,8 @@ class JsonChunks:
 class Vocabulary:
     """Every id of a model, looked up by its string; nothing else in the project knows ids.
 
-    added: token -> id of what the folder adds to its base tokenizer, in order of ids.
-    special: the registered special tokens; whether they swallow white space.
+    ids: token -> id, everything; added: only what the folder adds to its base tokenizer.
+    special: the strings of start, end and unknown; those in `keeping` keep white space.
     bos, eos, unk, im_start, im_end: ids.
     codebook: ids [s][k]. The tokens are `[SEG0]`, `[SEG1]`, ..., scale by scale: with N tokens per
         scale, `[SEGi]` is token `i % N` of scale `i // N`. A codebook of one token is `[SEG]`.
@@ -101,8 +82,10 @@ class Vocabulary:
 
     folder: Path
     chunks: SentencePieceChunks | JsonChunks
+    ids: Mapping[str, int]
     added: Mapping[str, int]
-    special: Mapping[str, bool]
+    special: tuple[str, str, str]
+    keeping: frozenset[str]
     bos: int
     eos: int
     unk: int
@@ -115,13 +98,12 @@ class Vocabulary:
     def load(cls, folder: Path, *, scales: int) -> Vocabulary:
         """Reads a tokenizer folder that holds the codebook, for `scales` feature scales.
 
-        `tokenizer.model` (or, in its absence, `tokenizer.json`) gives the base ids. Added tokens
-        are taken from `added_tokens.json`, from `added_tokens_decoder` of `tokenizer_config.json`
-        and from `added_tokens` of `tokenizer.json`.
+        `tokenizer.model` (without it, `tokenizer.json`) gives the base ids; added tokens may stand
+        in `added_tokens.json`, in `tokenizer_config.json` and in `tokenizer.json`.
 
         Raises:
-            InputError: files or tokens are missing, or contradict each other, or the number of
-                codebook tokens is not a multiple of `scales`.
+            InputError: files or tokens are missing or contradict each other, or the codebook
+                tokens are no multiple of `scales`.
         """
         return cls._build(folder, scales, _read(folder))
 
@@ -140,24 +122,22 @@ class Vocabulary:
         base, count = _read(folder), tokens_per_scale * scales
         wanted = ["[SEG]"] if count == 1 else [f"[SEG{i}]" for i in range(count)]
         for token in (*wanted, IM_START, IM_END):
-            if base.find(token) is None:
-                base.added[token] = base.size
+            if token not in base.ids:
+                base.ids[token] = base.added[token] = 1 + max(base.ids.values())
         vocabulary = cls._build(folder, scales, base)
         if vocabulary.group_text != " ".join(wanted):
             raise InputError(
                 f"{folder}: found the codebook {vocabulary.group_text}, expected {count} tokens; "
-                "ask for the size it has, or start from a folder without a codebook"
+                "ask for this size, or start from a folder without a codebook"
             )
         return vocabulary
 
     @classmethod
     def _build(cls, folder: Path, scales: int, base: _Base) -> Vocabulary:
-        count = next(i for i in itertools.count() if base.find(f"[SEG{i}]") is None)
-        gap = any(re.fullmatch(r"\[SEG\d+\]", t) and int(t[4:-1]) > count for t in base.added)
-        tokens = [f"[SEG{i}]" for i in range(count + gap)] or ["[SEG]"]
-        found = {token: base.find(token) for token in (*base.special, IM_START, IM_END, *tokens)}
-        ids = {token: index for token, index in found.items() if index is not None}
-        if missing := [token for token in found if token not in ids]:
+        numbers = [int(token[4:-1]) for token in base.ids if re.fullmatch(r"\[SEG\d+\]", token)]
+        tokens = [f"[SEG{i}]" for i in range(1 + max(numbers, default=-1))] or ["[SEG]"]
+        ids, needed = base.ids, (*base.special, IM_START, IM_END, *tokens)
+        if missing := [token for token in needed if token not in ids]:
             raise InputError(
                 f"{folder}: found no token {', '.join(missing)}; expected the tokenizer of a "
                 "PixelLM model (Vocabulary.with_codebook adds what that of LLaVA lacks)"
@@ -168,7 +148,7 @@ class Vocabulary:
                 f"{folder}: found {len(tokens)} codebook tokens ({tokens[0]} to {tokens[-1]}), "
                 f"expected a multiple of {scales} scales; correct the number of scales"
             )
-        bos, eos, unk = (ids[token] for token in base.special)
+        bos, eos, unk = map(ids.__getitem__, base.special)
         group = [ids[token] for token in tokens]
         return cls(
             folder=folder,
@@ -185,7 +165,7 @@ class Vocabulary:
     @property
     def size(self) -> int:
         """Number of ids, the added ones included: rows of the embedding table."""
-        return max(self.chunks.size, 1 + max(self.added.values(), default=-1))
+        return 1 + max(self.ids.values())
 
     @property
     def pad(self) -> int:
@@ -208,42 +188,37 @@ class Vocabulary:
     @cached_property
     def marks(self) -> frozenset[int]:
         """Ids that are no text: special, added, image and codebook tokens."""
-        return frozenset(self._ids.values())
+        tokens = (*self.special, *self.group_text.split(), IM_START, IM_END, *self.added)
+        return frozenset(self.ids[token] for token in tokens)
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Ids of a text, in time linear in its length; `bos` puts the start token in front."""
-        ids, _ = self.encode_parts([text])
-        return [self.bos, *ids] if bos else ids
+        return [self.bos] * bos + self.encode_parts([text])[0]
 
     def encode_parts(self, parts: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Ids of the joined parts, without a start token, and for each the part it begins in.
+        """Ids of the joined parts, as of one text without start token, and each id's part.
 
-        The ids are those of the whole text: cutting it into parts never changes them.
-
-            ["USER: hi ASSISTANT:", " It is</s>"]
-            ->  "▁USER" ":" "▁hi" "▁ASSISTANT" ":" "▁It" "▁is" </s>
-                   0     0    0        0        0    1     1     1
+        ["USER: hi ASSISTANT:", " It is</s>"]
+        ->  "▁USER" ":" "▁hi" "▁ASSISTANT" ":" "▁It" "▁is" </s>
+               0     0    0        0        0    1     1     1
         """
         text = "".join(parts)
         starts = list(itertools.accumulate(map(len, parts[:-1]), initial=0))
-        ids: list[int] = []
-        owners: list[int] = []
+        ids, owners = list[int](), list[int]()
         for begin, end, token in self._split(text):
             owner = bisect_right(starts, begin) - 1
-            last = bisect_right(starts, end - 1)
             found = [token] if token is not None else self._encode(text, begin, end)
             own = [owner] * len(found)
-            for start in starts[owner + 1 : last] if token is None else ():
-                cut = len(os.path.commonprefix([self._encode(text, begin, start), found]))
-                own[cut:] = [bisect_right(starts, start) - 1] * (len(found) - cut)
+            for later in range(owner + 1, bisect_right(starts, end - 1) if token is None else 0):
+                before = self._encode(text, begin, starts[later])
+                cut = len(os.path.commonprefix([before, found]))
+                own[cut:] = [later] * (len(found) - cut)
             ids += found
             owners += own
         return ids, owners
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """Text of ids: blanks around every added token, as transformers 4.31 writes it.
-
-        `skip_special` leaves the registered special tokens out.
+        """Text of ids, as transformers 4.31 writes it; `skip_special`: without special tokens.
 
             [▁It, ▁is, [SEG0], [SEG1], ▁, ., </s>]  ->  "It is [SEG0] [SEG1]  .</s>"
 
@@ -257,20 +232,17 @@ class Vocabulary:
             ids = [index for index in ids if index not in (self.bos, self.eos, self.unk)]
         names = {index: token for token, index in self.added.items()}
         pieces: list[str] = []
-        for added, run in itertools.groupby(ids, key=names.__contains__):
-            if added:
-                pieces += [names[index] for index in run]
-            else:
-                pieces.append(self._decode(run))
+        for name, run in itertools.groupby(ids, key=names.get):
+            words = list(run)
+            pieces += [name] * len(words) if name else [self._decode(words)]
         return " ".join(pieces)
 
     def save(self, folder: Path) -> None:
         """Writes the files that `load`, and transformers, read back."""
         folder.mkdir(parents=True, exist_ok=True)
-        added = {token: index for token, index in self.added.items() if index >= self.chunks.size}
         config = _read_json(self.folder / _CONFIG)
-        config.pop("added_tokens_decoder", None)  # transformers would believe it, not the next file
-        for name, value in {_ADDED: added, _CONFIG: config}.items():
+        config.pop("added_tokens_decoder", None)  # it would overrule added_tokens.json
+        for name, value in {_ADDED: self.added, _CONFIG: config}.items():
             (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         for name in (_PIECES, _MAP):
             source, copy = self.folder / name, folder / name
@@ -278,21 +250,13 @@ class Vocabulary:
                 shutil.copyfile(source, copy)
         if isinstance(self.chunks, JsonChunks):
             whole = tokenizers.Tokenizer.from_file(str(self.folder / _WHOLE))
-            whole.add_tokens(list(added))
+            whole.add_tokens(list(self.added))
             whole.save(str(folder / _WHOLE))
 
     @cached_property
-    def _ids(self) -> dict[str, int]:
-        """Id of every token at which text is split."""
-        im = {IM_START: self.im_start, IM_END: self.im_end}
-        special = dict(zip(self.special, (self.bos, self.eos, self.unk), strict=True))
-        codebook = dict(zip(self.group_text.split(), self.group, strict=True))
-        return {**special, **im, **codebook, **self.added}
-
-    @cached_property
     def _splitter(self) -> re.Pattern[str]:
-        longest_first = sorted(self._ids, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first)))
+        tokens = [token for token, index in self.ids.items() if index in self.marks]
+        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
     def _split(self, text: str) -> Iterator[tuple[int, int, int | None]]:
         """Tokens (begin, end, id) and the stretches between them (begin, end, None), in order."""
@@ -301,20 +265,20 @@ class Vocabulary:
             end = match.start() if match else len(text)
             if swallow:
                 begin = end - len(text[begin:end].lstrip())
-            swallow = match is not None and self.special.get(match[0], True)
+            swallow = match is not None and match[0] not in self.keeping
             if swallow:
                 end = begin + len(text[begin:end].rstrip())
             if begin < end:
                 yield begin, end, None
             if match:
-                yield *match.span(), self._ids[match[0]]
+                yield *match.span(), self.ids[match[0]]
                 begin = match.end()
 
     def _encode(self, text: str, begin: int, end: int) -> list[int]:
         return self.chunks.encode(text[begin:end], first=begin == 0)
 
     def _decode(self, ids: Iterable[int]) -> str:
-        special = {self._ids[token]: token for token in self.special}
+        special = {self.ids[token]: token for token in self.special}
         text, words = "", list[int]()
         for index in ids:
             if index in special:
@@ -326,69 +290,58 @@ class Vocabulary:
 
 
 class _Base(NamedTuple):
-    """What the files of a folder say."""
-
     chunks: SentencePieceChunks | JsonChunks
+    ids: dict[str, int]
     added: dict[str, int]
-    special: dict[str, bool]
-
-    @property
-    def size(self) -> int:
-        return max(self.chunks.size, 1 + max(self.added.values(), default=-1))
-
-    def find(self, token: str) -> int | None:
-        return self.added[token] if token in self.added else self.chunks.find(token)
+    special: tuple[str, ...]
+    keeping: frozenset[str]
 
 
 def _read(folder: Path) -> _Base:
+    """What the files of a folder say."""
     config, whole = _read_json(folder / _CONFIG), _read_json(folder / _WHOLE)
-    chunks = _read_chunks(folder, legacy=config.get("legacy") is not False)
+    chunks, base = _read_chunks(folder, legacy=config.get("legacy") is not False)
     records = [r | {"id": int(i)} for i, r in config.get("added_tokens_decoder", {}).items()]
     found: dict[str, int] = _read_json(folder / _ADDED)
     for record in records + whole.get("added_tokens", []):
         token, index = record["content"], record["id"]
         if found.setdefault(token, index) != index:
-            raise InputError(
-                f"{folder}: token {token} has the ids {found[token]} and {index} in different "
-                "files, expected one; copy the whole folder again"
-            )
-    special: dict[str, bool] = {}
+            clash = f"token {token} has the ids {found[token]} and {index}, expected one"
+            raise InputError(f"{folder}: {clash}; copy the whole folder again")
     from_map = _read_json(folder / _MAP)
-    for role, default in _SPECIAL.items():
-        entry = from_map.get(role) or config.get(role) or default
-        # To transformers 4.31, a plain string in this one file is not a registered token.
-        if isinstance(entry, str):
-            special[entry] = role in from_map
-        else:
-            special[entry["content"]] = False
-    ordered = sorted(found.items(), key=lambda item: item[1])
-    added = {token: i for token, i in ordered if not (token in special and i < chunks.size)}
-    return _Base(chunks, added, special)
+    entries = [from_map.get(role) or config.get(role) or text for role, text in _SPECIAL.items()]
+    special = tuple(entry if isinstance(entry, str) else entry["content"] for entry in entries)
+    # A plain string in this one file is no registered token to transformers 4.31.
+    keeping = frozenset(special) - {str(from_map.get(role)) for role in _SPECIAL}
+    added = {token: i for token, i in found.items() if not (token in special and token in base)}
+    added = dict(sorted(added.items(), key=lambda item: item[1]))
+    return _Base(chunks, base | added, added, special, keeping)
 
 
-def _read_chunks(folder: Path, *, legacy: bool) -> SentencePieceChunks | JsonChunks:
+def _read_chunks(
+    folder: Path, *, legacy: bool
+) -> tuple[SentencePieceChunks | JsonChunks, dict[str, int]]:
+    """The base tokenizer and its tokens with their ids."""
     pieces, whole = str(folder / _PIECES), str(folder / _WHOLE)
     try:
         if os.path.isfile(pieces):
             model = sentencepiece.SentencePieceProcessor(model_file=pieces)
-            return SentencePieceChunks(model=model, legacy=legacy)
+            ids = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
+            return SentencePieceChunks(model=model, legacy=legacy), ids
         if os.path.isfile(whole):
-            return JsonChunks(model=tokenizers.Tokenizer.from_file(whole))
+            chunks = JsonChunks(model=tokenizers.Tokenizer.from_file(whole))
+            chunks.model.no_truncation()
+            chunks.model.no_padding()
+            return chunks, chunks.model.get_vocab(with_added_tokens=False)
     except Exception as error:  # neither library raises a narrower class
-        raise InputError(f"{folder}: the tokenizer cannot be read ({error}); copy it again") from (
-            error
-        )
-    raise InputError(
-        f"{folder}: found no {_PIECES} and no {_WHOLE}; expected a tokenizer folder (a released "
-        "model keeps these files beside its weights)"
-    )
+        message = f"{folder}: the tokenizer cannot be read ({error}); copy it again"
+        raise InputError(message) from error
+    found = f"found neither {_PIECES} nor {_WHOLE}"
+    raise InputError(f"{folder}: {found}; expected a tokenizer folder (it may lie by the weights)")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); copy the file again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: found a {type(value).__name__}, expected a JSON object")
-    return value
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: not a JSON object ({error}); copy the file again") from error

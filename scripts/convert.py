@@ -1,4 +1,4 @@
-"""Runs `pixellm convert` from a checkout: python scripts/convert.py --help"""
+"""Runs `pixellm convert` from a checkout."""
 
 import sys
 

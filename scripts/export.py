@@ -1,4 +1,4 @@
-"""Runs `pixellm export` from a checkout: python scripts/export.py --help"""
+"""Runs `pixellm export` from a checkout."""
 
 import sys
 

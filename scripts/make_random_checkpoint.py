@@ -3,9 +3,9 @@
     python scripts/make_random_checkpoint.py --out tiny
     pixellm convert --hf tiny/hf --vision tiny/clip --out tiny/jax
 
-The tiny model answers every question with "It is [SEG]." (its head is wired from each token of that
-answer to the next); everything else in it is noise, so its masks mean nothing. `--size 7b` writes the
-shapes of the released model, about 13.5 GB, to try converting and serving at full size.
+The tiny model answers every question with "It is [SEG]." (its head is wired from each token of
+that answer to the next); everything else in it is noise, so its masks mean nothing. `--size 7b`
+writes the shapes of the released model, about 13.5 GB, to try converting at full size.
 """
 
 from __future__ import annotations
@@ -47,7 +47,14 @@ def tiny(tokens_per_scale: int = 3, scales: int = 2) -> ModelConfig:
             width=32, layers=18, heads=4, mlp=64, canvas=112, table=6, taps=(-2, -11, -17)[:scales]
         ),
         language=LanguageConfig(
-            vocabulary=0, width=64, layers=2, heads=4, kv_heads=2, head=16, mlp=96, max_positions=2048
+            vocabulary=0,
+            width=64,
+            layers=2,
+            heads=4,
+            kv_heads=2,
+            head=16,
+            mlp=96,
+            max_positions=2048,
         ),
         codebook=CodebookConfig(tokens_per_scale=tokens_per_scale, scales=scales),
         decoder=DecoderConfig(width=32, heads=4, mlp=64),

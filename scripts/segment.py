@@ -1,4 +1,4 @@
-"""Runs `pixellm segment` from a checkout: python scripts/segment.py --help"""
+"""Runs `pixellm segment` from a checkout."""
 
 import sys
 

@@ -10,9 +10,7 @@ from pixellm_jax.geometry import (
     VOID,
     fit,
     fitted_size,
-    image_token_valid,
     mask_to_canvas,
-    patch_valid,
     unfit,
 )
 
@@ -143,46 +141,6 @@ def test_unfit_inverts_fit():
     error = back[0] - grey
     assert np.abs(error).max() < 3
     assert abs(error.mean()) < 0.1
-
-
-def test_patch_valid_by_its_top_left_pixel():
-    valid = patch_valid((269, 448), 448, 14)
-    assert valid.shape == (32, 32)
-    assert valid[:20].all()  # row 19 begins at pixel 266
-    assert not valid[20:].any()
-    assert patch_valid((266, 448), 448, 14).any(axis=1).sum() == 19  # pixel 266 is padding
-
-
-@pytest.mark.parametrize("hw", SIZES)
-def test_patch_valid_for_original_and_fitted_size(hw):
-    valid = patch_valid(hw, 35, 7)
-    fitted = fitted_size(hw, 35)
-    np.testing.assert_array_equal(valid, patch_valid(fitted, 35, 7))
-    image, _ = fit(np.full((*hw, 3), 255, np.uint8), 35)
-    np.testing.assert_array_equal(valid, image[::7, ::7, 0] > 0)
-
-
-def test_patch_valid_of_a_canvas_that_patches_do_not_divide():
-    assert patch_valid((41, 29), 41, 7).shape == (5, 5)
-    assert patch_valid((41, 29), 41, 7).sum(axis=1).tolist() == [5] * 5
-
-
-def test_image_token_valid_takes_every_second_patch():
-    valid = image_token_valid((269, 448), 448, 14, 16)
-    assert valid.shape == (256,)
-    grid = valid.reshape(16, 16)
-    assert grid[:10].all()
-    assert not grid[10:].any()
-    np.testing.assert_array_equal(grid, patch_valid((269, 448), 448, 14)[::2, ::2])
-
-
-def test_image_token_valid_by_hand_for_uneven_grids():
-    # Five patches a side; three tokens take patches 0, 1, 3. Width 23 of 35: patches 0..3 valid.
-    grid = image_token_valid((35, 23), 35, 7, 3).reshape(3, 3)
-    assert grid.all()
-    # Width 21: patches 0..2 valid, so the token at patch 3 is not.
-    grid = image_token_valid((35, 21), 35, 7, 3).reshape(3, 3)
-    np.testing.assert_array_equal(grid, [[True, True, False]] * 3)
 
 
 def test_mask_to_canvas_by_hand():

@@ -23,8 +23,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "convert",
         help="PyTorch weights of PixelLM (or LLaVA) and CLIP -> a checkpoint",
-        description="Reads a PixelLM folder (merged, or with LoRA tensors) or a LLaVA folder, and a "
-        "CLIP folder; writes an Orbax checkpoint with its config and tokenizer.",
+        description="Reads a PixelLM folder (merged, or with LoRA tensors) or a LLaVA folder, and "
+        "a CLIP folder; writes an Orbax checkpoint with its config and tokenizer.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

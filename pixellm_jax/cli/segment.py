@@ -61,9 +61,9 @@ def write_answer(
 ) -> list[dict[str, Any]]:
     """Writes answer.json, the masks and the overlay into `folder`; returns the targets' records.
 
-    Box is [x, y, width, height] in pixels, None for an empty mask; spans count characters of `text`.
+    Box is [x, y, width, height] in pixels, None for an empty mask; spans count characters of text.
     """
-    targets = []
+    targets: list[dict[str, Any]] = []
     for i, mask in enumerate(answer.masks):
         start, stop = map(int, answer.spans[i])
         rle = coco.encode(np.asfortranarray(mask.astype(np.uint8)))

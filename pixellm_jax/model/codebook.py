@@ -1,4 +1,4 @@
-"""Segmentation codebook: N learnable tokens at each of L feature scales per target, and their fusion.
+"""Segmentation codebook: N learnable tokens at each of L scales per target, and their fusion.
 
 The tokens themselves are rows of the language model's vocabulary; what is here turns the states
 that predict them into one query per scale, and the masks of the scales into one mask.
@@ -37,4 +37,4 @@ class Codebook(nnx.Module):
 
     def fuse_masks(self, logits: Float[Array, "s b m Y X"]) -> Float[Array, "b m Y X"]:
         """The weighted sum of the scales' mask logits, in float32."""
-        return jnp.einsum("sbmyx,s->bmyx", logits, self.mask_fusion[...])
+        return jnp.einsum("sbmYX,s->bmYX", logits, self.mask_fusion[...])

@@ -65,7 +65,7 @@ class LanguageModel(nnx.Module):
         self.head = normal(next(keys), (v, d), "vocab embed", scale=0.02)
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        """Embeddings of ids, in the parameter's dtype; negative ids (image positions) give row 0."""
+        """Embeddings of ids in the parameter's dtype; negative ids (image positions) give row 0."""
         return self.embedding[...][jnp.maximum(tokens, 0)]
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:

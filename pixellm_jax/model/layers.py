@@ -150,13 +150,16 @@ class UpConvolution(nnx.Module):
 
     def __init__(self, key: Key[Array, ""], inputs: int, outputs: int) -> None:
         self.weight = normal(
-            key, (inputs, 2, 2, outputs), "decoder kernel kernel out", scale=inputs**-0.5
+            key,
+            (inputs, 2, 2, outputs),
+            "decoder kernel_rows kernel_columns out",
+            scale=inputs**-0.5,
         )
         self.bias = constant(0.0, (outputs,), "out")
 
     def __call__(self, x: Float[Array, "... y x c"]) -> Float[Array, "... Y X o"]:
         *lead, y, x_, _ = x.shape
-        blocks = jnp.einsum("...yxc,cijo->...yixjo", x, self.weight[...].astype(x.dtype))
+        blocks = jnp.einsum("...yxc,cwzo->...ywxzo", x, self.weight[...].astype(x.dtype))
         return blocks.reshape(*lead, 2 * y, 2 * x_, -1) + self.bias[...].astype(x.dtype)
 
 
@@ -185,12 +188,12 @@ def attend(
     """
     *lead, t, n, h = query.shape
     grouped = query.reshape(*lead, t, key.shape[-2], n // key.shape[-2], h)
-    scores = jnp.einsum("...tgrh,...ugh->...grtu", grouped, key, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("...tgah,...ugh->...gatu", grouped, key, preferred_element_type=jnp.float32)
     scores = scores * h**-0.5
     if visible is not None:
         scores = jnp.where(visible[..., None, None, :, :], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("...grtu,...ugh->...tgrh", weights, value).reshape(*lead, t, n, h)
+    return jnp.einsum("...gatu,...ugh->...tgah", weights, value).reshape(*lead, t, n, h)
 
 
 def resize_bilinear(x: Float[Array, "... y x c"], rows: int, columns: int) -> Array:

@@ -37,7 +37,10 @@ class Neck(nnx.Module):
         self.reduce = Projection(first, (inputs, width), "embed decoder", bias=False)
         self.reduce_norm = LayerNorm(width, "decoder", PIXEL_EPS)
         self.mix = normal(
-            second, (3, 3, width, width), "kernel kernel decoder decoder", scale=(9 * width) ** -0.5
+            second,
+            (3, 3, width, width),
+            "kernel_rows kernel_columns decoder decoder",
+            scale=(9 * width) ** -0.5,
         )
         self.mix_norm = LayerNorm(width, "decoder", PIXEL_EPS)
 
@@ -57,12 +60,10 @@ class FourierPositions(nnx.Module):
     """Random Fourier features of pixel centres; the matrix is imported, never redrawn."""
 
     def __init__(self, key: Key[Array, ""], width: int) -> None:
-        self.matrix = Constant(
-            jax.random.normal(key, (2, width // 2)), axes="coordinate frequency"
-        )
+        self.matrix = Constant(jax.random.normal(key, (2, width // 2)), axes="coordinate frequency")
 
     def __call__(self, rows: int, columns: int) -> Float[Array, "p c"]:
-        """Codes of a grid, row by row: sin and cos of 2 pi (x, y) M, centres in [-1, 1], float32."""
+        """Codes of a grid, row by row: sin, cos of 2 pi (x, y) M, centres in [-1, 1], float32."""
         y, x = ((2 * jnp.arange(size) + 1) / size - 1 for size in (rows, columns))
         centres = jnp.stack(jnp.broadcast_arrays(x[None, :], y[:, None]), axis=-1)
         angle = 2 * jnp.pi * (centres.reshape(-1, 2) @ self.matrix[...])
@@ -172,9 +173,7 @@ class PixelDecoder(nnx.Module):
         self.neck = Neck(next(keys), config.language.width, c)
         self.dense = normal(next(keys), (c,), "decoder", scale=1.0)
         self.score_token = normal(next(keys), (c,), "decoder", scale=1.0)
-        self.mask_tokens = normal(
-            next(keys), (decoder.mask_tokens, c), "query decoder", scale=1.0
-        )
+        self.mask_tokens = normal(next(keys), (decoder.mask_tokens, c), "query decoder", scale=1.0)
         self.level = normal(next(keys), (scales, c), "scale decoder", scale=1.0)
         self.positions = nnx.List([FourierPositions(next(keys), c) for _ in range(scales)])
         self.transformers = nnx.List(
@@ -228,9 +227,7 @@ class PixelDecoder(nnx.Module):
 
         upscaled = self.output(pixels.reshape(b, m, y, x, c))
         weights = self.hypernetwork(tokens[:, :, 1])
-        return jnp.einsum(
-            "bmyxo,bmo->bmyx", upscaled, weights, preferred_element_type=jnp.float32
-        )
+        return jnp.einsum("bmYXo,bmo->bmYX", upscaled, weights, preferred_element_type=jnp.float32)
 
 
 def _resize_masks(masks: Float[Array, "b m Y X"], side: int) -> Array:

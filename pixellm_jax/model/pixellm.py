@@ -15,7 +15,7 @@ from pixellm_jax.model.codebook import Codebook
 from pixellm_jax.model.language_model import LanguageModel
 from pixellm_jax.model.layers import MLP, resize_bilinear
 from pixellm_jax.model.pixel_decoder import PixelDecoder, gelu
-from pixellm_jax.model.vision_encoder import VisionEncoder, patch_valid
+from pixellm_jax.model.vision_encoder import VisionEncoder, image_token_valid, patch_valid
 
 
 class ImageFeatures(NamedTuple):
@@ -67,11 +67,10 @@ class PixelLM(nnx.Module):
         taps = self.vision_encoder(self.normalise(image, image_hw), valid)
         b, _, e = taps[0].shape
         seen = resize_bilinear(taps[0].reshape(b, grid, grid, e), side, side)
-        nearest = jnp.arange(side) * grid // side
         projected = self.mask_projector(jnp.stack(taps, axis=1))
         return ImageFeatures(
             tokens=self.image_projector(seen.reshape(b, side**2, e)),
-            token_valid=valid[:, nearest][:, :, nearest].reshape(b, side**2),
+            token_valid=image_token_valid(valid, side),
             maps=self.pixel_decoder.features(projected.reshape(b, len(taps), grid, grid, -1)),
         )
 
@@ -100,11 +99,11 @@ class PixelLM(nnx.Module):
         return jnp.where((tokens < 0)[..., None], seen, text)
 
     def token_valid(
-        self, tokens: Int[Array, "b t"], image_token_valid: Bool[Array, "b i"]
+        self, tokens: Int[Array, "b t"], image_valid: Bool[Array, "b i"]
     ) -> Bool[Array, "b t"]:
         """Positions that may be attended to: all text, and image positions inside the picture."""
-        rank = _image_rank(tokens, image_token_valid)
-        return (tokens >= 0) | jnp.take_along_axis(image_token_valid, rank, axis=1)
+        rank = _image_rank(tokens, image_valid)
+        return (tokens >= 0) | jnp.take_along_axis(image_valid, rank, axis=1)
 
     def decode_masks(
         self, states: Float[Array, "b m s k d"], maps: tuple[Float[Array, "b y x c"], ...]

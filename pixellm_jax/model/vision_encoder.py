@@ -25,6 +25,12 @@ def patch_valid(image_hw: Int[Array, "b 2"], config: VisionConfig) -> Bool[Array
     return rows[:, :, None] & columns[:, None, :]
 
 
+def image_token_valid(valid: Bool[Array, "b y x"], side: int) -> Bool[Array, "b i"]:
+    """Validity of the language model's image tokens: nearest sampling of the patch grid."""
+    nearest = jnp.arange(side) * valid.shape[1] // side
+    return valid[:, nearest][:, :, nearest].reshape(len(valid), -1)
+
+
 def resize_positions(table: Float[Array, "position e"], config: VisionConfig) -> Array:
     """Brings the stored position table (side^2 + 1 rows) to the grid of the canvas.
 
@@ -75,7 +81,7 @@ class VisionEncoder(nnx.Module):
         self.patch = normal(
             next(keys),
             (patch, patch, 3, e),
-            "kernel kernel colour vision",
+            "kernel_rows kernel_columns colour vision",
             scale=(3 * patch**2) ** -0.5,
         )
         self.class_token = normal(next(keys), (e,), "vision", scale=e**-0.5)
@@ -96,7 +102,7 @@ class VisionEncoder(nnx.Module):
         config = self.config
         b, grid, patch = pixels.shape[0], config.grid, config.patch
         blocks = pixels.reshape(b, grid, patch, grid, patch, 3)
-        x = jnp.einsum("byixjo,ijoe->byxe", blocks, self.patch[...].astype(pixels.dtype))
+        x = jnp.einsum("bywxzo,wzoe->byxe", blocks, self.patch[...].astype(pixels.dtype))
         own = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (b, 1, x.shape[-1]))
         x = jnp.concatenate([own, x.reshape(b, grid**2, -1)], axis=1)
         x = x + resize_positions(self.position[...], config).astype(x.dtype)

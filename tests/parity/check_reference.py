@@ -18,8 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,17 +25,17 @@ from flax import nnx
 from reference import write_folders
 
 from pixellm_jax import hf
-from pixellm_jax.batch import VOID, Batch
+from pixellm_jax.batch import Batch
 from pixellm_jax.checkpoint import load_model
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.convert import convert
 from pixellm_jax.generate import generate
-from pixellm_jax.geometry import fitted_size, unfit
+from pixellm_jax.geometry import VOID, fitted_size, unfit
 from pixellm_jax.losses import losses
 from pixellm_jax.model.layers import resize_bilinear
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.model.vision_encoder import patch_valid
-IMAGE_TOKEN = -200
+from pixellm_jax.prompt import IMAGE_TOKEN
 
 STATE, LOSS, GRADIENT, IOU = 1e-4, 1e-4, 1e-3, 1 - 1e-4
 
@@ -150,9 +148,7 @@ def _vision(file: Any, model: PixelLM, batch: Batch) -> Iterator[Line]:
         yield Line(name, _error(np.asarray(tap)[:, ::37, ::5], file[name]), STATE)
 
 
-def _forward(
-    file: Any, settings: dict[str, Any], model: PixelLM, batch: Batch
-) -> Iterator[Line]:
+def _forward(file: Any, settings: dict[str, Any], model: PixelLM, batch: Batch) -> Iterator[Line]:
     prediction = jax.jit(lambda m, b: m(b))(model, batch)
     live = (batch.segment >= 0)[:, ::7]
     hidden = np.asarray(prediction.hidden)[:, ::7]
@@ -191,7 +187,9 @@ def _finish(
 
 def _gradients(file: Any, model: PixelLM, batch: Batch) -> Iterator[Line]:
     graph, trained, rest = nnx.split(
-        model, lambda path, value: isinstance(value, nnx.Param) and "vision_encoder" not in path, ...
+        model,
+        lambda path, value: isinstance(value, nnx.Param) and "vision_encoder" not in path,
+        ...,
     )
 
     @jax.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pixellm_jax.geometry import fitted_size, image_token_valid, patch_valid, unfit
+from pixellm_jax.geometry import fitted_size, unfit
 
 # Against float64, only the float32 products on our side are rounded.
 TOLERANCE = 1e-5
@@ -39,15 +39,3 @@ def test_unfit_is_two_bilinear_resizes_and_a_crop(hw, resolution, canvas):
             square[..., :height, :width], hw, mode="bilinear", align_corners=False
         )
         np.testing.assert_allclose(found, expected[0].numpy(), atol=tolerance, rtol=0)
-
-
-@pytest.mark.parametrize(("patches", "grid"), [(32, 16), (24, 12), (5, 3), (7, 7), (5, 11)])
-def test_image_tokens_sample_patches_as_torch_nearest_does(patches, grid):
-    import torch
-    from torch.nn.functional import interpolate
-
-    canvas = patches * 7
-    for hw in [(61, 101), (101, 61), (7, 97), (31, 31)]:
-        valid = torch.from_numpy(patch_valid(hw, canvas, 7)).float()
-        expected = interpolate(valid[None, None], (grid, grid), mode="nearest").bool().flatten()
-        np.testing.assert_array_equal(image_token_valid(hw, canvas, 7, grid), expected.numpy())
