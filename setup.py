@@ -33,7 +33,7 @@ setup(
         "jax>=0.10,<0.12",
         "flax>=0.12.8,<0.13",
         "optax>=0.2.5",
-        "orbax-checkpoint>=0.12.8",
+        "orbax-checkpoint>=0.12.8,<0.13",
         "transformers>=5",
         "tensorflow-datasets>=4.9.10",
         "grain>=0.2.18",
@@ -45,6 +45,8 @@ setup(
         "pycocotools>=2.0.8",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
+        "tensorstore>=0.1.74",
+        "tokenizers>=0.21",
         "tqdm>=4.66",
     ],
     extras_require={

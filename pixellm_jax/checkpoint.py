@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from flax import nnx
 from orbax.checkpoint import type_handlers
 
@@ -33,25 +34,37 @@ from pixellm_jax.vocabulary import Vocabulary
 CONFIG, PARAMS, UNUSED = "config.json", "params", "unused"
 TOKENIZER, SOURCE = "tokenizer", "source"
 
+CHUNK_BYTES = 128 << 20
+
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Leaf:
-    """One array of a checkpoint that is read only when its turn to be written comes."""
+    """One array to be written, read only when its turn comes.
+
+    A `stacked` leaf is read and written slice by slice along its first axis: `read(i)` gives slice
+    i. Of another, `read(0)` gives the whole.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[], np.ndarray]
+    read: Callable[[int], np.ndarray]
+    stacked: bool = False
+
+    @property
+    def size(self) -> int:
+        """Entries of the array."""
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the array."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.size * self.dtype.itemsize
 
 
 class _LeafHandler(type_handlers.NumpyHandler):
-    """Writes leaves one after the other, so that no more than one is ever in memory."""
+    """Writes leaves one after the other, and slice by slice, so that memory holds two slices."""
 
     def __init__(self, written: Callable[[Leaf], None]) -> None:
         super().__init__(deepcopy_host_arrays=False)
@@ -62,10 +75,27 @@ class _LeafHandler(type_handlers.NumpyHandler):
     ) -> Sequence[Any]:
         args = args or [ocp.SaveArgs()] * len(values)
         for leaf, info, arg in zip(values, infos, args, strict=True):
-            for future in await super().serialize([leaf.read()], [info], [arg]):
+            for future in await super().serialize([leaf], [info], [arg]):
                 future.result()
             self._written(leaf)
         return []
+
+    async def _open_and_write(
+        self, value: Leaf, tspec: dict[str, Any], ts_context: tensorstore.Context
+    ) -> None:
+        spec = tensorstore.Spec(tspec)
+        array = await tensorstore.open(spec, create=True, open=True, context=ts_context)
+        if not value.stacked:
+            await array.write(value.read(0))
+            return
+        before = None
+        for i in range(value.shape[0]):
+            part = value.read(i)
+            if before is not None:
+                await before
+            before = array[i].write(part)
+        if before is not None:
+            await before
 
 
 def write(
@@ -95,7 +125,7 @@ def write(
         for name, leaves in ((PARAMS, params), (UNUSED, unused)):
             if not leaves:
                 continue
-            chunked = {key: ocp.SaveArgs(chunk_byte_size=128 << 20) for key in leaves}
+            chunked = {key: _chunks(leaf) for key, leaf in leaves.items()}
             handler = ocp.PyTreeCheckpointHandler(
                 type_handler_registry=handlers, use_compression=False
             )
@@ -104,6 +134,13 @@ def write(
                     (folder / name).absolute(),
                     args=ocp.args.PyTreeSave(dict(leaves), save_args=chunked),
                 )
+
+
+def _chunks(leaf: Leaf) -> ocp.SaveArgs:
+    """Chunks on disk: slices of a stacked leaf, so that writing one never touches another."""
+    if leaf.stacked and leaf.shape[0]:
+        return ocp.SaveArgs(chunk_byte_size=max(leaf.nbytes // leaf.shape[0], 1), shard_axes=(0,))
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -132,27 +169,18 @@ def read_source(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.name: read_json(path) for path in sorted((folder / SOURCE).glob("*.json"))}
 
 
-def read_leaves(folder: Path, part: str = PARAMS) -> dict[str, Leaf]:
-    """The arrays of a checkpoint, to be read one at a time (dotted names)."""
+def open_arrays(folder: Path, part: str = PARAMS) -> dict[str, tensorstore.TensorStore]:
+    """The arrays of a checkpoint by dotted name, on disk; `array[i].read().result()` reads."""
     path = (folder / part).absolute()
     if not path.is_dir():
         return {}
-    tree = _metadata(path)
-
-    def leaf(name: str, meta: Any) -> Leaf:
-        def read() -> np.ndarray:
-            item = {name: jax.ShapeDtypeStruct(meta.shape, meta.dtype)}
-            restore = ocp.args.PyTreeRestore(
-                item=item,
-                restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)},
-                partial_restore=True,
-            )
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                return checkpointer.restore(path, args=restore)[name]
-
-        return Leaf(shape=tuple(meta.shape), dtype=np.dtype(meta.dtype), read=read)
-
-    return {name: leaf(name, meta) for name, meta in tree.items()}
+    store = {"driver": "ocdbt", "base": path.as_uri() + "/"}
+    return {
+        name: tensorstore.open(
+            {"driver": "zarr", "kvstore": {**store, "path": f"{name}/"}}, open=True
+        ).result()
+        for name in _metadata(path)
+    }
 
 
 def load_model(

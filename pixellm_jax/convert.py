@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -66,8 +65,8 @@ def convert(
 
     A LLaVA folder has no PixelLM parts: they are drawn with `seed`, in the sizes of `codebook`, its
     tokenizer and embeddings grow by the codebook tokens, and the result is where training starts.
-    `progress` is called with the bytes just written and the bytes in all. Peak memory: the largest
-    stacked tensor.
+    `progress` is called with the bytes just written and the bytes in all. Memory holds two layers
+    of a tensor at a time.
 
     Raises:
         InputError: anything wrong with the folders, all tensors in one report.
@@ -105,7 +104,7 @@ def convert(
         config = _grow(config, vocabulary.size, params, seed)
         params |= _fresh(config, params, seed)
     kept = {
-        name: Leaf(shape=tensor.shape, dtype=tensor.dtype, read=tensor.read)
+        name: _whole(tensor)
         for source in (hf.MODEL, hf.VISION)
         for name, tensor in tensors[source].items()
         if name in unused[source] or (released and name.endswith(hf.DERIVED))
@@ -226,15 +225,10 @@ def _leaf(entry: hf.Entry, tensors: Mapping[str, hf.Tensor]) -> Leaf:
     for layer in layers[1:]:
         dtype = np.promote_types(dtype, layer.dtype)
 
-    def read() -> np.ndarray:
-        if not entry.count:
-            return np.ascontiguousarray(entry.to_ours(layers[0].read()))
-        stacked = np.empty(entry.shape, dtype)
-        for i, layer in enumerate(layers):
-            stacked[i] = entry.to_ours(layer.read())
-        return stacked
+    def read(i: int) -> np.ndarray:
+        return np.ascontiguousarray(entry.to_ours(layers[i].read()), dtype)
 
-    return Leaf(shape=entry.shape, dtype=dtype, read=read)
+    return Leaf(shape=entry.shape, dtype=dtype, read=read, stacked=bool(entry.count))
 
 
 def _fusion(config: ModelConfig, tensors: Mapping[str, hf.Tensor]) -> dict[str, Leaf]:
@@ -242,9 +236,7 @@ def _fusion(config: ModelConfig, tensors: Mapping[str, hf.Tensor]) -> dict[str, 
     leaves = {}
     for path, value in hf.released_fusion(config).items():
         tensor = tensors.get(hf.FUSION[path])
-        read = tensor.read if tensor else partial(np.array, value)
-        dtype = tensor.dtype if tensor else value.dtype
-        leaves[path] = Leaf(shape=value.shape, dtype=dtype, read=read)
+        leaves[path] = _whole(tensor) if tensor else _constant(value)
     return leaves
 
 
@@ -257,11 +249,11 @@ def _grow(config: ModelConfig, size: int, params: dict[str, Leaf], seed: int) ->
     for index, path in enumerate(("language_model.embedding", "language_model.head")):
         old = params[path]
 
-        def read(old: Leaf = old, index: int = index) -> np.ndarray:
+        def read(_: int, old: Leaf = old, index: int = index) -> np.ndarray:
             rows, width = old.shape
             draw = np.random.default_rng([seed, index]).normal(0, 0.02, (size, width))
             grown = draw.astype(old.dtype)
-            grown[: min(rows, size)] = old.read()[:size]
+            grown[: min(rows, size)] = old.read(0)[:size]
             return grown
 
         params[path] = Leaf(shape=(size, old.shape[1]), dtype=old.dtype, read=read)
@@ -278,7 +270,12 @@ def _fresh(config: ModelConfig, params: Mapping[str, Leaf], seed: int) -> dict[s
         return {name: array for name, array in named.items() if name not in params}
 
     arrays = {name: np.asarray(a) for name, a in jax.jit(draw)(jax.random.key(seed)).items()}
-    return {
-        name: Leaf(shape=array.shape, dtype=array.dtype, read=partial(np.asarray, array))
-        for name, array in arrays.items()
-    }
+    return {name: _constant(array) for name, array in arrays.items()}
+
+
+def _whole(tensor: hf.Tensor) -> Leaf:
+    return Leaf(shape=tensor.shape, dtype=tensor.dtype, read=lambda _: tensor.read())
+
+
+def _constant(array: np.ndarray) -> Leaf:
+    return Leaf(shape=array.shape, dtype=array.dtype, read=lambda _: array)

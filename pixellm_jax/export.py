@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tensorstore
 
 from pixellm_jax import checkpoint, hf, hf_config
-from pixellm_jax.checkpoint import Leaf
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.folders import whole_folder
 from pixellm_jax.tensor_files import write_safetensors
 
 SHARD_BYTES = 1 << 30
-"""Small tensors share a file up to this size; a stacked parameter larger than it has its own."""
+"""Tensors share a file up to this size; a larger one has its own."""
 
 VISION_FOLDER = "vision_tower"
 
 
-class Part(NamedTuple):
-    """What one array of ours becomes: names and shapes in the file, and how to get the tensors."""
+class Tensor(NamedTuple):
+    """One tensor of the file: its name, its size, and how to read it from the checkpoint."""
 
-    leaf: Leaf
-    shapes: dict[str, tuple[int, ...]]
-    tensors: Callable[[np.ndarray], Iterator[tuple[str, np.ndarray]]]
+    name: str
+    nbytes: int
+    read: Callable[[], np.ndarray]
 
 
 def export(
@@ -45,78 +46,72 @@ def export(
     config = checkpoint.read_config(folder)
     vocabulary = checkpoint.read_vocabulary(folder, config)
     source = checkpoint.read_source(folder)
-    params = checkpoint.read_leaves(folder, checkpoint.PARAMS)
-    unused = checkpoint.read_leaves(folder, checkpoint.UNUSED)
-    total = sum(leaf.nbytes for leaf in [*params.values(), *unused.values()])
+    tensors = {kind: list(_tensors(folder, config, kind)) for kind in (hf.MODEL, hf.VISION)}
+    total = sum(tensor.nbytes for some in tensors.values() for tensor in some)
     progress(0, total)
     with whole_folder(out) as made:
         vocabulary.save(made)
+        (made / VISION_FOLDER).mkdir()
         for kind, place in ((hf.MODEL, made), (hf.VISION, made / VISION_FOLDER)):
-            place.mkdir(exist_ok=True)
-            parts = [*_parts(config, params, kind), *_unused(config, unused, kind)]
-            _write_shards(place, parts, lambda new: progress(new, total))
+            _write_shards(place, tensors[kind], lambda new: progress(new, total))
         if "generation_config.json" in source:
             _write_json(made / "generation_config.json", source["generation_config.json"])
         _write_configs(made, config, source)
 
 
-def _parts(config: ModelConfig, params: dict[str, Leaf], source: str) -> Iterator[Part]:
+def _tensors(folder: Path, config: ModelConfig, source: str) -> Iterator[Tensor]:
+    """All tensors of a folder: the table's, trained fusion weights, and what was carried along."""
+    params = checkpoint.open_arrays(folder, checkpoint.PARAMS)
+    unused = checkpoint.open_arrays(folder, checkpoint.UNUSED)
     for entry in hf.table(config):
-        if entry.source != source:
-            continue
+        array = params[entry.path]
+        itemsize = array.dtype.numpy_dtype.itemsize
+        for i, name in enumerate(entry.names if entry.source == source else []):
+            layer = array[i] if entry.count else array
 
-        def tensors(array: np.ndarray, entry: hf.Entry = entry) -> Iterator:
-            layers = array if entry.count else [array]
-            for name, layer in zip(entry.names, layers, strict=True):
-                yield name, entry.to_torch(layer)
+            def read(layer: tensorstore.TensorStore = layer, entry: hf.Entry = entry) -> np.ndarray:
+                return entry.to_torch(layer.read().result())
 
-        yield Part(params[entry.path], dict.fromkeys(entry.names, entry.torch), tensors)
+            yield Tensor(name, math.prod(entry.torch) * itemsize, read)
     if source == hf.MODEL:
         for path, released in hf.released_fusion(config).items():
-            if not np.array_equal(params[path].read(), released):
+            if not np.array_equal(params[path].read().result(), released):
                 yield _same(hf.FUSION[path], params[path])
-
-
-def _unused(config: ModelConfig, unused: dict[str, Leaf], source: str) -> Iterator[Part]:
-    """What was carried along; zeros for a model that never had these tensors."""
     shapes = hf.unused(config, source)
-    for name, shape in shapes.items():
-        read = partial(np.zeros, shape, np.float32)
-        zeros = Leaf(shape=shape, dtype=np.dtype(np.float32), read=read)
-        yield _same(name, unused.get(name, zeros))
-    for name, leaf in unused.items():
-        if name.endswith(hf.DERIVED) and name.startswith("vision_") == (source == hf.VISION):
-            yield _same(name, leaf)
+    for name, array in unused.items():
+        if name.startswith("vision_") == (source == hf.VISION):
+            yield _same(name, array)
+    for name in sorted(shapes.keys() - unused.keys()):  # a model that never had them
+        nbytes = 4 * math.prod(shapes[name])
+        yield Tensor(name, nbytes, partial(np.zeros, shapes[name], np.float32))
 
 
-def _same(name: str, leaf: Leaf) -> Part:
-    return Part(leaf, {name: leaf.shape}, lambda array: iter([(name, array)]))
+def _same(name: str, array: tensorstore.TensorStore) -> Tensor:
+    nbytes = math.prod(array.shape) * array.dtype.numpy_dtype.itemsize
+    return Tensor(name, nbytes, lambda: array.read().result())
 
 
-def _write_shards(folder: Path, parts: list[Part], progress: Callable[[int], None]) -> None:
-    """One file per group of parts; an index names them if there are several."""
-    groups: list[list[Part]] = [[]]
+def _write_shards(folder: Path, tensors: list[Tensor], progress: Callable[[int], None]) -> None:
+    """Files of about `SHARD_BYTES`, and an index if there are several."""
+    groups: list[list[Tensor]] = [[]]
     size = 0
-    for part in parts:
-        if groups[-1] and size + part.leaf.nbytes > SHARD_BYTES:
+    for tensor in tensors:
+        if groups[-1] and size + tensor.nbytes > SHARD_BYTES:
             groups.append([])
             size = 0
-        groups[-1].append(part)
-        size += part.leaf.nbytes
+        groups[-1].append(tensor)
+        size += tensor.nbytes
     index: dict[str, str] = {}
     for i, group in enumerate(groups):
         many = len(groups) > 1
         file = (
             f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if many else "model.safetensors"
         )
-        tensors: dict[str, np.ndarray] = {}
-        for part in group:
-            tensors |= dict(part.tensors(part.leaf.read()))
-        write_safetensors(folder / file, tensors)
-        index |= dict.fromkeys(tensors, file)
-        progress(sum(part.leaf.nbytes for part in group))
+        write_safetensors(folder / file, {tensor.name: tensor.read() for tensor in group})
+        index |= {tensor.name: file for tensor in group}
+        progress(sum(tensor.nbytes for tensor in group))
     if len(groups) > 1:
-        total = sum(part.leaf.nbytes for part in parts)
+        total = sum(tensor.nbytes for tensor in tensors)
         _write_json(
             folder / "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": index},

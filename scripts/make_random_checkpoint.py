@@ -69,7 +69,8 @@ def write(out: Path, config: ModelConfig, *, dtype: str = "float32", seed: int =
     for folder in folders.values():
         folder.mkdir(parents=True)
     vocabulary = write_tokenizer(folders[hf.MODEL], config)
-    language = LanguageConfig(**{**vars(config.language), "vocabulary": vocabulary.size})
+    rows = max(config.language.vocabulary, vocabulary.size)
+    language = LanguageConfig(**{**vars(config.language), "vocabulary": rows})
     config = ModelConfig(**{**vars(config), "language": language})
     for source, folder in folders.items():
         index: dict[str, str] = {}
