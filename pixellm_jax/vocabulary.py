@@ -12,60 +12,27 @@ it; what is left between them is encoded stretch by stretch, each with a dummy b
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
-import shutil
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import sentencepiece
-import tokenizers
+import numpy as np
+from jaxtyping import Int32
 
 from pixellm_jax.errors import InputError
+from pixellm_jax.tokenizer_files import (
+    JsonChunks,
+    SentencePieceChunks,
+    TokenizerFiles,
+    read_tokenizer,
+    write_tokenizer,
+)
 
 IM_START, IM_END = "<im_start>", "<im_end>"
-_PIECES, _WHOLE, _ADDED = "tokenizer.model", "tokenizer.json", "added_tokens.json"
-_CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"
-_SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SentencePieceChunks:
-    """Encodes text without added tokens; not `legacy`: a dummy blank only for the `first`."""
-
-    model: sentencepiece.SentencePieceProcessor
-    legacy: bool
-
-    def encode(self, text: str, *, first: bool) -> list[int]:
-        if self.legacy:
-            return self.model.encode(text)
-        text = text.replace("▁", " ")
-        ids = self.model.encode(text)
-        head = self.model.id_to_piece(ids[0]) if ids else ""
-        if first or text.startswith(" ") or not head.startswith("▁"):
-            return ids
-        return ([self.model.piece_to_id(head[1:])] if head != "▁" else []) + ids[1:]
-
-    def decode(self, ids: list[int]) -> str:
-        return self.model.decode(ids)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class JsonChunks:
-    """Does the same by `tokenizer.json`: exact ids for words, if not for stray blanks."""
-
-    model: tokenizers.Tokenizer
-
-    def encode(self, text: str, *, first: bool) -> list[int]:
-        return self.model.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: list[int]) -> str:
-        return self.model.decode(ids, skip_special_tokens=False)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,7 +72,7 @@ class Vocabulary:
             InputError: files or tokens are missing or contradict each other, or the codebook
                 tokens are no multiple of `scales`.
         """
-        return cls._build(folder, scales, _read(folder))
+        return cls._build(folder, scales, read_tokenizer(folder))
 
     @classmethod
     def with_codebook(cls, folder: Path, *, tokens_per_scale: int, scales: int) -> Vocabulary:
@@ -119,7 +86,7 @@ class Vocabulary:
         Raises:
             InputError: as `load`, or the folder has a codebook of another size.
         """
-        base, count = _read(folder), tokens_per_scale * scales
+        base, count = read_tokenizer(folder), tokens_per_scale * scales
         wanted = ["[SEG]"] if count == 1 else [f"[SEG{i}]" for i in range(count)]
         for token in (*wanted, IM_START, IM_END):
             if token not in base.ids:
@@ -133,9 +100,9 @@ class Vocabulary:
         return vocabulary
 
     @classmethod
-    def _build(cls, folder: Path, scales: int, base: _Base) -> Vocabulary:
-        numbers = [int(token[4:-1]) for token in base.ids if re.fullmatch(r"\[SEG\d+\]", token)]
-        tokens = [f"[SEG{i}]" for i in range(1 + max(numbers, default=-1))] or ["[SEG]"]
+    def _build(cls, folder: Path, scales: int, base: TokenizerFiles) -> Vocabulary:
+        numbers = [token for token in base.ids if re.fullmatch(r"\[SEG\d+\]", token)]
+        tokens = [f"[SEG{i}]" for i in range(len(numbers))] or ["[SEG]"]
         ids, needed = base.ids, (*base.special, IM_START, IM_END, *tokens)
         if missing := [token for token in needed if token not in ids]:
             raise InputError(
@@ -239,24 +206,19 @@ class Vocabulary:
 
     def save(self, folder: Path) -> None:
         """Writes the files that `load`, and transformers, read back."""
-        folder.mkdir(parents=True, exist_ok=True)
-        config = _read_json(self.folder / _CONFIG)
-        config.pop("added_tokens_decoder", None)  # it would overrule added_tokens.json
-        for name, value in {_ADDED: self.added, _CONFIG: config}.items():
-            (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        for name in (_PIECES, _MAP):
-            source, copy = self.folder / name, folder / name
-            if source.is_file() and source.resolve() != copy.resolve():
-                shutil.copyfile(source, copy)
-        if isinstance(self.chunks, JsonChunks):
-            whole = tokenizers.Tokenizer.from_file(str(self.folder / _WHOLE))
-            whole.add_tokens(list(self.added))
-            whole.save(str(folder / _WHOLE))
+        write_tokenizer(self.folder, folder, self.added)
 
     @cached_property
     def _splitter(self) -> re.Pattern[str]:
         tokens = [token for token, index in self.ids.items() if index in self.marks]
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+
+    def find_groups(self, ids: Int32[np.ndarray, "t"]) -> Int32[np.ndarray, "m s k"]:
+        """Indices of the complete, ordered groups of codebook tokens: one group per target."""
+        group, values = list(self.group), ids.tolist()
+        starts = [i for i in range(len(values)) if values[i : i + len(group)] == group]
+        indices = np.reshape(starts, (-1, 1)) + np.arange(len(group))
+        return indices.reshape(-1, self.scales, self.tokens_per_scale).astype(np.int32)
 
     def _split(self, text: str) -> Iterator[tuple[int, int, int | None]]:
         """Tokens (begin, end, id) and the stretches between them (begin, end, None), in order."""
@@ -287,61 +249,3 @@ class Vocabulary:
             else:
                 words.append(index)
         return text + self.chunks.decode(words)
-
-
-class _Base(NamedTuple):
-    chunks: SentencePieceChunks | JsonChunks
-    ids: dict[str, int]
-    added: dict[str, int]
-    special: tuple[str, ...]
-    keeping: frozenset[str]
-
-
-def _read(folder: Path) -> _Base:
-    """What the files of a folder say."""
-    config, whole = _read_json(folder / _CONFIG), _read_json(folder / _WHOLE)
-    chunks, base = _read_chunks(folder, legacy=config.get("legacy") is not False)
-    records = [r | {"id": int(i)} for i, r in config.get("added_tokens_decoder", {}).items()]
-    found: dict[str, int] = _read_json(folder / _ADDED)
-    for record in records + whole.get("added_tokens", []):
-        token, index = record["content"], record["id"]
-        if found.setdefault(token, index) != index:
-            clash = f"token {token} has the ids {found[token]} and {index}, expected one"
-            raise InputError(f"{folder}: {clash}; copy the whole folder again")
-    from_map = _read_json(folder / _MAP)
-    entries = [from_map.get(role) or config.get(role) or text for role, text in _SPECIAL.items()]
-    special = tuple(entry if isinstance(entry, str) else entry["content"] for entry in entries)
-    # A plain string in this one file is no registered token to transformers 4.31.
-    keeping = frozenset(special) - {str(from_map.get(role)) for role in _SPECIAL}
-    added = {token: i for token, i in found.items() if not (token in special and token in base)}
-    added = dict(sorted(added.items(), key=lambda item: item[1]))
-    return _Base(chunks, base | added, added, special, keeping)
-
-
-def _read_chunks(
-    folder: Path, *, legacy: bool
-) -> tuple[SentencePieceChunks | JsonChunks, dict[str, int]]:
-    """The base tokenizer and its tokens with their ids."""
-    pieces, whole = str(folder / _PIECES), str(folder / _WHOLE)
-    try:
-        if os.path.isfile(pieces):
-            model = sentencepiece.SentencePieceProcessor(model_file=pieces)
-            ids = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
-            return SentencePieceChunks(model=model, legacy=legacy), ids
-        if os.path.isfile(whole):
-            chunks = JsonChunks(model=tokenizers.Tokenizer.from_file(whole))
-            chunks.model.no_truncation()
-            chunks.model.no_padding()
-            return chunks, chunks.model.get_vocab(with_added_tokens=False)
-    except Exception as error:  # neither library raises a narrower class
-        message = f"{folder}: the tokenizer cannot be read ({error}); copy it again"
-        raise InputError(message) from error
-    found = f"found neither {_PIECES} nor {_WHOLE}"
-    raise InputError(f"{folder}: {found}; expected a tokenizer folder (it may lie by the weights)")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: not a JSON object ({error}); copy the file again") from error
