@@ -11,12 +11,13 @@ from jaxtyping import Bool, Float32, Int32
 from PIL import Image
 
 from pixellm_jax import checkpoint
+from pixellm_jax.answer import read_answer
 from pixellm_jax.errors import InputError
 from pixellm_jax.generate import generate
 from pixellm_jax.geometry import fit, unfit
 from pixellm_jax.image import read_image
 from pixellm_jax.model.pixellm import PixelLM, gather_states
-from pixellm_jax.prompt import TEMPLATES, question_ids, read_answer
+from pixellm_jax.prompt import TEMPLATES, question_ids
 from pixellm_jax.vocabulary import Vocabulary
 
 PROMPT_BUCKET = 64
@@ -46,6 +47,8 @@ class Predictor:
     def __init__(
         self, model: PixelLM, vocabulary: Vocabulary, *, max_new_tokens: int = 512
     ) -> None:
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={max_new_tokens}: expected at least 1")
         self.model = model
         self.config = model.config
         self.vocabulary = vocabulary
@@ -111,6 +114,8 @@ class Predictor:
     def _prompt(self, question: str) -> np.ndarray:
         if not question.strip():
             raise InputError("the question is empty; ask something about the picture")
+        if any("\ud800" <= letter <= "\udfff" for letter in question):
+            raise InputError(f"the question {question[:80]!a} is not UTF-8; encode it as such")
         template = TEMPLATES[self.config.template]
         prompt = question_ids(
             self.vocabulary, template, question, image_tokens=self.config.image_tokens

@@ -11,44 +11,29 @@ and the tensors without gaps: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import json
-import math
 import os
 import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Any, BinaryIO
 
-import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from pixellm_jax import safetensors_archive, torch_archive
 from pixellm_jax.errors import InputError
-from pixellm_jax.torch_archive import MAX_AXES, TensorView, find_tensors, is_size
-
-MAX_HEADER_BYTES = 100_000_000
-"""Limit of a safetensors header (the format's own) and of an index."""
+from pixellm_jax.safetensors_archive import (
+    AGAIN,
+    MAX_HEADER_BYTES,
+    contiguous,
+    parse_json,
+    shown,
+)
 
 _FAMILIES = (("model", ".safetensors"), ("pytorch_model", ".bin"))
-_AGAIN = "download or save the file again"
 _COMPLETE = "download the complete folder again"
-
-_DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +69,10 @@ class LazyTensor:
             raise InputError(_unreadable(self.file, error)) from error
         if found != span.nbytes:
             raise InputError(
-                f"{self.file}: {found} bytes of tensor {_shown(self.name)}, expected "
-                f"{span.nbytes}: the file was cut after it had been opened; {_AGAIN}"
+                f"{self.file}: {found} bytes of tensor {shown(self.name)}, expected "
+                f"{span.nbytes}: the file was cut after it had been opened; {AGAIN}"
             )
-        if self.strides == _contiguous(self.shape):
+        if self.strides == contiguous(self.shape):
             return span.reshape(self.shape)
         strides = [stride * self.dtype.itemsize for stride in self.strides]
         return np.lib.stride_tricks.as_strided(span, self.shape, strides).copy()
@@ -139,9 +124,9 @@ def open_file(file: Path) -> dict[str, LazyTensor]:
             if head.startswith(b"version https://git-lfs"):
                 raise InputError("a Git LFS pointer, expected weights; run git lfs pull")
             if head[:5].lower() in (b"<html", b"<!doc"):
-                raise InputError(f"a web page, expected weights; {_AGAIN}")
-            find = _find_safetensors if file.suffix == ".safetensors" else find_tensors
-            found = find(stream)
+                raise InputError(f"a web page, expected weights; {AGAIN}")
+            archive = safetensors_archive if file.suffix == ".safetensors" else torch_archive
+            found = archive.find_tensors(stream)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
     except OSError as error:
@@ -160,9 +145,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     ordered = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     try:
         temporary.touch()
-        mode = (
-            temporary.stat().st_mode
-        )  # of an ordinary new file; save_file makes one for its owner only
+        mode = temporary.stat().st_mode  # of any new file; save_file shuts others out
         safetensors.numpy.save_file(ordered, temporary, metadata={"format": "pt"})
         temporary.chmod(mode)
         os.replace(temporary, path)
@@ -219,7 +202,7 @@ def _read_index(index: Path, suffix: str) -> dict[str, str]:
     if size > MAX_HEADER_BYTES:
         raise InputError(f"{index}: {size} bytes, expected {MAX_HEADER_BYTES} at most; {_COMPLETE}")
     try:
-        content = _json(index.read_bytes())
+        content = parse_json(index.read_bytes())
     except InputError as error:
         raise InputError(f"{index}: {error}") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -230,7 +213,7 @@ def _read_index(index: Path, suffix: str) -> dict[str, str]:
         plain = isinstance(shard, str) and PureWindowsPath(shard).name == shard
         if not plain or not shard.endswith(suffix):
             raise InputError(
-                f"{index}: tensor {_shown(name)} lies in {_shown(shard)}, expected a plain name of "
+                f"{index}: tensor {shown(name)} lies in {shown(shard)}, expected a plain name of "
                 f"a {suffix} file; put the shards beside the index and correct the name"
             )
     return weight_map
@@ -261,91 +244,9 @@ def _merge(weights: _Weights, shards: dict[str, dict[str, LazyTensor]]) -> dict[
     return tensors
 
 
-def _find_safetensors(stream: BinaryIO) -> dict[str, TensorView]:
-    size = stream.seek(0, os.SEEK_END)
-    stream.seek(0)
-    length = int.from_bytes(stream.read(8), "little")
-    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-        raise InputError(
-            f"a header of {length} bytes in a file of {size}, expected that and {MAX_HEADER_BYTES} "
-            f"at most: truncated, or no safetensors file; {_AGAIN}"
-        )
-    header = _json(stream.read(length))
-    if not isinstance(header, dict):
-        raise InputError(f"the header is no JSON object, expected tensors; {_AGAIN}")
-    header.pop("__metadata__", None)
-    start = 8 + length
-    previous = 0
-    views = {}
-    ranges = {name: _byte_range(name, entry, size - start) for name, entry in header.items()}
-    for name, (begin, end) in sorted(ranges.items(), key=lambda item: item[1]):
-        if begin != previous:
-            raise InputError(
-                f"tensor {_shown(name)} begins at byte {start + begin}, the one before it ends at "
-                f"{start + previous}, expected no overlap and no gap; {_AGAIN}"
-            )
-        previous = end
-        shape = tuple(header[name]["shape"])
-        dtype = _DTYPES[header[name]["dtype"]]
-        views[name] = TensorView(dtype, shape, _contiguous(shape), start + begin)
-    if start + previous != size:
-        raise InputError(f"{size} bytes, expected {start + previous}; {_AGAIN}")
-    return views
-
-
-def _byte_range(name: str, entry: Any, limit: int) -> tuple[int, int]:
-    """Check the entry of a tensor in a safetensors header and return where its bytes lie."""
-    where = f"tensor {_shown(name)}"
-    match entry:
-        case {"dtype": str(kind), "shape": list(shape), "data_offsets": [begin, end]}:
-            proper = len(shape) <= MAX_AXES and all(map(is_size, [*shape, begin, end]))
-        case _:
-            proper = False
-    if not proper or not is_size(math.prod(max(length, 1) for length in shape)):
-        raise InputError(
-            f"{where} has a damaged header, expected dtype, shape and data_offsets; {_AGAIN}"
-        )
-    if kind not in _DTYPES:
-        kinds = ", ".join(_DTYPES)
-        raise InputError(f"{where} has dtype {_shown(kind)}, expected one of {kinds}; convert it")
-    if not begin <= end <= limit:
-        raise InputError(f"{where} lies at bytes {begin} to {end} of {limit}: truncated; {_AGAIN}")
-    expected = math.prod(shape) * _DTYPES[kind].itemsize
-    if end - begin != expected:
-        raise InputError(
-            f"{where} has {end - begin} bytes, expected {expected} for {kind} {shape}; {_AGAIN}"
-        )
-    return begin, end
-
-
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the strides of a C-ordered array in elements."""
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-
-
-def _json(content: bytes) -> Any:
-    """Parse JSON in UTF-8 in which no object has a key twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        unrepeated = dict(pairs)
-        if len(unrepeated) != len(pairs):
-            ((key, _),) = collections.Counter(key for key, _ in pairs).most_common(1)
-            raise ValueError(f"it has {_shown(key)} twice")
-        return unrepeated
-
-    try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"no valid JSON, where it was expected ({error}); {_AGAIN}") from error
-
-
-def _shown(value: Any) -> str:
-    return repr(value[:120]) if isinstance(value, str) else type(value).__name__
-
-
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(map(_shown, names[:10]))
-    return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"
+    first = ", ".join(map(shown, names[:10]))
+    return first if len(names) <= 10 else f"{first} and {len(names) - 10} more"
 
 
 def _unreadable(file: Path, error: OSError) -> str:

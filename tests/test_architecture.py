@@ -36,8 +36,11 @@ LAYERS = {
     "pixellm_jax.torch_archive": 1.0,
     "pixellm_jax.batch": 1.1,
     "pixellm_jax.hf_config": 1.1,
-    "pixellm_jax.tensor_files": 1.1,
+    "pixellm_jax.safetensors_archive": 1.1,
+    "pixellm_jax.tensor_files": 1.2,
+    "pixellm_jax.tokenizer_files": 1.0,
     "pixellm_jax.vocabulary": 1.1,
+    "pixellm_jax.answer": 1.2,
     "pixellm_jax.prompt": 1.2,
     "pixellm_jax.model": 2.0,
     "pixellm_jax.model.init": 2.0,
@@ -262,7 +265,7 @@ GOOD = [
     ("pixellm_jax.cli.main", "from pixellm_jax.cli import segment\n"),
     ("data_pipeline.loader", "import tensorflow_datasets\nfrom pixellm_jax.batch import Batch\n"),
     ("scripts.segment", "from pixellm_jax.cli.main import main\n"),
-    ("pixellm_jax.batch", 'x: Float[Array, "b *m 3 {size + 1} 2*y ... kernel"]\n'),
+    ("pixellm_jax.batch", 'x: Float[Array, "b *m 3 {size + 1} 2*y ... frequency"]\n'),
     ("pixellm_jax.losses", 'jnp.einsum("...btd,vd->...btv", x, w)\n'),
 ]
 

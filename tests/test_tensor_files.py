@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pixellm_jax import tensor_files, torch_archive
+from pixellm_jax import safetensors_archive, tensor_files, torch_archive
 from pixellm_jax.errors import InputError
 from pixellm_jax.tensor_files import open_file, open_folder, write_safetensors
 
@@ -232,7 +232,7 @@ def test_not_weights_at_all(tmp_path, name, content, found):
 
 def test_header_limit(tmp_path, monkeypatch):
     split(tmp_path, {"model.safetensors": ["w"]})
-    monkeypatch.setattr(tensor_files, "MAX_HEADER_BYTES", 20)
+    monkeypatch.setattr(safetensors_archive, "MAX_HEADER_BYTES", 20)
     assert "20 at most" in message(open_folder, tmp_path)
 
 

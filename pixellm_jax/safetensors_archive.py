@@ -1,0 +1,126 @@
+"""The safetensors format: a JSON header, then the tensors one after the other.
+
+Eight bytes give the length of the header (little-endian); it names dtype, shape and byte range of
+every tensor. Everything in it is checked before it is believed.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from pixellm_jax.errors import InputError
+from pixellm_jax.torch_archive import MAX_AXES, TensorView, is_size
+
+MAX_HEADER_BYTES = 100_000_000
+"""Limit of a safetensors header (the format's own) and of an index."""
+
+AGAIN = "download or save the file again"
+
+_DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+def find_tensors(stream: BinaryIO) -> dict[str, TensorView]:
+    """Finds the tensors of a safetensors file by name; reads nothing but its header.
+
+    Raises:
+        InputError: the header is damaged, or does not fit the file.
+    """
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    length = int.from_bytes(stream.read(8), "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        raise InputError(
+            f"a header of {length} bytes in a file of {size}, expected that and {MAX_HEADER_BYTES} "
+            f"at most: truncated, or no safetensors file; {AGAIN}"
+        )
+    header = parse_json(stream.read(length))
+    if not isinstance(header, dict):
+        raise InputError(f"the header is no JSON object, expected tensors; {AGAIN}")
+    header.pop("__metadata__", None)
+    start = 8 + length
+    previous = 0
+    views = {}
+    ranges = {name: _byte_range(name, entry, size - start) for name, entry in header.items()}
+    for name, (begin, end) in sorted(ranges.items(), key=lambda item: item[1]):
+        if begin != previous:
+            raise InputError(
+                f"tensor {shown(name)} begins at byte {start + begin}, the one before it ends at "
+                f"{start + previous}, expected no overlap and no gap; {AGAIN}"
+            )
+        previous = end
+        shape = tuple(header[name]["shape"])
+        dtype = _DTYPES[header[name]["dtype"]]
+        views[name] = TensorView(dtype, shape, contiguous(shape), start + begin)
+    if start + previous != size:
+        raise InputError(f"{size} bytes, expected {start + previous}; {AGAIN}")
+    return views
+
+
+def _byte_range(name: str, entry: Any, limit: int) -> tuple[int, int]:
+    """Check the entry of a tensor in a safetensors header and return where its bytes lie."""
+    where = f"tensor {shown(name)}"
+    match entry:
+        case {"dtype": str(kind), "shape": list(shape), "data_offsets": [begin, end]}:
+            proper = len(shape) <= MAX_AXES and all(map(is_size, [*shape, begin, end]))
+        case _:
+            proper = False
+    if not proper or not is_size(math.prod(max(length, 1) for length in shape)):
+        raise InputError(
+            f"{where} has a damaged header, expected dtype, shape and data_offsets; {AGAIN}"
+        )
+    if kind not in _DTYPES:
+        kinds = ", ".join(_DTYPES)
+        raise InputError(f"{where} has dtype {shown(kind)}, expected one of {kinds}; convert it")
+    if not begin <= end <= limit:
+        raise InputError(f"{where} lies at bytes {begin} to {end} of {limit}: truncated; {AGAIN}")
+    expected = math.prod(shape) * _DTYPES[kind].itemsize
+    if end - begin != expected:
+        raise InputError(
+            f"{where} has {end - begin} bytes, expected {expected} for {kind} {shape}; {AGAIN}"
+        )
+    return begin, end
+
+
+def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of a C-ordered array in elements."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def parse_json(content: bytes) -> Any:
+    """Parse JSON in UTF-8 in which no object has a key twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        unrepeated = dict(pairs)
+        if len(unrepeated) != len(pairs):
+            ((key, _),) = collections.Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"it has {shown(key)} twice")
+        return unrepeated
+
+    try:
+        return json.loads(content.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"no valid JSON, where it was expected ({error}); {AGAIN}") from error
+
+
+def shown(value: Any) -> str:
+    """A value from a file, fit for a message: quoted and cut, or only its type."""
+    return repr(value[:120]) if isinstance(value, str) else type(value).__name__
