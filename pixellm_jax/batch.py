@@ -119,5 +119,6 @@ def check(batch: Batch, config: ModelConfig) -> None:
             f"batch.codebook_index: {index.min()}..{index.max()} leaves the sequence of "
             f"{tokens.shape[1]}"
         )
-    if segment.max(initial=0) < np.asarray(batch.target_conversation)[filled].max(initial=0):
+    owner = np.where(filled, batch.target_conversation, 0)
+    if (owner < 0).any() or (owner > segment.max(axis=1, initial=0)[:, None]).any():
         raise ValueError("batch.target_conversation: names a conversation that is not in the row")

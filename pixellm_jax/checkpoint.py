@@ -29,12 +29,17 @@ from pixellm_jax.errors import InputError
 from pixellm_jax.folders import whole_folder
 from pixellm_jax.hf_config import read_json
 from pixellm_jax.model.pixellm import PixelLM
+from pixellm_jax.prompt import TEMPLATES
 from pixellm_jax.vocabulary import Vocabulary
 
 CONFIG, PARAMS, UNUSED = "config.json", "params", "unused"
 TOKENIZER, SOURCE = "tokenizer", "source"
 
 CHUNK_BYTES = 128 << 20
+TOGETHER_BYTES = 4 << 20
+
+_HEADER = b"/.zarray"
+_DAMAGES = (ValueError, OSError, RuntimeError, NotImplementedError)  # as tensorstore raises them
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -64,23 +69,44 @@ class Leaf:
 
 
 class _LeafHandler(type_handlers.NumpyHandler):
-    """Writes leaves one after the other, and slice by slice, so that memory holds two slices."""
+    """Writes leaves one after the other, and slice by slice, so that memory holds two slices.
+
+    Small leaves go together: every call waits for the disk.
+    """
 
     def __init__(self, written: Callable[[Leaf], None]) -> None:
         super().__init__(deepcopy_host_arrays=False)
         self._written = written
+        self._errors: list[Exception] = []
 
     async def serialize(
         self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> Sequence[Any]:
         args = args or [ocp.SaveArgs()] * len(values)
-        for leaf, info, arg in zip(values, infos, args, strict=True):
-            for future in await super().serialize([leaf], [info], [arg]):
+        begin = 0
+        for end in range(1, len(values) + 1):
+            following = sum(leaf.nbytes for leaf in values[begin : end + 1])
+            if end < len(values) and following <= TOGETHER_BYTES:
+                continue
+            part = slice(begin, end)
+            for future in await super().serialize(values[part], infos[part], args[part]):
                 future.result()
-            self._written(leaf)
+            if self._errors:
+                raise self._errors[0]
+            for leaf in values[part]:
+                self._written(leaf)
+            begin = end
         return []
 
     async def _open_and_write(
+        self, value: Leaf, tspec: dict[str, Any], ts_context: tensorstore.Context
+    ) -> None:
+        try:
+            await self._write(value, tspec, ts_context)
+        except Exception as error:  # raised once the others have ended, or they outlive their loop
+            self._errors.append(error)
+
+    async def _write(
         self, value: Leaf, tspec: dict[str, Any], ts_context: tensorstore.Context
     ) -> None:
         spec = tensorstore.Spec(tspec)
@@ -89,13 +115,15 @@ class _LeafHandler(type_handlers.NumpyHandler):
             await array.write(value.read(0))
             return
         before = None
-        for i in range(value.shape[0]):
-            part = value.read(i)
+        try:
+            for i in range(value.shape[0]):
+                part = value.read(i)
+                if before is not None:
+                    await before
+                before = array[i].write(part)
+        finally:
             if before is not None:
                 await before
-            before = array[i].write(part)
-        if before is not None:
-            await before
 
 
 def write(
@@ -156,12 +184,33 @@ def read_config(folder: Path) -> ModelConfig:
             f"{folder}: no {PARAMS}/ in it, so it is not a checkpoint of ours; convert a PyTorch "
             f"folder with `pixellm convert --hf {folder} --vision CLIP --out NEW`"
         )
-    return from_mapping(ModelConfig, read_json(folder / CONFIG), str(folder / CONFIG))
+    path = folder / CONFIG
+    values = read_json(path)
+    try:
+        config = from_mapping(ModelConfig, values)
+        if config.template not in TEMPLATES:
+            names = ", ".join(TEMPLATES)
+            raise InputError(f"config.template: found {config.template!r}, expected one of {names}")
+    except InputError as error:
+        raise InputError(f"{path}: {error}; correct it or convert again") from None
+    return config
 
 
 def read_vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
-    """The tokenizer of a checkpoint folder."""
-    return Vocabulary.load(folder / TOKENIZER, scales=config.codebook.scales)
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        InputError: files are missing or damaged, or it is the tokenizer of another model.
+    """
+    vocabulary = Vocabulary.load(folder / TOKENIZER, scales=config.codebook.scales)
+    found = vocabulary.size, vocabulary.tokens_per_scale
+    if found[0] > config.language.vocabulary or found[1] != config.codebook.tokens_per_scale:
+        raise InputError(
+            f"{folder / TOKENIZER}: {found[0]} ids and {found[1]} codebook tokens per scale, "
+            f"{folder / CONFIG} has {config.language.vocabulary} and "
+            f"{config.codebook.tokens_per_scale}: not the tokenizer of this model; convert again"
+        )
+    return vocabulary
 
 
 def read_source(folder: Path) -> dict[str, dict[str, Any]]:
@@ -170,17 +219,63 @@ def read_source(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def open_arrays(folder: Path, part: str = PARAMS) -> dict[str, tensorstore.TensorStore]:
-    """The arrays of a checkpoint by dotted name, on disk; `array[i].read().result()` reads."""
+    """The arrays of a checkpoint by dotted name, on disk; `read` brings them into memory.
+
+    Raises:
+        InputError: the files are damaged.
+    """
     path = (folder / part).absolute()
     if not path.is_dir():
         return {}
-    store = {"driver": "ocdbt", "base": path.as_uri() + "/"}
-    return {
-        name: tensorstore.open(
-            {"driver": "zarr", "kvstore": {**store, "path": f"{name}/"}}, open=True
-        ).result()
-        for name in _metadata(path)
-    }
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path}/"}}
+    try:
+        keys = tensorstore.KvStore.open(store).result().list().result()
+        names = sorted(key.decode()[: -len(_HEADER)] for key in keys if key.endswith(_HEADER))
+        if not names:
+            raise ValueError("no arrays in it")
+        kind = {"driver": "zarr", "fill_missing_data_reads": False}
+        opening = {
+            name: tensorstore.open({**kind, "kvstore": {**store, "path": f"{name}/"}}, open=True)
+            for name in names
+        }
+        return {name: future.result() for name, future in opening.items()}
+    except _DAMAGES as error:
+        raise InputError(f"{path}: {_damage(error)}") from None
+
+
+def read(array: tensorstore.TensorStore) -> np.ndarray:
+    """An array that is on disk, or the part of it that `array[...]` selects.
+
+    Raises:
+        InputError: the files are damaged.
+    """
+    try:
+        return array.read().result()
+    except _DAMAGES as error:
+        raise InputError(_damage(error)) from None
+
+
+def check_arrays(
+    folder: Path, config: ModelConfig, arrays: Mapping[str, tensorstore.TensorStore]
+) -> None:
+    """The arrays are those of the config.
+
+    Raises:
+        InputError: they are not; each is named.
+    """
+    state = nnx.to_flat_state(nnx.state(abstract_model(config)))
+    wanted = {".".join(map(str, path)): variable.get_value().shape for path, variable in state}
+    found = {name: tuple(array.shape) for name, array in arrays.items()}
+    problems = [
+        f"{name}: found {found.get(name, 'nothing')}, expected {shape}"
+        for name, shape in wanted.items()
+        if found.get(name) != shape
+    ] + [f"{name}: not part of the model" for name in sorted(found.keys() - wanted.keys())]
+    if problems:
+        raise InputError(
+            f"{folder}: {CONFIG} and {PARAMS}/ disagree: {'; '.join(problems)}; undo the change or "
+            "convert again"
+        )
 
 
 def load_model(
@@ -197,28 +292,17 @@ def load_model(
     config = read_config(folder)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
-    abstract = abstract_model(config)
-    graph, state = nnx.split(abstract)
-    variables = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
-    path = (folder / PARAMS).absolute()
-    found = {name: tuple(meta.shape) for name, meta in _metadata(path).items()}
-    problems = [
-        f"{name}: found {found.get(name, 'nothing')}, expected {variable.get_value().shape}"
-        for name, variable in variables.items()
-        if found.get(name) != variable.get_value().shape
-    ] + [f"{name}: not part of the model" for name in found.keys() - variables.keys()]
-    if problems:
-        raise InputError(f"{folder}: {CONFIG} and {PARAMS}/ disagree: {'; '.join(problems)}")
+    arrays = open_arrays(folder)
+    check_arrays(folder, config, arrays)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = {
-        name: jax.ShapeDtypeStruct(meta.shape, meta.dtype, sharding=sharding)
-        for name, meta in _metadata(path).items()
-    }
-    with ocp.StandardCheckpointer() as checkpointer:
-        arrays = checkpointer.restore(path, target)
-    for name, variable in variables.items():
-        variable.set_value(arrays[name])
+    graph, state = nnx.split(abstract_model(config))
+    for path, variable in nnx.to_flat_state(state):
+        variable.set_value(_restore(arrays[".".join(map(str, path))], sharding))
     return nnx.merge(graph, state)
+
+
+def _restore(array: tensorstore.TensorStore, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: read(array[part]))
 
 
 def abstract_model(config: ModelConfig) -> PixelLM:
@@ -226,15 +310,9 @@ def abstract_model(config: ModelConfig) -> PixelLM:
     return jax.eval_shape(lambda key: PixelLM(key, config), jax.random.key(0))
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return dict(checkpointer.metadata(path).item_metadata.tree)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path}: not a complete Orbax checkpoint ({line}); convert again"
-        ) from error
+def _damage(error: Exception) -> str:
+    line = str(error).split(" [source")[0] or type(error).__name__  # tensorstore names the file
+    return f"not a complete Orbax checkpoint ({line}); convert or copy it again"
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

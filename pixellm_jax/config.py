@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_type_hints
+
+from ml_collections import ConfigDict
 
 from pixellm_jax.errors import InputError
 
@@ -141,6 +144,10 @@ class ModelConfig:
             self.codebook,
             self.decoder,
         )
+        for part in (vision, language, codebook, decoder, self):
+            for name, value in vars(part).items():
+                if type(value) in (int, float):
+                    _require(0 < value < math.inf, f"{name}={value} must be above 0")
         _require(
             vision.canvas % vision.patch == 0,
             f"vision.canvas={vision.canvas} is not a multiple of vision.patch={vision.patch}",
@@ -171,10 +178,6 @@ class ModelConfig:
             language.head % 2 == 0, f"language.head={language.head} must be even (rotary pairs)"
         )
         _require(
-            codebook.tokens_per_scale >= 1 and codebook.scales >= 1,
-            f"codebook={codebook} needs at least one token and one scale",
-        )
-        _require(
             decoder.width % (2 * decoder.heads) == 0 and decoder.width % 8 == 0,
             f"decoder.width={decoder.width} must be a multiple of 8 and of twice "
             f"decoder.heads={decoder.heads}",
@@ -198,8 +201,8 @@ SIZES: dict[str, ModelConfig] = {
 T = TypeVar("T")
 
 
-def from_mapping(kind: type[T], values: Mapping[str, Any], where: str = "config") -> T:
-    """Builds a config dataclass from nested mappings (JSON or ConfigDict), in this one place.
+def from_mapping(kind: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "config") -> T:
+    """Builds a config dataclass from nested mappings or a ConfigDict, in this one place.
 
     Example:
         >>> from_mapping(CodebookConfig, {"tokens_per_scale": 1, "scales": 3})
@@ -208,6 +211,8 @@ def from_mapping(kind: type[T], values: Mapping[str, Any], where: str = "config"
     Raises:
         InputError: an unknown key (with the nearest known one) or a value of the wrong type.
     """
+    if isinstance(values, ConfigDict):
+        values = values.to_dict()
     hints = get_type_hints(kind)
     arguments: dict[str, Any] = {}
     for key, value in values.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,7 +23,8 @@ LORA_PREFIX = "base_model.model."
 LORA_ALPHA = 16.0
 """alpha of the released training script, where no adapter_config.json says another."""
 
-NAMES_SHOWN = 40
+NAMES_SHOWN = 1000
+"""Of each kind of problem; a report names every tensor of any model in use."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ def convert(
     out: Path,
     *,
     codebook: CodebookConfig | None = None,
-    template: str = "llava_v1",
+    template: str | None = None,
     lora_alpha: float | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda new, total: None,
@@ -71,11 +73,15 @@ def convert(
     Raises:
         InputError: anything wrong with the folders, all tensors in one report.
     """
+    if seed < 0:
+        raise InputError(f"seed {seed}: expected 0 or more; choose another")
     vision_config = hf_config.read_vision(vision)
+    merged, problems = _without_lora(model, lora_alpha)
     tensors: dict[str, Mapping[str, hf.Tensor]]
-    tensors = {hf.MODEL: _without_lora(model, lora_alpha), hf.VISION: open_folder(vision)}
+    tensors = {hf.MODEL: merged, hf.VISION: open_folder(vision)}
     shapes = {name: tensor.shape for name, tensor in tensors[hf.MODEL].items()}
     released = hf_config.is_pixellm(shapes)
+    _check_width(model, shapes, vision, vision_config.width)
     if released:
         if codebook is not None:
             raise InputError(f"{model}: has its own codebook; N and L are only for LLaVA folders")
@@ -84,6 +90,8 @@ def convert(
         codebook = CodebookConfig(tokens_per_scale=vocabulary.tokens_per_scale, scales=scales)
     else:
         codebook = codebook or CodebookConfig()
+        if min(codebook.tokens_per_scale, codebook.scales) < 1:
+            raise InputError(f"{codebook}: expected at least one token and one scale")
         vocabulary = Vocabulary.with_codebook(
             model, tokens_per_scale=codebook.tokens_per_scale, scales=codebook.scales
         )
@@ -91,7 +99,8 @@ def convert(
     entries = [e for e in hf.table(config) if released or _in_llava(e)]
     unused = {hf.MODEL: hf.unused(config, hf.MODEL) if released else {}}
     unused[hf.VISION] = hf.unused(config, hf.VISION)
-    _check(config, entries, unused, tensors, {hf.MODEL: model, hf.VISION: vision})
+    folders = {hf.MODEL: model, hf.VISION: vision}
+    _check(config, entries, unused, tensors, folders, problems)
     if released and vocabulary.size > config.language.vocabulary:
         raise InputError(
             f"{model}: the tokenizer has {vocabulary.size} ids, the embeddings have "
@@ -107,7 +116,8 @@ def convert(
         name: _whole(tensor)
         for source in (hf.MODEL, hf.VISION)
         for name, tensor in tensors[source].items()
-        if name in unused[source] or (released and name.endswith(hf.DERIVED))
+        if name in unused[source]
+        or (released and name.endswith(hf.DERIVED) and not name.startswith(hf.IGNORED[source]))
     }
     total = sum(leaf.nbytes for leaf in [*params.values(), *kept.values()])
     progress(0, total)
@@ -132,8 +142,26 @@ def convert(
     return config
 
 
-def _without_lora(model: Path, alpha: float | None) -> dict[str, hf.Tensor]:
-    """The tensors of a folder with the training prefix removed and low-rank pairs merged."""
+def _check_width(
+    model: Path, shapes: Mapping[str, tuple[int, ...]], vision: Path, width: int
+) -> None:
+    """The projectors, where there are any, take what the vision encoder gives."""
+    names = [f"model.{name}.0.weight" for name in ("mm_projector", "out_mm_projector")]
+    taken = {shapes[name][-1] for name in names if shapes.get(name)}
+    if len(taken) == 1 and taken != {width}:
+        raise InputError(
+            f"{vision}: a vision encoder of width {width}, but {names[0]} of {model} takes width "
+            f"{taken.pop()}; give the CLIP folder that the model was trained with"
+        )
+
+
+def _without_lora(
+    model: Path, alpha: float | None
+) -> tuple[dict[str, hf.Tensor], dict[str, list[str]]]:
+    """The tensors of a folder with the training prefix removed and low-rank pairs merged.
+
+    Also what is wrong with them, by kind.
+    """
     found = open_folder(model)
     plain: dict[str, hf.Tensor] = {}
     pairs: dict[str, dict[str, hf.Tensor]] = {}
@@ -149,11 +177,7 @@ def _without_lora(model: Path, alpha: float | None) -> dict[str, hf.Tensor]:
         if key in target:
             doubled.append(name)
         target[key] = tensor
-    if alpha is None:
-        adapter = model / "adapter_config.json"
-        alpha = LORA_ALPHA
-        if adapter.exists():
-            alpha = float(hf_config.read_json(adapter).get("lora_alpha", LORA_ALPHA))
+    alpha = _lora_alpha(model) if alpha is None else alpha
     lonely = []
     for name, pair in pairs.items():
         weight, a, b = plain.get(name), pair.get("A"), pair.get("B")
@@ -164,8 +188,23 @@ def _without_lora(model: Path, alpha: float | None) -> dict[str, hf.Tensor]:
         else:
             scale = alpha / max(a.shape[0], 1)
             plain[name] = LoraTensor(weight=weight, a=a, b=b, scale=scale)
-    _report(model, {"held twice": doubled, "low-rank pair without its match": lonely})
-    return plain
+    return plain, {"held twice": doubled, "low-rank pair without its match": lonely}
+
+
+def _lora_alpha(model: Path) -> float:
+    path = model / "adapter_config.json"
+    if not path.exists():
+        return LORA_ALPHA
+    adapter = hf_config.read_json(path)
+    for key in ("use_rslora", "use_dora", "alpha_pattern", "fan_in_fan_out"):
+        if adapter.get(key):
+            raise InputError(
+                f"{path}: {key} is {adapter[key]!r}, which is not supported; merge with peft first"
+            )
+    alpha = adapter.get("lora_alpha", LORA_ALPHA)
+    if type(alpha) not in (int, float):
+        raise InputError(f"{path}: lora_alpha is {alpha!r}, expected a number; pass --lora-alpha")
+    return float(alpha)
 
 
 def _check(
@@ -174,8 +213,13 @@ def _check(
     unused: Mapping[str, Mapping[str, tuple[int, ...]]],
     tensors: Mapping[str, Mapping[str, hf.Tensor]],
     folders: Mapping[str, Path],
+    problems: Mapping[str, list[str]],
 ) -> None:
-    """Every tensor is wanted, every wanted tensor is there in its shape, or one report says no."""
+    """Every tensor is wanted, every wanted tensor is there in its shape, or one report says no.
+
+    `problems`: those of the model folder that are known already, by kind.
+    """
+    reports = []
     fusion = hf.released_fusion(config)
     optional = {hf.FUSION[path]: value.shape for path, value in fusion.items()}
     for source, found in tensors.items():
@@ -196,34 +240,37 @@ def _check(
             and not name.startswith(hf.IGNORED[source])
             and not name.endswith(hf.DERIVED)
         ]
-        _report(
-            folders[source],
-            {
-                "missing": [name for name in wanted if name not in found],
-                "unknown": strange,
-                "wrong shape": shapes,
-            },
-        )
-
-
-def _report(folder: Path, problems: Mapping[str, list[str]]) -> None:
-    parts = []
-    for kind, names in problems.items():
-        if names:
-            more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-            parts.append(f"{kind}: {', '.join(names[:NAMES_SHOWN])}{more}")
-    if parts:
+        kinds = {
+            **(problems if source == hf.MODEL else {}),
+            "missing": [name for name in wanted if name not in found],
+            "unknown": strange,
+            "wrong shape": shapes,
+            "no floating point numbers": [
+                f"{name} {tensor.dtype}"
+                for name, tensor in found.items()
+                if name in known and not jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating)
+            ],
+        }
+        parts = [f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names]
+        if parts:
+            reports.append(f"{folders[source]}: {'; '.join(parts)}")
+    if reports:
         raise InputError(
-            f"{folder}: the tensors are not those its config.json describes ({'; '.join(parts)}); "
-            f"download the folder again, or name the right one"
+            f"{' | '.join(reports)} (the tensors are not those that config.json describes: "
+            "download the folder again, or name the right one)"
         )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more
 
 
 def _leaf(entry: hf.Entry, tensors: Mapping[str, hf.Tensor]) -> Leaf:
     layers = [tensors[name] for name in entry.names]
-    dtype = layers[0].dtype
-    for layer in layers[1:]:
-        dtype = np.promote_types(dtype, layer.dtype)
+    dtypes = {layer.dtype for layer in layers}
+    common = np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+    dtype = dtypes.pop() if len(dtypes) == 1 else common
 
     def read(i: int) -> np.ndarray:
         return np.ascontiguousarray(entry.to_ours(layers[i].read()), dtype)
@@ -263,14 +310,15 @@ def _grow(config: ModelConfig, size: int, params: dict[str, Leaf], seed: int) ->
 
 def _fresh(config: ModelConfig, params: Mapping[str, Leaf], seed: int) -> dict[str, Leaf]:
     """The parameters that no folder holds, drawn with `seed`; nothing else is materialised."""
+    drawn = _draw(jax.random.key(seed), config, frozenset(params))
+    return {name: _constant(np.asarray(array)) for name, array in drawn.items()}
 
-    def draw(key: jax.Array) -> dict[str, jax.Array]:
-        state = nnx.to_flat_state(nnx.state(PixelLM(key, config)))
-        named = {".".join(map(str, path)): variable.get_value() for path, variable in state}
-        return {name: array for name, array in named.items() if name not in params}
 
-    arrays = {name: np.asarray(a) for name, a in jax.jit(draw)(jax.random.key(seed)).items()}
-    return {name: _constant(array) for name, array in arrays.items()}
+@partial(jax.jit, static_argnames=("config", "held"))
+def _draw(key: jax.Array, config: ModelConfig, held: frozenset[str]) -> dict[str, jax.Array]:
+    state = nnx.to_flat_state(nnx.state(PixelLM(key, config)))
+    named = {".".join(map(str, path)): variable.get_value() for path, variable in state}
+    return {name: array for name, array in named.items() if name not in held}
 
 
 def _whole(tensor: hf.Tensor) -> Leaf:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ import tensorstore
 
 from pixellm_jax import checkpoint, hf, hf_config
 from pixellm_jax.config import ModelConfig
+from pixellm_jax.errors import InputError
 from pixellm_jax.folders import whole_folder
 from pixellm_jax.tensor_files import write_safetensors
 
@@ -22,6 +23,8 @@ SHARD_BYTES = 1 << 30
 """Tensors share a file up to this size; a larger one has its own."""
 
 VISION_FOLDER = "vision_tower"
+
+Arrays = Mapping[str, tensorstore.TensorStore]
 
 
 class Tensor(NamedTuple):
@@ -46,7 +49,16 @@ def export(
     config = checkpoint.read_config(folder)
     vocabulary = checkpoint.read_vocabulary(folder, config)
     source = checkpoint.read_source(folder)
-    tensors = {kind: list(_tensors(folder, config, kind)) for kind in (hf.MODEL, hf.VISION)}
+    params = checkpoint.open_arrays(folder, checkpoint.PARAMS)
+    unused = checkpoint.open_arrays(folder, checkpoint.UNUSED)
+    checkpoint.check_arrays(folder, config, params)
+    imported = [hf.VISION, hf.MODEL] if "config.json" in source else [hf.VISION]
+    wanted = [name for kind in imported for name in hf.unused(config, kind)]
+    if missing := [name for name in wanted if name not in unused]:
+        raise InputError(
+            f"{folder / checkpoint.UNUSED}: missing {', '.join(missing)}; convert or copy it again"
+        )
+    tensors = {k: list(_tensors(config, params, unused, k)) for k in (hf.MODEL, hf.VISION)}
     total = sum(tensor.nbytes for some in tensors.values() for tensor in some)
     progress(0, total)
     with whole_folder(out) as made:
@@ -59,10 +71,8 @@ def export(
         _write_configs(made, config, source)
 
 
-def _tensors(folder: Path, config: ModelConfig, source: str) -> Iterator[Tensor]:
+def _tensors(config: ModelConfig, params: Arrays, unused: Arrays, source: str) -> Iterator[Tensor]:
     """All tensors of a folder: the table's, trained fusion weights, and what was carried along."""
-    params = checkpoint.open_arrays(folder, checkpoint.PARAMS)
-    unused = checkpoint.open_arrays(folder, checkpoint.UNUSED)
     for entry in hf.table(config):
         array = params[entry.path]
         itemsize = array.dtype.numpy_dtype.itemsize
@@ -70,12 +80,12 @@ def _tensors(folder: Path, config: ModelConfig, source: str) -> Iterator[Tensor]
             layer = array[i] if entry.count else array
 
             def read(layer: tensorstore.TensorStore = layer, entry: hf.Entry = entry) -> np.ndarray:
-                return entry.to_torch(layer.read().result())
+                return entry.to_torch(checkpoint.read(layer))
 
             yield Tensor(name, math.prod(entry.torch) * itemsize, read)
     if source == hf.MODEL:
         for path, released in hf.released_fusion(config).items():
-            if not np.array_equal(params[path].read().result(), released):
+            if not np.array_equal(checkpoint.read(params[path]), released):
                 yield _same(hf.FUSION[path], params[path])
     shapes = hf.unused(config, source)
     for name, array in unused.items():
@@ -88,7 +98,7 @@ def _tensors(folder: Path, config: ModelConfig, source: str) -> Iterator[Tensor]
 
 def _same(name: str, array: tensorstore.TensorStore) -> Tensor:
     nbytes = math.prod(array.shape) * array.dtype.numpy_dtype.itemsize
-    return Tensor(name, nbytes, lambda: array.read().result())
+    return Tensor(name, nbytes, lambda: checkpoint.read(array))
 
 
 def _write_shards(folder: Path, tensors: list[Tensor], progress: Callable[[int], None]) -> None:
@@ -126,13 +136,13 @@ def _write_configs(made: Path, config: ModelConfig, source: dict[str, dict[str, 
     )
     model = source.get("config.json", hf_config.hf_model(config))
     _write_json(made / "config.json", model)
-    if hf_config.OWN_KEY in model:
-        return
-    shapes = {name: entry.torch for entry in hf.table(config) for name in entry.names}
-    read_back = hf_config.read_model(made, hf_config.read_vision(vision), shapes, config.codebook)
-    if read_back != config:
-        own = {hf_config.OWN_KEY: dataclasses.asdict(config)}
-        _write_json(made / "config.json", {**model, **own})
+    if hf_config.OWN_KEY not in model:
+        shapes = {name: entry.torch for entry in hf.table(config) for name in entry.names}
+        seen = hf_config.read_vision(vision)
+        if hf_config.read_model(made, seen, shapes, config.codebook) == config:
+            return
+    own = {hf_config.OWN_KEY: dataclasses.asdict(config)}
+    _write_json(made / "config.json", {**model, **own})
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -2,55 +2,77 @@
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pixellm_jax.errors import InputError
 
 
-@contextmanager
-def whole_folder(out: Path, *, replaces: str | None = None) -> Iterator[Path]:
+@contextlib.contextmanager
+def whole_folder(out: Path, *, replaces: Sequence[str] = ()) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` if the block ends without an error.
 
-    `replaces`: a file name; a folder at `out` that holds it is an earlier result of the same kind
-    and is replaced. Anything else at `out`, but for an empty folder, is left alone and refused.
+    `replaces`: patterns of file names. A folder at `out` that holds the first of them, and no file
+    that none of them matches, is an earlier result of the same kind and is replaced. Anything else
+    at `out`, but for an empty folder, is left alone and refused.
 
     Raises:
         InputError: `out` is taken, or its parent cannot be written, or the disk is full.
     """
-    out = Path(out)
-    if out.exists() and not _may_replace(out, replaces):
-        kind = "folder that is not empty" if out.is_dir() else "file"
-        raise InputError(f"{out}: there is already a {kind}; choose another --out or remove it")
+    made, new_parents = None, list[Path]()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise InputError(f"{out}: cannot write here ({error.strerror}); choose another") from None
-    try:
+        try:
+            place = Path(out).resolve()
+            if place.exists() and not _may_replace(place, replaces):
+                kind = "folder that is not empty" if place.is_dir() else "file"
+                raise InputError(
+                    f"{out}: there is already a {kind}; choose another place or remove it"
+                )
+            new_parents = [parent for parent in place.parents if not parent.exists()]
+            place.parent.mkdir(parents=True, exist_ok=True)
+            made = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+        except (OSError, RuntimeError) as error:  # resolve() calls a loop of links a RuntimeError
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{out}: cannot write here ({reason}); choose another place") from None
         made.chmod(0o755)
         yield made
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-            os.replace(out, old)
-            os.replace(made, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(made, out)
+        _move(made, place, replaces)
     except OSError as error:
         raise InputError(
-            f"{out}: writing failed ({error.strerror or error}); nothing was left behind"
+            f"{out}: writing failed ({error.strerror or error}); nothing was left behind, free "
+            "some space or choose another place"
         ) from error
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+        for parent in new_parents:  # stays where something is in it
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
-def _may_replace(out: Path, marker: str | None) -> bool:
-    if not out.is_dir():
+def _may_replace(place: Path, patterns: Sequence[str]) -> bool:
+    if not place.is_dir():
         return False
-    names = [path.name for path in out.iterdir()]
-    return not names or (marker is not None and marker in names)
+    names = [path.name for path in place.iterdir()]
+    known = (any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) for name in names)
+    return not names or (patterns[:1] != () and patterns[0] in names and all(known))
+
+
+def _move(made: Path, place: Path, patterns: Sequence[str]) -> None:
+    """Renames; an earlier result makes way, and comes back if that fails."""
+    if not patterns or not place.exists() or not _may_replace(place, patterns):
+        os.replace(made, place)  # the system refuses if there is something by now
+        return
+    old = made.with_name(f"{made.name}.old")
+    os.replace(place, old)
+    try:
+        os.replace(made, place)
+    except OSError:
+        os.replace(old, place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -34,6 +34,7 @@ DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 """Suffixes of buffers that follow from the config; carried along so that export is complete."""
 
 
+@runtime_checkable
 class Tensor(Protocol):
     """An array that can be read when it is wanted (`tensor_files.LazyTensor`)."""
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Mapping
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,9 @@ from pixellm_jax.errors import InputError
 OWN_KEY = "pixellm_jax"
 """Key of an exported `config.json` for what the released format cannot say (taps, heads, ...)."""
 
+PARTS = ("mask_decoder", "prompt_encoder", "text_hidden_fcs", "out_mm_projector")
+"""What a PixelLM folder has and a LLaVA folder has not: `model.PART...`."""
+
 LANGUAGE_TYPES = ("llava", "llama", "llava_llama")
 DTYPES = {"float32": "float32", "float16": "bfloat16", "bfloat16": "bfloat16"}
 
@@ -38,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; is {path.parent} a model folder?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error}); download it again") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -50,6 +57,8 @@ def read_vision(folder: Path) -> VisionConfig:
     path = folder / "config.json"
     raw = read_json(path)
     values = raw.get("vision_config", raw) if raw.get("model_type") == "clip" else raw
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: vision_config is {values!r}, expected an object")
     kind = values.get("model_type", raw.get("model_type"))
     if kind not in ("clip", "clip_vision_model"):
         raise InputError(f"{path}: unknown model type {kind!r}; expected a CLIP vision encoder")
@@ -70,12 +79,18 @@ def read_vision(folder: Path) -> VisionConfig:
 
 def is_pixellm(shapes: Shapes) -> bool:
     """Whether a folder's tensors include PixelLM's own parts (a LLaVA folder has none)."""
-    return any(name.startswith("model.mask_decoder.") for name in shapes)
+    return any(name.startswith(tuple(f"model.{part}." for part in PARTS)) for name in shapes)
 
 
 def read_scales(folder: Path, shapes: Shapes) -> int:
-    """The number of feature scales L of a PixelLM folder: the rows of the level embedding."""
-    return _matrix(folder, shapes, "level_embed.weight")[0]
+    """The number of feature scales L of a PixelLM folder.
+
+    The transformers, the level embedding and `config.json` say it: most of them are right.
+    """
+    said = read_json(folder / "config.json").get("image_feature_scale_num")
+    votes = [_consecutive(shapes, "model.mask_decoder.transformer."), said]
+    votes += _sizes(shapes, r"mask_decoder\.level_embed\.weight", 0)
+    return _agreed((vote for vote in votes if type(vote) is int), 1)
 
 
 def read_model(
@@ -83,21 +98,40 @@ def read_model(
     vision: VisionConfig,
     shapes: Shapes,
     codebook: CodebookConfig,
-    template: str = "llava_v1",
+    template: str | None = None,
 ) -> ModelConfig:
     """The model of a PixelLM or LLaVA folder.
 
     The decoder's widths follow from the shapes of its tensors; N and L come with `codebook`, for
     the released config.json does not keep them (reference.md 6.3). A model that starts from a LLaVA
     folder gets the correct form of the position table, a released one the form it was trained with.
+    `template` overrides what an exported folder says, and is "llava_v1" where nothing says it.
 
     Raises:
         InputError: an unknown model type, an unsupported option, contradictory sizes.
     """
     path = folder / "config.json"
     raw = read_json(path)
-    if own := raw.get(OWN_KEY):
-        return from_mapping(ModelConfig, own, f"{path}: {OWN_KEY}")
+    try:
+        return _read_model(path, raw, vision, shapes, codebook, template)
+    except InputError as error:
+        line = str(error)
+        raise InputError(line if str(path) in line else f"{path}: {line}") from None
+
+
+def _read_model(
+    path: Path,
+    raw: dict[str, Any],
+    vision: VisionConfig,
+    shapes: Shapes,
+    codebook: CodebookConfig,
+    template: str | None,
+) -> ModelConfig:
+    if (own := raw.get(OWN_KEY)) is not None:
+        if not isinstance(own, dict):
+            raise InputError(f"{OWN_KEY} is {own!r}, expected an object")
+        config = from_mapping(ModelConfig, own, OWN_KEY)
+        return dataclasses.replace(config, template=template or config.template)
     kind = raw.get("model_type")
     if kind not in LANGUAGE_TYPES:
         raise InputError(
@@ -114,7 +148,7 @@ def read_model(
             f"{path}: {codebook.scales} scales need a {OWN_KEY!r} key that names their taps"
         )
     released = is_pixellm(shapes)
-    first = _int(path, raw, "mm_vision_select_layer", DEFAULT_TAPS[0])
+    first = _int(path, raw, "mm_vision_select_layer", DEFAULT_TAPS[0], least=-1000)
     return ModelConfig(
         vision=dataclasses.replace(
             vision,
@@ -124,8 +158,8 @@ def read_model(
         ),
         language=_language(path, raw, shapes),
         codebook=codebook,
-        decoder=_decoder(folder, shapes) if released else DecoderConfig(),
-        template=template,
+        decoder=_decoder(shapes) if released else DecoderConfig(),
+        template=template or "llava_v1",
         dtype=DTYPES.get(str(raw.get("torch_dtype") or raw.get("dtype")), "bfloat16"),
     )
 
@@ -137,6 +171,9 @@ def _language(path: Path, raw: dict[str, Any], shapes: Shapes) -> LanguageConfig
     heads = _int(path, raw, "num_attention_heads")
     width = _int(path, raw, "hidden_size")
     rope = raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: rope_parameters is {rope!r}, expected an object")
+    _require_value(path, rope, "rope_type", "default", default="default")
     embedding = shapes.get("model.embed_tokens.weight")
     return LanguageConfig(
         vocabulary=embedding[0] if embedding else _int(path, raw, "vocab_size"),
@@ -152,25 +189,37 @@ def _language(path: Path, raw: dict[str, Any], shapes: Shapes) -> LanguageConfig
     )
 
 
-def _decoder(folder: Path, shapes: Shapes) -> DecoderConfig:
+def _decoder(shapes: Shapes) -> DecoderConfig:
     """Sizes of the pixel decoder, from the shapes of its tensors."""
-    first = "model.mask_decoder.transformer.0.layers."
-    depth = {name[len(first) :].split(".")[0] for name in shapes if name.startswith(first)}
+    default = DecoderConfig()
+    head = "model.mask_decoder.transformer"
+    depths = (_consecutive(shapes, f"{head}.{scale}.layers.") for scale in range(len(DEFAULT_TAPS)))
+    mlp = r"mask_decoder\.transformer\.\d+\.layers\.\d+\.mlp\.lin1\.(weight|bias)"
+    width = r"(mask_decoder\.(level_embed|mask_tokens|iou_token)|image_feature_neck\.[13])\.weight"
+    tokens = r"mask_decoder\.(mask_tokens\.weight|iou_prediction_head\.layers\.2\.(weight|bias))"
     return DecoderConfig(
-        width=_matrix(folder, shapes, "level_embed.weight")[1],
-        mlp=_matrix(folder, shapes, "transformer.0.layers.0.mlp.lin1.weight")[0],
-        depth=len(depth),
-        mask_tokens=_matrix(folder, shapes, "mask_tokens.weight")[0],
+        width=_agreed(_sizes(shapes, width, -1), default.width),
+        mlp=_agreed(_sizes(shapes, mlp, 0), default.mlp),
+        depth=_agreed(depths, default.depth),
+        mask_tokens=_agreed(_sizes(shapes, tokens, 0), default.mask_tokens),
     )
 
 
-def _matrix(folder: Path, shapes: Shapes, name: str) -> tuple[int, int]:
-    name = f"model.mask_decoder.{name}"
-    found = shapes.get(name)
-    if found is None or len(found) != 2:
-        what = "is missing" if found is None else f"has shape {found}, expected a matrix"
-        raise InputError(f"{folder}: tensor {name} {what}; download the model again")
-    return found[0], found[1]
+def _agreed(votes: Iterable[int], default: int) -> int:
+    """What most tensors say, so that a bad one is found out and not believed."""
+    counts = Counter(vote for vote in votes if vote > 0)
+    return counts.most_common(1)[0][0] if counts else default
+
+
+def _sizes(shapes: Shapes, pattern: str, axis: int) -> list[int]:
+    wanted = re.compile(rf"model\.{pattern}")
+    return [shape[axis] for name, shape in shapes.items() if shape and wanted.fullmatch(name)]
+
+
+def _consecutive(shapes: Shapes, prefix: str) -> int:
+    """How many of `PREFIX0.`, `PREFIX1.`, ... there are, up to the first gap."""
+    found = {name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)}
+    return next(i for i in itertools.count() if str(i) not in found)
 
 
 def hf_model(config: ModelConfig) -> dict[str, Any]:
@@ -224,20 +273,26 @@ def hf_vision(config: VisionConfig) -> dict[str, Any]:
     }
 
 
-def _int(path: Path, raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def _int(
+    path: Path, raw: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1
+) -> int:
     value = raw.get(key, default)
     if value is None and default is not None:
         value = default
-    if type(value) is not int:
-        raise InputError(f"{path}: {key} is {value!r}, expected a whole number")
+    if type(value) is not int or value < least:
+        raise InputError(
+            f"{path}: {key} is {value!r}, expected a whole number from {least}; download it again"
+        )
     return value
 
 
 def _float(path: Path, raw: Mapping[str, Any], key: str, default: float) -> float:
     value = raw.get(key, default)
     value = default if value is None else value
-    if type(value) not in (int, float):
-        raise InputError(f"{path}: {key} is {value!r}, expected a number")
+    if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+        raise InputError(
+            f"{path}: {key} is {value!r}, expected a positive number; download it again"
+        )
     return float(value)
 
 

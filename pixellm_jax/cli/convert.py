@@ -34,8 +34,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--template",
         choices=sorted(TEMPLATES),
-        default="llava_v1",
-        help="conversation the model was trained with (default: %(default)s)",
+        help="conversation the model was trained with (default: what an exported folder says, "
+        "else llava_v1)",
     )
     parser.add_argument(
         "--lora-alpha",

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 from pixellm_jax import __version__
-from pixellm_jax.cli import convert, export, segment
+from pixellm_jax.cli import convert, data_stats, export, prepare, segment
 from pixellm_jax.errors import InputError
 
 
@@ -19,11 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"pixellm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (convert, export, segment):
+    for module in (convert, export, prepare, data_stats, segment):
         module.add_parser(commands).set_defaults(run=module.run)
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an answer may leave a terminal's set
     try:
-        options.run(options)
+        with _interrupt_on_termination():
+            options.run(options)
     except InputError as error:
         print(f"pixellm {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -31,6 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pixellm {options.command}: interrupted; nothing was left behind", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _interrupt_on_termination() -> Iterator[None]:
+    """Makes SIGTERM, which job schedulers send, end the command as Ctrl-C does: tidily."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def script(command: str) -> int:

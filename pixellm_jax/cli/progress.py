@@ -10,8 +10,10 @@ from tqdm import tqdm
 
 @contextmanager
 def byte_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error; yields a function of (new bytes, bytes in all)."""
-    with tqdm(desc=what, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+    """A bar on standard error, if that is a terminal; yields a function of (new, all) bytes."""
+    # The delay keeps it away where the input is refused at once.
+    sizes = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+    with tqdm(desc=what, disable=None, delay=0.5, **sizes) as bar:
 
         def advance(new: int, total: int) -> None:
             bar.total = total

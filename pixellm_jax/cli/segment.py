@@ -16,6 +16,9 @@ from pixellm_jax.image import read_image
 from pixellm_jax.overlay import draw_overlay
 from pixellm_jax.predictor import Answer, Predictor
 
+RESULTS = ("answer.json", "mask_*.png", "overlay.png")
+"""What an answer's folder holds; a folder that holds anything else is never replaced."""
+
 EXAMPLES = """examples:
   pixellm segment --checkpoint pixellm-7b --image desk.jpg --out answer \\
       --question "Which things on the desk could be used to write?"
@@ -44,7 +47,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """Answers, writes the folder and prints the answer."""
     picture = read_image(options.image)
-    with whole_folder(options.out, replaces="answer.json") as folder:
+    with whole_folder(options.out, replaces=RESULTS) as folder:
         answer = Predictor.load(options.checkpoint)(picture, options.question)
         targets = write_answer(folder, answer, picture, options.image, options.question)
     print(answer.text)
@@ -93,6 +96,8 @@ def write_answer(
         "targets": targets,
     }
     (folder / "answer.json").write_text(
-        json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        json.dumps(record, indent=2, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+        errors="replace",  # a file name may hold bytes that are no text
     )
     return targets

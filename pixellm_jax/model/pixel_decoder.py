@@ -208,7 +208,7 @@ class PixelDecoder(nnx.Module):
         image: Float[Array, "b y x c"],
         query: Float[Array, "b m c"],
         previous: Float[Array, "b m Y X"] | None,
-    ) -> Float[Array, "b m Y X"]:
+    ) -> Float[Array, "b m 2*y 2*x"]:
         b, m, c = query.shape
         y, x = image.shape[1:3]
         dtype = image.dtype

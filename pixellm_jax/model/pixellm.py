@@ -106,7 +106,7 @@ class PixelLM(nnx.Module):
         return (tokens >= 0) | jnp.take_along_axis(image_valid, rank, axis=1)
 
     def decode_masks(
-        self, states: Float[Array, "b m s k d"], maps: tuple[Float[Array, "b y x c"], ...]
+        self, states: Float[Array, "b m s k d"], maps: tuple[Float[Array, "b ... c"], ...]
     ) -> Float[Array, "b m Y X"]:
         """States before the codebook tokens of each target -> fused mask logits, all at once."""
         queries = self.codebook.fuse_tokens(states)
@@ -129,8 +129,13 @@ def visibility(segment: Int[Array, "b t"], valid: Bool[Array, "b t"]) -> Bool[Ar
 def gather_states(
     hidden: Float[Array, "b t d"], index: Int[Array, "b m s k"]
 ) -> Float[Array, "b m s k d"]:
-    """The states at the given sequence positions."""
-    flat = jnp.take_along_axis(hidden, index.reshape(index.shape[0], -1, 1), axis=1)
+    """The states at the given sequence positions.
+
+    Indices of empty target slots may be anything: outside the sequence they take its first or last
+    state, because the NaN that JAX would put there ruins the gradient of every other target.
+    """
+    index_in_row = index.reshape(index.shape[0], -1, 1)
+    flat = jnp.take_along_axis(hidden, index_in_row, axis=1, mode="clip")
     return flat.reshape(*index.shape, hidden.shape[-1])
 
 

@@ -92,7 +92,7 @@ class VisionEncoder(nnx.Module):
         self.layers = stack(lambda k: VisionBlock(k, config), next(keys), config.layers_used)
 
     def __call__(
-        self, pixels: Float[Array, "b y x 3"], valid: Bool[Array, "b y x"]
+        self, pixels: Float[Array, "b Y X 3"], valid: Bool[Array, "b y x"]
     ) -> tuple[Float[Array, "b p e"], ...]:
         """Normalised pixels of the canvas -> patches of the tapped hidden states, scale by scale.
 
