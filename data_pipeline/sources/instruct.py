@@ -1,0 +1,126 @@
+"""LLaVA-Instruct: conversations about a picture, without masks.
+
+Layout: reference.md 1.7. `llava_dataset/llava_instruct_150k.json` is a list of
+`{id, image, conversations: [{from: "human" | "gpt", value}, ...]}`, pictures are those of COCO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_pipeline.damage import Damaged
+from data_pipeline.example import Example, Turn
+from data_pipeline.sources.json_items import Span, fetch, items
+from data_pipeline.sources.reading import (
+    Reading,
+    below,
+    check_split,
+    check_text,
+    find_index,
+    read_picture,
+)
+from pixellm_jax.errors import InputError
+
+IMAGE = "<image>"
+"""Stands for the picture in the published text."""
+
+HUMAN, ASSISTANT = "human", "gpt"
+
+
+class InstructEntry(NamedTuple):
+    """Where a conversation lies in the index, and the folder of its picture.
+
+    key: number of the entry in the file and its published id, which several entries share.
+    """
+
+    key: str
+    split: str
+    file: Path
+    span: Span
+    pictures: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaInstruct:
+    """The reader. `file`: name of the index in `llava_dataset`, without ".json"."""
+
+    dataset: str = "llava_instruct"
+    file: str = "llava_instruct_150k"
+    splits: tuple[str, ...] = ("train",)
+
+    def entries(self, root: Path, split: str) -> Sequence[InstructEntry]:
+        check_split(self, split)
+        index = find_index([root / "llava_dataset" / f"{self.file}.json"])
+        pictures = root / "coco" / "train2017"
+        entries = []
+        for number, item in enumerate(items(index)):
+            if item.key:
+                raise InputError(f"'{index}' is an object, expected a list of conversations")
+            name = item.value.get("id") if isinstance(item.value, dict) else None
+            key = (
+                f"{number}/{name}" if isinstance(name, str) and name.isprintable() else f"{number}"
+            )
+            entries.append(InstructEntry(key, split, index, item.span, pictures))
+        return entries
+
+    def read(self, entry: InstructEntry) -> Reading:
+        value = fetch(entry.file, entry.span)
+        if not isinstance(value, dict):
+            raise Damaged(f"a {type(value).__name__}, expected an object with a conversation")
+        if "image" not in value:
+            raise Damaged("a conversation without a picture")
+        turns, problems = _turns(_messages(value.get("conversations")))
+        image, hw = read_picture([below(entry.pictures, value["image"])])
+        example = Example(
+            key=entry.key,
+            dataset=self.dataset,
+            split=entry.split,
+            kind="instruct",
+            image=image,
+            hw=hw,
+            conversations=(turns,),
+        )
+        return Reading(example, problems)
+
+
+def _messages(conversation: object) -> list[tuple[str, str]]:
+    """Who says what: ("human", "Where is the cup?"), ("gpt", "On the table."), ..."""
+    if not isinstance(conversation, list):
+        raise Damaged(f"conversations is a {type(conversation).__name__}, expected a list")
+    messages = []
+    for number, message in enumerate(conversation):
+        fields: dict[str, Any] = message if isinstance(message, dict) else {}
+        speaker, text = fields.get("from"), fields.get("value")
+        if speaker not in (HUMAN, ASSISTANT):
+            raise Damaged(f"message {number} is from {speaker!r}, expected human or gpt"[:200])
+        messages.append((str(speaker), check_text(text, f"message {number}")))
+    return messages
+
+
+def _turns(messages: Sequence[tuple[str, str]]) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    r"""Questions with their answers, and what was left out.
+
+    An answer before the first question is dropped, as the released code does. `<image>` and the
+    blanks around such a text go, too: the picture stands in front of every conversation anyway.
+
+    gpt    "Hello!"
+    human  "Where is the cup?\n<image>"    ->   Turn("Where is the cup?", "On the table.")
+    gpt    "On the table."
+    """
+    start = int(bool(messages) and messages[0][0] == ASSISTANT)
+    spoken = messages[start:]
+    wrong = [i for i, (speaker, _) in enumerate(spoken) if speaker != (HUMAN, ASSISTANT)[i % 2]]
+    if wrong:
+        raise Damaged(f"message {start + wrong[0]} is by the same speaker as the one before")
+    places = [i for i, (_, text) in enumerate(spoken) for _ in range(text.count(IMAGE))]
+    if len(places) > 1 or any(places):
+        raise Damaged(f"{IMAGE} in messages {places}, expected it once, in the first question")
+    texts = [text.replace(IMAGE, "").strip() if IMAGE in text else text for _, text in spoken]
+    turns = tuple(map(Turn, texts[::2], texts[1::2]))
+    if not turns:
+        raise Damaged("a conversation without an answered question")
+    check_text(turns[0].question, "the first question")
+    return turns, ("the last question has no answer",) * (len(texts) % 2)

@@ -1,0 +1,204 @@
+"""People's own data: one JSON object per line. docs/data-format.md describes it with an example.
+
+{"image": "photos/1.jpg",
+ "targets": [{"phrase": "the red cup", "mask": "masks/1.png"}],
+ "conversations": [[{"question": "Where is it?", "answer": "Here: {seg}.", "targets": [0]}]]}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_pipeline.damage import Damaged
+from data_pipeline.example import SEG, Example, Rle, Target, Turn
+from data_pipeline.masks import area, encode, to_rle
+from data_pipeline.sources.json_items import ITEM_LIMIT, Span, fetch
+from data_pipeline.sources.label_map import read_label_map
+from data_pipeline.sources.reading import (
+    Reading,
+    below,
+    check_split,
+    check_text,
+    find_index,
+    read_picture,
+)
+from pixellm_jax.errors import InputError
+
+IMAGE = "<image>"
+"""Stands for the picture in a prompt; it may not occur in questions and answers."""
+
+LINE_KEYS = frozenset({"image", "key", "split", "targets", "void", "conversations"})
+TARGET_KEYS = frozenset({"phrase", "mask"})
+TURN_KEYS = frozenset({"question", "answer", "targets"})
+
+
+class JsonlEntry(NamedTuple):
+    """A line of the file; `fault` says why it cannot be read at all."""
+
+    key: str
+    split: str
+    file: Path
+    span: Span
+    fault: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jsonl:
+    """The reader of `<root>/<file>`.
+
+    Lines with conversations give examples of kind "ready", lines with targets only of kind "names".
+    """
+
+    dataset: str = "jsonl"
+    file: str = "data.jsonl"
+    splits: tuple[str, ...] = ("train", "val", "test")
+
+    def entries(self, root: Path, split: str) -> Sequence[JsonlEntry]:
+        """The lines of a split in the order of the file.
+
+        Lines that name no split belong to the first one, and so do lines that are not JSON or name
+        a split that there is not, to be reported once.
+        """
+        check_split(self, split)
+        path = find_index([root / self.file])
+        entries, keys, start = [], set(), 0
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(ITEM_LIMIT), b""), 1):
+                if len(line) == ITEM_LIMIT and not line.endswith(b"\n"):
+                    raise InputError(f"'{path}' line {number} has more than {ITEM_LIMIT} bytes")
+                span, start = Span(start, len(line)), start + len(line)
+                if not line.strip():
+                    continue
+                key, own_split, fault = _heading(line, number, self.splits)
+                if key in keys:
+                    key, fault = f"line {number}", fault or f"a second line of key {key!r}"
+                keys.add(key)
+                if own_split == split:
+                    entries.append(JsonlEntry(key, split, path, span, fault))
+        return entries
+
+    def read(self, entry: JsonlEntry) -> Reading:
+        if entry.fault:
+            raise Damaged(entry.fault)
+        line = _keys(fetch(entry.file, entry.span), LINE_KEYS, "the line")
+        folder = entry.file.parent
+        image, hw = read_picture([below(folder, line.get("image"))])
+        given = _list(line.get("targets", []), "targets")
+        targets, masks = [], []
+        for number, value in enumerate(given):
+            fields = _keys(value, TARGET_KEYS, f"target {number}")
+            phrase = check_text(fields.get("phrase"), f"phrase of target {number}")
+            masks.append(_mask(fields.get("mask"), folder, hw, f"mask of target {number}"))
+            targets.append(Target((phrase,), number))
+        void = None
+        if line.get("void") is not None:
+            void = _mask(line["void"], folder, hw, "void")
+        conversations, problems = _conversations(line.get("conversations"), len(targets))
+        if not targets and not conversations:
+            raise Damaged("neither targets nor conversations")
+        example = Example(
+            key=entry.key,
+            dataset=self.dataset,
+            split=entry.split,
+            kind="names" if line.get("conversations") is None else "ready",
+            image=image,
+            hw=hw,
+            masks=tuple(masks),
+            targets=tuple(targets),
+            void=void if void is not None and area(void) else None,
+            conversations=conversations,
+        )
+        return Reading(example, problems)
+
+
+def _heading(line: bytes, number: int, splits: Sequence[str]) -> tuple[str, str, str]:
+    """Key and split of a line, and why it cannot be read ("" if it can)."""
+    key, first = f"line {number}", splits[0]
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return key, first, f"line {number} is not JSON ({error})"
+    if not isinstance(value, dict):
+        return key, first, f"line {number} is a {type(value).__name__}, expected an object"
+    try:
+        key = check_text(value.get("key", key), f"key of line {number}")
+    except Damaged as reason:
+        return key, first, str(reason)
+    split = value.get("split", first)
+    if split not in splits:
+        return key, first, f"split {split!r}, expected one of {', '.join(splits)}"[:200]
+    return key, split, ""
+
+
+def _mask(value: object, folder: Path, hw: tuple[int, int], what: str) -> Rle:
+    """Run lengths or polygons as in COCO files, or the name of a PNG file: 0 is outside."""
+    try:
+        if isinstance(value, str):
+            return encode(read_label_map(below(folder, value), hw))
+        return to_rle(value, hw)
+    except Damaged as reason:
+        raise Damaged(f"{what}: {reason}") from None
+
+
+def _conversations(
+    given: object, targets: int
+) -> tuple[tuple[tuple[Turn, ...], ...], tuple[str, ...]]:
+    """Conversations that can be used, and why others cannot.
+
+    Raises:
+        Damaged: there are some, but none can be used.
+    """
+    if given is None:
+        return (), ()
+    conversations: list[tuple[Turn, ...]] = []
+    problems: list[str] = []
+    for number, turns in enumerate(_list(given, "conversations", least=1)):
+        what = f"conversation {number}"
+        try:
+            conversations.append(
+                tuple(_turn(turn, targets, what) for turn in _list(turns, what, least=1))
+            )
+        except Damaged as reason:
+            problems.append(str(reason))
+    if not conversations:
+        raise Damaged(problems[0])
+    return tuple(conversations), tuple(problems)
+
+
+def _turn(value: object, targets: int, what: str) -> Turn:
+    fields = _keys(value, TURN_KEYS, f"a turn of {what}")
+    question = check_text(fields.get("question"), f"a question of {what}")
+    answer = check_text(fields.get("answer"), f"an answer of {what}")
+    meant = _list(fields.get("targets", []), f"targets of {what}")
+    for index in meant:
+        if type(index) is not int or not 0 <= index < targets:
+            raise Damaged(f"{what} names target {index!r} of {targets}"[:200])
+    if answer.count(SEG) != len(meant) or SEG in question:
+        raise Damaged(
+            f"{what}: an answer holds {answer.count(SEG)} {SEG} for {len(meant)} targets, a "
+            f"question {question.count(SEG)} for none"
+        )
+    if IMAGE in question or IMAGE in answer:
+        raise Damaged(f"{what} holds {IMAGE}: leave it out, the picture comes first anyway")
+    return Turn(question, answer, tuple(meant))
+
+
+def _list(value: object, what: str, least: int = 0) -> list[Any]:
+    if not isinstance(value, list) or len(value) < least:
+        expected = "a list that is not empty" if least else "a list"
+        raise Damaged(f"{what} is {repr(value)[:60]}, expected {expected}")
+    return value
+
+
+def _keys(value: object, known: frozenset[str], what: str) -> dict[str, Any]:
+    """An object without keys that nobody would read, such as misspelt ones."""
+    if not isinstance(value, dict):
+        raise Damaged(f"{what} is a {type(value).__name__}, expected an object")
+    unknown = sorted(value.keys() - known)
+    if unknown:
+        raise Damaged(f"{what} has the key {unknown[0]!r}, known are {', '.join(sorted(known))}")
+    return value

@@ -1,0 +1,77 @@
+"""Part sets: PACO-LVIS and PASCAL-Part, objects and their parts in COCO-style files.
+
+Layout and names: reference.md 1.6. Every annotation is a target of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.example import Example, Target
+from data_pipeline.sources.coco_index import CocoEntry, list_pictures, read_instances
+from data_pipeline.sources.reading import Reading, check_split, find_index
+
+
+@dataclass(frozen=True, kw_only=True)
+class PacoLvis:
+    """PACO-LVIS: objects ("cup") and parts ("cup:rim") on pictures of COCO."""
+
+    dataset: str = "paco_lvis"
+    splits: tuple[str, ...] = ("train", "val", "test")
+
+    def entries(self, root: Path, split: str) -> Sequence[CocoEntry]:
+        check_split(self, split)
+        index = root / "vlpart" / "paco" / "annotations" / f"paco_lvis_v1_{split}.json"
+        return list_pictures(find_index([index]), split, (root / "coco",))
+
+    def read(self, entry: CocoEntry) -> Reading:
+        return _read(self.dataset, entry)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PascalPart:
+    """PASCAL-Part: parts of objects ("horse:leg") on pictures of PASCAL VOC 2010."""
+
+    dataset: str = "pascal_part"
+    splits: tuple[str, ...] = ("train", "val")
+
+    def entries(self, root: Path, split: str) -> Sequence[CocoEntry]:
+        check_split(self, split)
+        folder = root / "vlpart" / "pascal_part"
+        pictures = folder / "VOCdevkit" / "VOC2010" / "JPEGImages"
+        return list_pictures(find_index([folder / f"{split}.json"]), split, (pictures,))
+
+    def read(self, entry: CocoEntry) -> Reading:
+        return _read(self.dataset, entry)
+
+
+def part_phrases(category: str) -> tuple[str, ...]:
+    """What a category is called. Underscores between words stay, as published.
+
+    "laptop_computer"          ->  ("laptop_computer",)
+    "car_(automobile):wheel"   ->  ("car wheel", "the wheel of the car")
+    """
+    thing, *parts = (name.split("_(")[0] for name in category.split(":", 1))
+    if not parts:
+        return (thing,)
+    return (f"{thing} {parts[0]}", f"the {parts[0]} of the {thing}")
+
+
+def _read(dataset: str, entry: CocoEntry) -> Reading:
+    picture, instances, problems = read_instances(entry)
+    example = Example(
+        key=entry.key,
+        dataset=dataset,
+        split=entry.split,
+        kind="names",
+        image=picture.image,
+        hw=picture.hw,
+        masks=tuple(instance.mask for instance in instances),
+        targets=tuple(
+            Target(part_phrases(instance.category), i, instance.ids)
+            for i, instance in enumerate(instances)
+        ),
+    )
+    return Reading(example, tuple(problems))

@@ -1,0 +1,283 @@
+"""refCOCO, refCOCO+, refCOCOg, refCLEF and gRefCOCO: sentences about objects of a picture.
+
+`refer_seg/<dataset>/` holds `instances.json` (COCO style) and `refs(<split by>).p`, a pickled list
+of refs: one or several annotations of a picture with the sentences about them
+(https://github.com/lichengunc/refer, https://github.com/henghuiding/gRefCOCO).
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_pipeline.damage import Damaged
+from data_pipeline.example import Example, Rle, Target
+from data_pipeline.masks import check_size, to_rle, union
+from data_pipeline.restricted_pickle import load
+from data_pipeline.sources.json_items import Span, fetch, items
+from data_pipeline.sources.reading import (
+    Reading,
+    below,
+    check_text,
+    coco_candidates,
+    find_index,
+    read_picture,
+)
+from pixellm_jax.errors import InputError
+
+NO_TARGET = -1
+"""Annotation id of gRefCOCO for a sentence about something that is not in the picture."""
+
+
+class Ref(NamedTuple):
+    """A ref of the index; its sentences are pairs of number and text."""
+
+    ref_id: int
+    ann_ids: tuple[int, ...]
+    sentences: tuple[tuple[int, str], ...]
+
+
+class Entry(NamedTuple):
+    """A picture of a split with its refs, in the order of the file.
+
+    key: "split/image id", or "split/ref number" of a ref that names no picture.
+    image: where its record lies in `instances.json`; None if it has none.
+    annotations: where those that the refs name lie.
+    problems: refs and sentences of the picture that were left out.
+    """
+
+    key: str
+    split: str
+    root: Path
+    path: Path
+    image: Span | None
+    annotations: dict[int, Span]
+    refs: tuple[Ref, ...]
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refer:
+    """Reads one of the sets.
+
+    A picture gives one example of kind "names". Its targets are all pairs of a sentence and what it
+    is about, in the order of the file; the sentences of a ref share a mask. `ids` of a target are
+    (ref id, annotation ids..., sentence id). A sentence of gRefCOCO may be about several objects:
+    its mask is their union; or about none: its mask is empty, and the annotation id -1.
+
+        ref 7 of annotation 5: "cup", "red cup"; ref 8 of annotation 6: "plate"
+            ->  Target(("cup",), 0, (7, 5, 0))  Target(("red cup",), 0, (7, 5, 1))
+                Target(("plate",), 1, (8, 6, 2))
+
+    dataset: the name of its folder below `refer_seg`.
+    split_by: who made the splits; part of the file name.
+    splits: those that were published; `entries` also takes others that the index holds.
+    generalised: gRefCOCO: refs may name several annotations or none; the index is called grefs.
+    """
+
+    dataset: str
+    split_by: str
+    splits: tuple[str, ...]
+    generalised: bool = False
+
+    def entries(self, root: Path, split: str) -> Sequence[Entry]:
+        """One entry for each picture of the split, by ascending image id.
+
+        Whole refs and sentences about the same picture stay in the order of the file. The split
+        "testA" is every ref with an A in its split, so "testAB" counts for testA and testB; "test"
+        is every ref with "test" in it; any other split is exactly that.
+
+        Raises:
+            InputError: a file is missing or damaged as a whole, or no ref has such a split.
+        """
+        folder = root / "refer_seg" / self.dataset
+        name = f"{'grefs' if self.generalised else 'refs'}({self.split_by})"
+        index = find_index([folder / f"{name}.p", folder / f"{name}.json"])
+        chosen = _choose(_records(index), split, self.generalised)
+        if not (chosen.refs or split in self.splits):
+            raise InputError(
+                f"{str(index)!r} has no split {split!r}: use one of {', '.join(self.splits)}"
+            )
+        path = find_index([folder / "instances.json"])
+        images, annotations = _places(path, chosen)
+        return [
+            Entry(
+                f"{split}/{image_id}",
+                split,
+                root,
+                path,
+                images.get(image_id),
+                {i: annotations[i] for ref in refs for i in ref.ann_ids if i in annotations},
+                tuple(refs),
+                tuple(chosen.problems[image_id]),
+            )
+            for image_id, refs in sorted(chosen.refs.items())
+        ] + [
+            Entry(f"{split}/ref {number}", split, root, path, None, {}, (), (problem,))
+            for number, problem in chosen.lost
+        ]
+
+    def read(self, entry: Entry) -> Reading:
+        """The example of a picture.
+
+        A ref whose annotation is missing or damaged is left out alone and reported.
+
+        Raises:
+            Damaged: no usable sentence, no picture, or one of another size than its record says.
+        """
+        if entry.image is None:
+            missing = f"no image {entry.key!r} in {entry.path.name!r}"
+            raise Damaged("; ".join(entry.problems or [missing]))
+        record = fetch(entry.path, entry.image)
+        hw = check_size(record.get("height"), record.get("width"))
+        image = read_picture(self._pictures(entry.root, record.get("file_name")), hw).image
+        problems = list(entry.problems)
+        numbers: dict[tuple[int, ...], int] = {}  # of the mask of these annotations
+        masks: list[Rle] = []
+        targets: list[Target] = []
+        for ref in entry.refs:
+            if ref.ann_ids not in numbers:
+                try:
+                    masks.append(self._mask(ref, entry, record["id"], hw))
+                except Damaged as reason:
+                    problems.append(f"ref {ref.ref_id}: {reason}")
+                    continue
+                numbers[ref.ann_ids] = len(numbers)
+            targets += [
+                Target((text,), numbers[ref.ann_ids], (ref.ref_id, *ref.ann_ids, sentence))
+                for sentence, text in ref.sentences
+            ]
+        if not targets:
+            raise Damaged(f"no usable sentence: {'; '.join(problems)}")
+        example = Example(
+            key=entry.key,
+            dataset=self.dataset,
+            split=entry.split,
+            kind="names",
+            image=image,
+            hw=hw,
+            masks=tuple(masks),
+            targets=tuple(targets),
+        )
+        return Reading(example, tuple(problems))
+
+    def _pictures(self, root: Path, name: Any) -> list[Path]:
+        if self.dataset == "refclef":
+            return [below(root / "refer_seg/images/saiapr_tc-12", name)]
+        return coco_candidates(root, "train2014", name)
+
+    def _mask(self, ref: Ref, entry: Entry, image_id: int, hw: tuple[int, int]) -> Rle:
+        """The union of the annotations of a ref."""
+        rles = []
+        for number in ref.ann_ids:
+            if number == NO_TARGET and self.generalised:
+                continue
+            if number not in entry.annotations:
+                raise Damaged(f"no annotation {number} in {entry.path.name!r}")
+            annotation = fetch(entry.path, entry.annotations[number])
+            if annotation.get("image_id", image_id) != image_id:
+                raise Damaged(f"annotation {number} is of image {annotation['image_id']!r}")
+            rles.append(to_rle(annotation.get("segmentation"), hw))
+        return rles[0] if len(rles) == 1 else union(rles, hw)
+
+
+REFCOCO = Refer("refcoco", "unc", ("train", "val", "testA", "testB"))
+REFCOCO_PLUS = Refer("refcoco+", "unc", ("train", "val", "testA", "testB"))
+REFCOCOG = Refer("refcocog", "umd", ("train", "val", "test"))
+REFCLEF = Refer("refclef", "unc", ("train", "val", "testA", "testB"))
+GREFCOCO = Refer("grefcoco", "unc", ("train", "val", "testA", "testB"), generalised=True)
+
+
+def in_split(split: str, published: str) -> bool:
+    """Whether a ref with the split `published` belongs to `split`; see `Refer.entries`.
+
+    ("testA", "testAB") -> True   ("test", "testA") -> True   ("train", "trainval") -> False
+    """
+    if split in ("testA", "testB", "testC"):
+        return split[-1] in published
+    return "test" in published if split == "test" else split == published
+
+
+class _Chosen(NamedTuple):
+    """The refs of a split and the refs and sentences left out, by image id.
+
+    lost: number in the index, and what is wrong, of refs that name no picture.
+    """
+
+    refs: defaultdict[int, list[Ref]]
+    problems: defaultdict[int, list[str]]
+    lost: list[tuple[int, str]]
+
+
+def _choose(records: Iterable[Any], split: str, generalised: bool) -> _Chosen:
+    chosen = _Chosen(defaultdict(list), defaultdict(list), [])
+    for number, record in enumerate(records):
+        published = record.get("split") if isinstance(record, dict) else None
+        if isinstance(published, str) and not in_split(split, published):
+            continue
+        image_id = record.get("image_id") if isinstance(record, dict) else None
+        if not isinstance(published, str) or type(image_id) is not int:
+            chosen.lost.append((number, f"ref {number} of the index has no split or image_id"))
+            continue
+        refs, problems = chosen.refs[image_id], chosen.problems[image_id]
+        try:
+            ref = _ref(record, generalised, problems)
+        except Damaged as reason:
+            problems.append(f"ref {number} of the index: {reason}")
+            continue
+        if ref.sentences:
+            refs.append(ref)
+    return chosen
+
+
+def _ref(record: dict[Any, Any], generalised: bool, problems: list[str]) -> Ref:
+    """A checked ref; what is wrong with single sentences is added to the problems."""
+    ref_id: Any = record.get("ref_id")
+    ann_id: Any = record.get("ann_id")
+    ann_ids = ann_id if generalised and isinstance(ann_id, list) else [ann_id]
+    if not ann_ids or any(type(number) is not int for number in (ref_id, *ann_ids)):
+        raise Damaged(f"ref_id {reprlib.repr(ref_id)}, ann_id {reprlib.repr(ann_id)}")
+    published = record.get("sentences")
+    if not isinstance(published, list) or not published:
+        raise Damaged("no sentences")
+    sentences = []
+    for sentence in published:
+        try:
+            sentences.append(_sentence(sentence))
+        except Damaged as reason:
+            problems.append(f"ref {ref_id}: {reason}")
+    return Ref(ref_id, tuple(ann_ids), tuple(sentences))
+
+
+def _sentence(sentence: Any) -> tuple[int, str]:
+    if not isinstance(sentence, dict) or type(sentence.get("sent_id")) is not int:
+        raise Damaged("a sentence without sent_id")
+    return sentence["sent_id"], check_text(sentence.get("sent"), "sentence")
+
+
+def _records(index: Path) -> Iterator[Any]:
+    """The refs of an index, pickled or in JSON."""
+    if index.suffix == ".json":
+        return (item.value for item in items(index))
+    records = load(index)
+    if not isinstance(records, list):
+        raise InputError(f"{str(index)!r} holds a {type(records).__name__}, expected a list")
+    return iter(records)
+
+
+def _places(path: Path, chosen: _Chosen) -> tuple[dict[int, Span], dict[int, Span]]:
+    """Where the records of the chosen images and of their annotations lie, by their ids."""
+    wanted = {
+        "images": chosen.refs.keys(),
+        "annotations": {i for refs in chosen.refs.values() for ref in refs for i in ref.ann_ids},
+    }
+    places: dict[str, dict[int, Span]] = {"images": {}, "annotations": {}}
+    for key, value, span in items(path):
+        number = value.get("id") if isinstance(value, dict) else None
+        if type(number) is int and key in wanted and number in wanted[key]:
+            places[key][number] = span
+    return places["images"], places["annotations"]

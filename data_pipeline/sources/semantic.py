@@ -1,0 +1,204 @@
+"""Semantic sets: ADE20K, COCO-Stuff and Mapillary Vistas 2.0, a class number for every pixel.
+
+Layout and numbers: reference.md 1.5. Every class in a picture is a target, in ascending order of
+class numbers; ignored pixels are void.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipeline.damage import Damaged
+from data_pipeline.example import Example, Target
+from data_pipeline.masks import encode
+from data_pipeline.sources.json_items import items
+from data_pipeline.sources.label_map import read_label_map
+from data_pipeline.sources.reading import Reading, check_split, check_text, read_picture
+from pixellm_jax.errors import InputError
+
+IGNORED = 255
+"""Number of pixels that belong to no class; there can be 255 classes."""
+
+
+def _published(file: str) -> tuple[str, ...]:
+    return tuple(json.loads(Path(__file__).with_name(file).read_text(encoding="utf-8")))
+
+
+ADE20K_CLASSES = _published("ade20k_classes.json")
+"""Names by class number, which is one less than the value in the label map."""
+
+COCOSTUFF_CLASSES = _published("cocostuff_classes.json")
+"""Names by class number, which is the value in the label map."""
+
+
+class SemanticEntry(NamedTuple):
+    """A picture, its label map, and what the values of the map mean: class -> name.
+
+    `ignored`: classes whose pixels are void.
+    """
+
+    key: str
+    split: str
+    picture: Path
+    labels: Path
+    names: tuple[str, ...]
+    ignored: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ade20k:
+    """ADE20K scene parsing, 150 classes. Value 0 (unlabelled) is ignored; 255 is, too."""
+
+    dataset: str = "ade20k"
+    splits: tuple[str, ...] = ("train", "val")
+
+    def entries(self, root: Path, split: str) -> Sequence[SemanticEntry]:
+        check_split(self, split)
+        part = {"train": "training", "val": "validation"}[split]
+        pictures = root / "ade20k" / "images" / part
+        labels = root / "ade20k" / "annotations" / part
+        stems = _stems(labels, "png") | _stems(pictures, "jpg")
+        return _entries(split, stems, pictures, labels, ADE20K_CLASSES)
+
+    def read(self, entry: SemanticEntry) -> Reading:
+        return _read(self.dataset, entry, first=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoStuff:
+    """COCO-Stuff: 182 classes, of which 28 are ignored: those with a "-", such as "wall-brick".
+
+    They are kinds and leftovers of other classes ("floor-other"), which nobody would ask for.
+    """
+
+    dataset: str = "cocostuff"
+    splits: tuple[str, ...] = ("train", "val")
+
+    def entries(self, root: Path, split: str) -> Sequence[SemanticEntry]:
+        check_split(self, split)
+        part = {"train": "train2017", "val": "val2017"}[split]
+        labels = root / "cocostuff" / part
+        ignored = frozenset(i for i, name in enumerate(COCOSTUFF_CLASSES) if "-" in name)
+        pictures = root / "coco" / part
+        stems = _stems(labels, "png")
+        return _entries(split, stems, pictures, labels, COCOSTUFF_CLASSES, ignored)
+
+    def read(self, entry: SemanticEntry) -> Reading:
+        return _read(self.dataset, entry)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mapillary:
+    """Mapillary Vistas 2.0: the classes of its `config_v2.0.json`, by their readable names.
+
+    Classes whose full name begins with "void--" (`void--ego-vehicle`, `void--unlabeled`, ...) are
+    what the authors of the set leave out of its evaluation; their pixels are ignored.
+    `void_is_target`: make targets of them, as the released training code does.
+    """
+
+    void_is_target: bool = False
+    dataset: str = "mapillary"
+    splits: tuple[str, ...] = ("train", "val")
+
+    def entries(self, root: Path, split: str) -> Sequence[SemanticEntry]:
+        check_split(self, split)
+        part = {"train": "training", "val": "validation"}[split]
+        folder = root / "mapillary"
+        full, readable = _mapillary_names(folder / "config_v2.0.json")
+        void = frozenset(i for i, name in enumerate(full) if name.startswith("void--"))
+        pictures = folder / part / "images"
+        labels = folder / part / "v2.0" / "labels"
+        stems = _stems(labels, "png") | _stems(pictures, "jpg")
+        ignored = frozenset() if self.void_is_target else void
+        return _entries(split, stems, pictures, labels, readable, ignored)
+
+    def read(self, entry: SemanticEntry) -> Reading:
+        return _read(self.dataset, entry)
+
+
+def _mapillary_names(config: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Full and readable names, by class number: ("animal--bird", ...), ("bird", ...)."""
+    full: list[str] = []
+    readable: list[str] = []
+    for number, item in enumerate(item for item in items(config) if item.key == "labels"):
+        label = item.value if isinstance(item.value, dict) else {}
+        for key, names in (("name", full), ("readable", readable)):
+            try:
+                names.append(check_text(label.get(key), f"{key} of label {number}"))
+            except Damaged as reason:
+                raise InputError(f"'{config}': {reason}; download the file again") from None
+    if not 0 < len(full) <= IGNORED:
+        raise InputError(
+            f"'{config}' has {len(full)} labels, expected 1 to {IGNORED}: download the file again"
+        )
+    return tuple(full), tuple(name.lower() for name in readable)
+
+
+def _stems(folder: Path, ending: str) -> set[str]:
+    """Names of the files without their ending.
+
+    Raises:
+        InputError: there are none.
+    """
+    stems = {path.stem for path in folder.glob(f"*.{ending}")}
+    if not stems:
+        raise InputError(f"found no *.{ending} in '{folder}': put the published files there")
+    return stems
+
+
+def _entries(
+    split: str,
+    stems: Iterable[str],
+    pictures: Path,
+    labels: Path,
+    names: tuple[str, ...],
+    ignored: frozenset[int] = frozenset(),
+) -> list[SemanticEntry]:
+    """Entries in the order of the files' names, endings included: "a-b.jpg", "a.jpg"."""
+    return [
+        SemanticEntry(stem, split, pictures / f"{stem}.jpg", labels / f"{stem}.png", names, ignored)
+        for stem in sorted(stems, key=lambda stem: f"{stem}.")
+    ]
+
+
+def _read(dataset: str, entry: SemanticEntry, first: int = 0) -> Reading:
+    """One target per class. Value `first` means class 0, the next one class 1, and so on.
+
+    first 1, names wall, tree, sky, ignored {2}    2 2 0        targets wall, tree
+                                                   1 1 3   ->   void    0 0 1
+                                                                        0 0 1
+    """
+    image, hw = read_picture([entry.picture])
+    values = read_label_map(entry.labels, hw)
+    meaning = np.full(256, -1)
+    meaning[[0] * first + [IGNORED]] = IGNORED
+    meaning[first : first + len(entry.names)] = [
+        IGNORED if i in entry.ignored else i for i in range(len(entry.names))
+    ]
+    found = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
+    if (meaning[found] < 0).any():
+        unknown = found[meaning[found] < 0].tolist()
+        raise Damaged(f"label map {entry.labels.name!r} has values {unknown}: no such classes")
+    classes = meaning.astype(np.uint8)[values]
+    present = [i for i in meaning[found].tolist() if i != IGNORED]
+    if not present:
+        raise Damaged(f"label map {entry.labels.name!r} has no class, all of it is ignored")
+    void = classes == IGNORED
+    example = Example(
+        key=entry.key,
+        dataset=dataset,
+        split=entry.split,
+        kind="names",
+        image=image,
+        hw=hw,
+        masks=tuple(encode(classes == i) for i in present),
+        targets=tuple(Target((entry.names[c],), i, (c,)) for i, c in enumerate(present)),
+        void=encode(void) if void.any() else None,
+    )
+    return Reading(example)
