@@ -7,7 +7,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict
 
@@ -229,10 +229,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise InputError(f"{where}: expected a group of keys, found {value!r}")
         return from_mapping(hint, value, where)  # type: ignore[arg-type]
-    if hint in (tuple[int, ...], tuple[float, ...]):
+    if get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)):
-            raise InputError(f"{where}: expected a list of numbers, found {value!r}")
-        return tuple(_convert(hint.__args__[0], item, where) for item in value)
+            raise InputError(f"{where}: expected a list, found {value!r}")
+        return tuple(_convert(get_args(hint)[0], item, where) for item in value)
+    if type(None) in get_args(hint):
+        return None if value is None else _convert(get_args(hint)[0], value, where)
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:

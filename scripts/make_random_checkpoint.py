@@ -47,7 +47,7 @@ def tiny(tokens_per_scale: int = 3, scales: int = 2) -> ModelConfig:
             width=32, layers=18, heads=4, mlp=64, canvas=112, table=6, taps=(-2, -11, -17)[:scales]
         ),
         language=LanguageConfig(
-            vocabulary=0,
+            vocabulary=1,
             width=64,
             layers=2,
             heads=4,
