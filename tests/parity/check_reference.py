@@ -193,14 +193,14 @@ def _gradients(file: Any, model: PixelLM, batch: Batch) -> Iterator[Line]:
     )
 
     @jax.jit
-    def run(trained: nnx.State) -> Any:
+    def run(trained: nnx.State, batch: Batch) -> Any:
         def total(trained: nnx.State) -> tuple[jax.Array, Any]:
             terms = losses(nnx.merge(graph, trained, rest)(batch), batch)
             return terms.total, terms
 
         return jax.grad(total, has_aux=True)(trained)
 
-    gradient, terms = run(trained)
+    gradient, terms = run(trained, batch)
     names = ("loss", "ce_loss", "mask_bce_loss", "mask_dice_loss")
     for name, term in zip(names, terms, strict=True):
         yield Line(name, _error(term, file[name]), LOSS)
