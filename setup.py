@@ -37,11 +37,14 @@ setup(
         "transformers>=5",
         "tensorflow-datasets>=4.9.10",
         "grain>=0.2.18",
+        "absl-py>=2",
+        "array-record>=0.8",
         "jaxtyping>=0.3",
         "ml-collections>=1.0",
         "ml-dtypes>=0.5",
         "numpy>=2.0",
         "pillow>=11",
+        "protobuf>=5",
         "pycocotools>=2.0.8",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
@@ -50,7 +53,11 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8.3", "beartype>=0.20"],
+        "test": ["pytest>=8.3", "beartype>=0.20", "matplotlib>=3.9"],
+        # `pixellm data-stats --out`.
+        "figures": ["matplotlib>=3.9"],
+        # `pixellm prepare --runner`. Beam lags behind: it takes protobuf 6, pillow 12, pyarrow 25.
+        "beam": ["apache-beam>=2.77"],
         # The PyTorch oracles of tests/parity. One pinned release: newer ones pull in gigabytes.
         "parity": ['torch==2.13.0; python_version < "3.12"'],
         "dev": ["ruff>=0.17,<0.18", "mypy>=2.0", "types-tqdm"],

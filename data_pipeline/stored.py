@@ -141,7 +141,7 @@ class StoredSplit(Sequence[Example]):
         return {name: value for name, value in vars(self).items() if name != "_opened"}
 
     @cached_property
-    def _opened(self) -> Sequence[bytes]:
+    def _opened(self) -> ArrayRecordDataSource:
         try:
             source = ArrayRecordDataSource([str(shard) for shard in self.shards])
         except (OSError, RuntimeError, ValueError) as error:

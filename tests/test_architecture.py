@@ -65,17 +65,31 @@ LAYERS = {
     "pixellm_jax.predictor": 6.1,
     "pixellm_jax.train": 6.1,
     "pixellm_jax.cli": 7.0,
+    "pixellm_jax.cli.page": 7.0,
     "pixellm_jax.cli.progress": 7.0,
+    "pixellm_jax.cli.table": 7.0,
     "pixellm_jax.cli.*": 7.1,
     "pixellm_jax.cli.main": 7.2,
     # data_pipeline stands between layers 1 and 7.
     "data_pipeline": 2.0,
-    "data_pipeline.config": 2.0,
+    "data_pipeline.config": 3.1,
+    "data_pipeline.damage": 2.0,
     "data_pipeline.example": 2.0,
-    "data_pipeline.collate": 3.0,
+    "data_pipeline.masks": 2.1,
+    "data_pipeline.pickle_machine": 2.0,
+    "data_pipeline.restricted_pickle": 2.1,
+    "data_pipeline.sources.json_items": 2.1,
+    "data_pipeline.sources.reading": 2.2,
+    "data_pipeline.sources.coco_index": 2.3,
+    "data_pipeline.sources.label_map": 2.3,
+    "data_pipeline.collate": 3.2,
     "data_pipeline.sources.*": 3.0,
+    "data_pipeline.draws": 2.0,
+    "data_pipeline.templates": 2.0,
     "data_pipeline.transforms": 3.0,
     "data_pipeline.sources": 3.1,
+    "data_pipeline.stored": 3.0,
+    "data_pipeline.shards": 3.2,
     "data_pipeline.builders": 4.0,
     "data_pipeline.curate.*": 4.0,
     "data_pipeline.curate": 4.1,
@@ -83,7 +97,7 @@ LAYERS = {
 }
 SEEN_BY_DATA_PIPELINE = 1  # the highest layer of pixellm_jax that data_pipeline may import
 BANNED = {"torch", "torchvision", "tensorflow"}
-EXTRAS: set[str] = set()  # optional packages that may be imported inside a function
+EXTRAS = {"apache_beam", "matplotlib"}  # optional packages that may be imported inside a function
 
 ANNOTATIONS = {
     name

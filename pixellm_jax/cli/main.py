@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from pixellm_jax import __version__
-from pixellm_jax.cli import convert, data_stats, export, prepare, segment
+from pixellm_jax.cli import convert, data_stats, data_view, export, prepare, segment
 from pixellm_jax.errors import InputError
 
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"pixellm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (convert, export, prepare, data_stats, segment):
+    for module in (convert, export, prepare, data_stats, data_view, segment):
         module.add_parser(commands).set_defaults(run=module.run)
     options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pixellm {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"pixellm {options.command}: interrupted; nothing was left behind", file=sys.stderr)
+        left = getattr(options, "when_interrupted", "nothing was left behind")
+        print(f"pixellm {options.command}: interrupted; {left}", file=sys.stderr)
         return 130
     return 0
 

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # also runs where nothing is installed
+
 import jax
 import jax.numpy as jnp
 import numpy as np

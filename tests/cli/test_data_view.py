@@ -1,0 +1,237 @@
+"""`pixellm data-view`: what stands on the page is what the model gets."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.builders import prepare
+from data_pipeline.config import DataConfig
+from data_pipeline.loader import Draw
+from data_pipeline.sources import SOURCES
+from data_pipeline.stored import find_splits
+from pixellm_jax import checkpoint
+from pixellm_jax.cli.main import main
+from pixellm_jax.cli.page import Mask, Sample, Talk, Token, write_page
+from pixellm_jax.geometry import VOID
+from pixellm_jax.prompt import IMAGE_TOKEN
+
+VOID_TAGS = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order, and keeps the text and what the page refers to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.classes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        self.classes.append((dict(attrs).get("class") or "", self.text))
+        if tag not in VOID_TAGS:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def prepared(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prepared")
+    wanted = (("muse", "train"), ("ReasonSeg", "val"), ("cocostuff", "train"))
+    for name, split in (*wanted, ("llava_instruct", "train")):
+        prepare(SOURCES[name].source, split, data_root, out)
+    return out
+
+
+@pytest.fixture
+def view(prepared: Path, tmp_path: Path, capsys) -> Callable[..., Page]:
+    def view(*arguments: object) -> Page:
+        out = tmp_path / "page.html"
+        options = [str(argument) for argument in arguments]
+        assert main(["data-view", "--data", str(prepared), "--out", str(out), *options]) == 0
+        assert capsys.readouterr().out.startswith(f"{out}: ")
+        return Page(out.read_text(encoding="utf-8"))
+
+    return view
+
+
+def pictures(page: Page) -> list[np.ndarray]:
+    assert all(link.startswith("data:image/jpeg;base64,") for link in page.links)
+    data = [base64.b64decode(link.partition(",")[2]) for link in page.links]
+    return [np.asarray(Image.open(io.BytesIO(each))) for each in data]
+
+
+def test_page_stands_alone(view):
+    page = view("--count", 9)
+    assert page.tags.count("article") == 9
+    assert "script" not in page.tags and "link" not in page.tags
+    assert {picture.shape for picture in pictures(page)} == {(448, 448, 3)}
+    assert len(page.links) == 18
+
+
+def test_same_seed_same_page(view):
+    first = view("--count", 5, "--seed", 3)
+    assert view("--count", 5, "--seed", 3).text == first.text
+    assert view("--count", 5, "--seed", 4).text != first.text
+
+
+def test_everything_once(view, prepared):
+    page = view("--dataset", "ReasonSeg", "--count", 100)
+    stored = find_splits(prepared, dataset="ReasonSeg")[0]
+    assert page.tags.count("article") == len(stored)
+    for example in stored:
+        assert page.text.count(f"ReasonSeg/val/{example.key}") == 1
+
+
+def test_padding_is_hatched_and_masks_are_drawn(view, prepared):
+    page = view("--dataset", "cocostuff", "--count", 100)
+    shown = pictures(page)
+    for with_masks, plain in zip(shown[::2], shown[1::2], strict=True):
+        empty = (plain < 8).all(axis=(1, 2)) if (plain[-1] < 8).all() else (plain < 8).all((0, 2))
+        padded = with_masks[empty] if (plain[-1] < 8).all() else with_masks[:, empty]
+        assert not padded.size or 100 < padded.mean() < 160
+        assert (
+            np.abs(with_masks.astype(int) - plain)[~empty if len(empty) == 448 else ...].max() > 50
+        )
+
+
+def test_tokens_are_those_of_the_batch(view, prepared, tiny):
+    arguments = ("--dataset", "muse", "--count", 40, "--seed", 5, "--checkpoint", tiny.jax)
+    page = view(*arguments, "--length", 2048)
+    config = checkpoint.read_config(tiny.jax)
+    vocabulary = checkpoint.read_vocabulary(tiny.jax, config)
+    data = DataConfig(length=2048, seed=5)
+    (stored,) = find_splits(prepared, dataset="muse")
+    draw = Draw(vocabulary, data, config)
+    rows = {example.key: draw.map_with_index(i, example).row for i, example in enumerate(stored)}
+    found = re.findall(r"the sequence: (\d+) of 2048 positions; (\d+) supervised", page.text)
+    assert sorted((int(a), int(b)) for a, b in found) == sorted(
+        (int((row.segment >= 0).sum()), int(row.loss_mask.sum())) for row in rows.values()
+    )
+    names = {index: token.replace("▁", " ") for token, index in vocabulary.ids.items()}
+    for row in rows.values():
+        ids = [int(i) for i in row.tokens[row.segment >= 0] if i != IMAGE_TOKEN]
+        before, after = (
+            "".join(names[i] for i in part)
+            for part in (
+                ids[: ids.index(vocabulary.im_start) + 1],
+                ids[ids.index(vocabulary.im_end) :],
+            )
+        )
+        assert f"{before}image, {config.image_tokens} positions{after}" in page.text
+    learnt = sum(kind == "learnt" for kind, _ in page.classes)
+    assert learnt == sum(int(row.loss_mask.sum()) for row in rows.values())
+
+
+def test_over_budget(view, tiny):
+    arguments = ("--dataset", "muse", "--count", 40, "--checkpoint", tiny.jax)
+    assert "over budget" not in view(*arguments, "--length", 4096, "--targets", 100).text
+    page = view(*arguments, "--length", 600, "--targets", 3)
+    assert "over budget: left out" in page.text
+    assert any(kind == "talk dropped" for kind, _ in page.classes)
+
+
+def test_evaluation(view, tiny):
+    for more in ((), ("--checkpoint", tiny.jax)):
+        page = view("--dataset", "muse", "--evaluation", "--count", 40, *more)
+        assert "the model answers" in page.text and "to be found: " in page.text
+    assert "the sequence: " in view("--evaluation", "--count", 60, "--checkpoint", tiny.jax).text
+
+
+def make_sample(**fields: object) -> Sample:
+    mask = np.full((8, 8), VOID, np.uint8)
+    mask[:4] = 0
+    mask[1:3, 2:6] = 1
+    sample = Sample(
+        title="a/<b>&",
+        about="kind",
+        image=np.full((16, 16, 3), 77, np.uint8),
+        hw=(8, 16),
+        masks=(Mask(("<i>cup</i>", "mug"), mask),),
+        talks=(Talk(("<image>\nWhere <script>?", "There: [SEG] & [SEG]."), (0, 0)),),
+        group="[SEG]",
+    )
+    return sample._replace(**fields)
+
+
+def test_text_is_escaped():
+    page = Page(write_page("<t>", "<l>", [make_sample()]))
+    assert "script" not in page.tags and "i" not in page.tags
+    assert "a/<b>&" in page.text and "<i>cup</i>; mug" in page.text
+    assert "image Where <script>?" in page.text
+    assert "There: 1 & 1." in page.text
+    assert "25 %" in page.text
+
+
+def test_codebook_tokens_have_the_colour_of_their_mask():
+    tokens = (Token("It", "about <it>"), Token("[SEG0]", "id 9", True, 0), Token(".", "", True))
+    text = write_page("t", "l", [make_sample(tokens=tokens, length="3 of 5 positions")])
+    assert "the sequence: 3 of 5 positions; 2 supervised, in green" in Page(text).text
+    (style,) = re.findall(r'title="id 9" style="([^"]*)"', text)
+    assert style == "background:rgb(44,155,255);color:#000"
+    assert html.escape("about <it>") in text
+
+
+def test_void_is_hatched():
+    plain, shown = (
+        pictures(
+            Page(
+                write_page(
+                    "t",
+                    "l",
+                    [make_sample(image=np.full((448, 448, 3), 9, np.uint8), hw=(224, 448))],
+                )
+            )
+        )[i]
+        for i in (1, 0)
+    )
+    assert plain.max() < 20
+    assert shown[240:].mean() > 100
+    assert np.abs(shown[:50].astype(int) - 9).max() < 12
+    assert (shown[80:140, 140:300] != plain[80:140, 140:300]).any(-1).mean() > 0.9
+
+
+BAD = [
+    (["--count", "0"], "--count must be at least 1"),
+    (["--seed", "-1"], "--seed at least 0"),
+    (["--length", "0"], "length=0 must be at least 1"),
+    (["--dataset", "refcoco"], "has no refcoco/*"),
+    (["--checkpoint", "nowhere"], "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(b) for b, _ in BAD])
+def test_refuses(arguments, message, prepared, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert main(["data-view", "--data", str(prepared), "--out", str(out), *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and message in printed.err
+    assert not out.exists()
+
+
+def test_no_place_for_the_page(prepared, tmp_path, capsys):
+    out = tmp_path / "no" / "page.html"
+    assert main(["data-view", "--data", str(prepared), "--out", str(out), "--count", "1"]) == 2
+    assert "cannot write here" in capsys.readouterr().err
