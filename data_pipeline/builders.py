@@ -23,14 +23,11 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
+from data_pipeline.damage import AbsentError
 from data_pipeline.shards import Plan, Report, Skip, run_length, working_folder, write_shards
 from data_pipeline.sources.reading import Source
 from data_pipeline.stored import SKIPPED, UNFINISHED, VERSION, StoredSplit, features
 from pixellm_jax.errors import InputError
-
-
-class NoEntriesError(InputError):
-    """A split has no entries, or they cannot be listed: an index is missing or damaged."""
 
 
 class ExampleBuilder(FileReaderBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -41,7 +38,7 @@ class ExampleBuilder(FileReaderBuilder, skip_registration=True):  # type: ignore
     more entries were dealt with, and of how many. `writing`: options of `shards.write_shards`.
 
     Raises:
-        NoEntriesError: (`download_and_prepare`, as all of these) the entries cannot be listed.
+        AbsentError: (`download_and_prepare`, as all of these) there are no entries.
         InputError: no entry can be used, `strict` and something is damaged, or another process
             prepares the split. There is no folder then; finished shards are kept, and the next call
             goes on from them.
@@ -81,12 +78,9 @@ class ExampleBuilder(FileReaderBuilder, skip_registration=True):  # type: ignore
     def _download_and_prepare(self, dl_manager: Any, download_config: Any) -> None:
         """Fills `data_dir`, which is a temporary folder until this returns."""
         plan = self.plan
-        try:
-            entries = plan.source.entries(plan.root, plan.split)
-        except InputError as error:
-            raise NoEntriesError(str(error)) from None
+        entries = plan.source.entries(plan.root, plan.split)
         if not entries:
-            raise NoEntriesError(
+            raise AbsentError(
                 f"the index of {plan.source.dataset} has nothing in split {plan.split}"
             )
         plan = plan._replace(run=plan.run or run_length(len(entries)))

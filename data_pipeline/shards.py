@@ -98,7 +98,7 @@ def write_shards(
     `runner_options` are Beam's own, as `--name=value`.
 
     Raises:
-        InputError: a process was killed, or Beam is not there or fails.
+        InputError: a worker was killed, or Beam is not installed. (Its own failures are its own.)
     """
     shards = math.ceil(len(entries) / plan.run)
     todo = [number for number in range(shards) if not _finished(plan, number)]

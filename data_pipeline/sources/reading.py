@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
 
-from data_pipeline.damage import Damaged
+from data_pipeline.damage import AbsentError, Damaged
 from data_pipeline.example import Example
 from data_pipeline.masks import check_size
 from pixellm_jax.errors import InputError
@@ -168,13 +168,13 @@ def find_index(candidates: Sequence[Path]) -> Path:
     """The first of the index files that exists.
 
     Raises:
-        InputError: none does.
+        AbsentError: none does.
     """
     for path in candidates:
         if path.is_file():
             return path
     expected = ", ".join(repr(str(path)) for path in candidates)
-    raise InputError(f"found none of {expected}: put the published file there or check the folder")
+    raise AbsentError(f"found none of {expected}: put the published file there or check the folder")
 
 
 def check_split(source: Source, split: str) -> None:

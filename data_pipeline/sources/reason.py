@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from data_pipeline.damage import Damaged
+from data_pipeline.damage import AbsentError, Damaged
 from data_pipeline.example import Example, Target, Turn
 from data_pipeline.masks import COORDINATE_LIMIT, OUTLINE_LIMIT, check_size, encode
 from data_pipeline.sources.json_items import items
@@ -83,7 +83,7 @@ class ReasonSeg:
             folder = base / part
             stems = {file.stem for ending in ("json", "jpg") for file in folder.glob(f"*.{ending}")}
             if not stems:
-                raise InputError(f"found no *.json in '{folder}': put the published files there")
+                raise AbsentError(f"found no *.json in '{folder}': put the published files there")
             for stem in sorted(stems, key=lambda stem: f"{stem}."):
                 picture = folder / f"{stem}.jpg"
                 explanation = explanations.get(picture.name) if part == "train" else None

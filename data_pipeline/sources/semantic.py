@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.damage import Damaged
+from data_pipeline.damage import AbsentError, Damaged
 from data_pipeline.example import Example, Target
 from data_pipeline.masks import encode
 from data_pipeline.sources.json_items import items
@@ -148,7 +148,7 @@ def _stems(folder: Path, ending: str) -> set[str]:
     """
     stems = {path.stem for path in folder.glob(f"*.{ending}")}
     if not stems:
-        raise InputError(f"found no *.{ending} in '{folder}': put the published files there")
+        raise AbsentError(f"found no *.{ending} in '{folder}': put the published files there")
     return stems
 
 

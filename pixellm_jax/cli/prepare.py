@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from data_pipeline.builders import NoEntriesError, Prepared, prepare
+from data_pipeline.builders import Prepared, prepare
+from data_pipeline.damage import AbsentError
 from data_pipeline.sources import SOURCES, Known
 from data_pipeline.sources.coco import Coco
 from data_pipeline.sources.jsonl import Jsonl
@@ -161,7 +162,7 @@ def _prepare(options: argparse.Namespace, root: Path, source: Source, split: str
                 runner_options=[f"--{option}" for option in options.runner_option],
                 progress=progress,
             )
-        except NoEntriesError as error:
+        except AbsentError as error:
             if options.split and options.dataset != ALL:
                 raise
             return Row(source.dataset, split, None, str(error))

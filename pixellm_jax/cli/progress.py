@@ -12,8 +12,9 @@ from tqdm import tqdm
 def byte_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error, if that is a terminal; yields a function of (new, all) bytes."""
     # The delay keeps it away where the input is refused at once.
-    sizes = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
-    with tqdm(desc=what, disable=None, delay=0.5, **sizes) as bar:
+    with tqdm(
+        desc=what, disable=None, delay=0.5, unit="B", unit_scale=True, unit_divisor=1024
+    ) as bar:
 
         def advance(new: int, total: int) -> None:
             bar.total = total

@@ -23,8 +23,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from data_pipeline import builders, shards
-from data_pipeline.builders import NoEntriesError, Prepared, prepare
-from data_pipeline.damage import Damaged
+from data_pipeline.builders import Prepared, prepare
+from data_pipeline.damage import AbsentError, Damaged
 from data_pipeline.sources import SOURCES
 from data_pipeline.sources.jsonl import Jsonl
 from data_pipeline.sources.reading import Reading
@@ -80,7 +80,7 @@ def everything(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> All
         for split in names:
             try:
                 splits[name, split] = prepare(source, split, data_root, folder)
-            except NoEntriesError as error:
+            except AbsentError as error:
                 assert "found no" in str(error)
     return All(folder, splits)
 
@@ -280,7 +280,7 @@ def test_nothing_usable(tmp_path):
     ):
         prepare(SOURCE, "train", folder, tmp_path / "out")
     assert not list((tmp_path / "out").rglob(INFO))
-    with pytest.raises(NoEntriesError, match="has nothing in split val"):
+    with pytest.raises(AbsentError, match="has nothing in split val"):
         prepare(SOURCE, "val", folder, tmp_path / "other" / "out")
     assert not (tmp_path / "other").exists()
 
