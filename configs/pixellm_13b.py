@@ -1,7 +1,6 @@
 """PixelLM-13B (CVPR 2024, arXiv 2312.02228): CLIP ViT-L/14-336 at 448 pixels and LLaMA 13B.
 
-The model only; the training recipe joins it when training lands. Override any field on the command
-line with `--config.model.<field>=...`.
+The model only; the training recipe joins it when training lands.
 """
 
 import dataclasses

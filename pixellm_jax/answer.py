@@ -46,7 +46,9 @@ def read_answer(vocabulary: Vocabulary, ids: Sequence[int] | Int[np.ndarray, "t"
     codebook = vocabulary.find_groups(ids)
     in_group = np.zeros(len(ids), int)  # number of the target, from 1
     in_group[codebook] = np.arange(1, len(codebook) + 1)[:, None, None]
-    is_mark = np.isin(ids, list(vocabulary.marks))
+    # An embedding may have more rows than there are tokens: such an id is no text.
+    text_ids = vocabulary.known - vocabulary.marks
+    is_mark = ~np.isin(ids, list(text_ids))
 
     text, markers = "", list[_Span]()
     kinds = zip(in_group, is_mark, strict=True)

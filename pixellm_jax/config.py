@@ -182,6 +182,11 @@ class ModelConfig:
             f"decoder.width={decoder.width} must be a multiple of 8 and of twice "
             f"decoder.heads={decoder.heads}",
         )
+        for name, values in (("pixel_mean", self.pixel_mean), ("pixel_std", self.pixel_std)):
+            _require(
+                len(values) == 3 and all(0 < value < math.inf for value in values),
+                f"{name}={values}: expected three numbers above 0, for red, green and blue",
+            )
         _require(self.dtype in DTYPES, f"dtype={self.dtype!r}: choose from {DTYPES}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,7 @@ def convert(
     *,
     codebook: CodebookConfig | None = None,
     template: str | None = None,
+    position_resize: str | None = None,
     lora_alpha: float | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda new, total: None,
@@ -67,6 +69,7 @@ def convert(
 
     A LLaVA folder has no PixelLM parts: they are drawn with `seed`, in the sizes of `codebook`, its
     tokenizer and embeddings grow by the codebook tokens, and the result is where training starts.
+    `template` and `position_resize` override what the folder says, or what is usual for its kind.
     `progress` is called with the bytes just written and the bytes in all. Memory holds two layers
     of a tensor at a time.
 
@@ -75,6 +78,8 @@ def convert(
     """
     if seed < 0:
         raise InputError(f"seed {seed}: expected 0 or more; choose another")
+    if lora_alpha is not None and not (math.isfinite(lora_alpha) and lora_alpha > 0):
+        raise InputError(f"lora_alpha {lora_alpha}: expected a number above 0")
     vision_config = hf_config.read_vision(vision)
     merged, problems = _without_lora(model, lora_alpha)
     tensors: dict[str, Mapping[str, hf.Tensor]]
@@ -96,6 +101,9 @@ def convert(
             model, tokens_per_scale=codebook.tokens_per_scale, scales=codebook.scales
         )
     config = hf_config.read_model(model, vision_config, shapes, codebook, template)
+    if position_resize is not None:
+        seen = dataclasses.replace(config.vision, position_resize=position_resize)
+        config = dataclasses.replace(config, vision=seen)
     entries = [e for e in hf.table(config) if released or _in_llava(e)]
     unused = {hf.MODEL: hf.unused(config, hf.MODEL) if released else {}}
     unused[hf.VISION] = hf.unused(config, hf.VISION)
@@ -233,12 +241,16 @@ def _check(
             for name, tensor in found.items()
             if name in known and tensor.shape != known[name]
         ]
+        projector = (
+            ()
+            if hf_config.is_pixellm({name: t.shape for name, t in found.items()})
+            else ("model.mm_projector.",)
+        )
+        ignored = (*hf.IGNORED[source], *projector)  # of LLaVA, in whatever version
         strange = [
             name
             for name in found
-            if name not in known
-            and not name.startswith(hf.IGNORED[source])
-            and not name.endswith(hf.DERIVED)
+            if name not in known and not name.startswith(ignored) and not name.endswith(hf.DERIVED)
         ]
         kinds = {
             **(problems if source == hf.MODEL else {}),

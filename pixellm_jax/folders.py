@@ -36,7 +36,7 @@ def whole_folder(out: Path, *, replaces: Sequence[str] = ()) -> Iterator[Path]:
             new_parents = [parent for parent in place.parents if not parent.exists()]
             place.parent.mkdir(parents=True, exist_ok=True)
             made = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-        except (OSError, RuntimeError) as error:  # resolve() calls a loop of links a RuntimeError
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a zero byte
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"{out}: cannot write here ({reason}); choose another place") from None
         made.chmod(0o755)

@@ -143,6 +143,10 @@ def _read_model(
             f"{path}: pad_train_clip_images is false (centre-cropped images), which is not "
             f"supported: the released PixelLM pads"
         )
+    if is_pixellm(shapes):
+        _require_value(path, raw, "mm_vision_select_feature", "patch", default="patch")
+        _require_value(path, raw, "mm_use_im_start_end", True, default=True)
+        _require_value(path, raw, "separate_mm_projector", True, default=True)
     if codebook.scales > len(DEFAULT_TAPS):
         raise InputError(
             f"{path}: {codebook.scales} scales need a {OWN_KEY!r} key that names their taps"

@@ -23,6 +23,9 @@ from pixellm_jax.vocabulary import Vocabulary
 PROMPT_BUCKET = 64
 """Prompts are padded to a multiple of this, so that few lengths are ever compiled."""
 
+LEAST_ANSWER = 64
+"""Room for so many new tokens must be left by a prompt, of the positions that the model has."""
+
 
 class Answer(NamedTuple):
     """Text with the marker `[SEG]` at every target, and the targets in the order of the markers.
@@ -95,7 +98,7 @@ class Predictor:
             features,
             padded,
             np.asarray([len(prompt)], np.int32),
-            budget=self.max_new_tokens,
+            budget=min(self.max_new_tokens, config.language.max_positions - len(prompt)),
             stop=self.vocabulary.eos,
         )
         ids = np.asarray(generation.tokens)[0, : int(generation.length[0])]
@@ -120,11 +123,11 @@ class Predictor:
         prompt = question_ids(
             self.vocabulary, template, question, image_tokens=self.config.image_tokens
         )
-        limit = self.config.language.max_positions - self.max_new_tokens
+        limit = self.config.language.max_positions - min(self.max_new_tokens, LEAST_ANSWER)
         if len(prompt) > limit:
             raise InputError(
-                f"the question makes a prompt of {len(prompt)} tokens, more than the {limit} that "
-                f"leave room for an answer of {self.max_new_tokens}; shorten it"
+                f"the question makes a prompt of {len(prompt)} tokens, the model has room for "
+                f"{limit} before an answer; shorten it"
             )
         return prompt
 

@@ -73,6 +73,16 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     Raises:
         InputError: files are missing or damaged, or contradict each other.
     """
+    try:
+        return _read(folder)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"{folder}: {_ADDED}, {_MAP}, {_CONFIG} or {_WHOLE} is damaged ({what}); copy it again"
+        ) from None
+
+
+def _read(folder: Path) -> TokenizerFiles:
     config, whole = _read_json(folder / _CONFIG), _read_json(folder / _WHOLE)
     chunks, base = _read_chunks(folder, legacy=config.get("legacy") is not False)
     records = [r | {"id": int(i)} for i, r in config.get("added_tokens_decoder", {}).items()]
@@ -82,6 +92,8 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
         if found.setdefault(token, index) != index:
             clash = f"token {token} has the ids {found[token]} and {index}, expected one"
             raise InputError(f"{folder}: {clash}; copy the whole folder again")
+    if bad := [token for token, index in found.items() if type(index) is not int or index < 0]:
+        raise InputError(f"{folder}: tokens {bad} have no whole number as id; copy it again")
     from_map = _read_json(folder / _MAP)
     entries = [from_map.get(role) or config.get(role) or text for role, text in _SPECIAL.items()]
     special = tuple(entry if isinstance(entry, str) else entry["content"] for entry in entries)
@@ -133,5 +145,5 @@ def _read_chunks(
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not a JSON object ({error}); copy the file again") from error

@@ -109,6 +109,9 @@ class Vocabulary:
                 f"{folder}: found no token {', '.join(missing)}; expected the tokenizer of a "
                 "PixelLM model (Vocabulary.with_codebook adds what that of LLaVA lacks)"
             )
+        if len({ids[token] for token in needed}) != len(needed):
+            names = ", ".join(f"{token} {ids[token]}" for token in needed)
+            raise InputError(f"{folder}: tokens share an id ({names}); copy the tokenizer again")
         per_scale, rest = divmod(len(tokens), scales)
         if rest:
             raise InputError(
@@ -151,6 +154,11 @@ class Vocabulary:
     def group(self) -> tuple[int, ...]:
         """The ids of one target in order, scale by scale."""
         return tuple(itertools.chain.from_iterable(self.codebook))
+
+    @cached_property
+    def known(self) -> frozenset[int]:
+        """Every id that has a token."""
+        return frozenset(self.ids.values())
 
     @cached_property
     def marks(self) -> frozenset[int]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ from pixellm_jax.config import (
     ModelConfig,
     VisionConfig,
 )
+from pixellm_jax.errors import InputError
+from pixellm_jax.folders import whole_folder
 from pixellm_jax.hf_config import OWN_KEY, hf_model, hf_vision
 from pixellm_jax.prompt import LLAVA_V1, question_ids
 from pixellm_jax.tensor_files import write_safetensors
@@ -173,10 +176,14 @@ def main() -> None:
     parser.add_argument("--size", choices=["tiny", *SIZES], default="tiny")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if options.size == "tiny":
-        write(options.out, tiny(), seed=options.seed)
-    else:
-        write(options.out, SIZES[options.size], dtype=ml_dtypes.bfloat16, seed=options.seed)
+    try:
+        with whole_folder(options.out) as folder:
+            if options.size == "tiny":
+                write(folder, tiny(), seed=options.seed)
+            else:
+                write(folder, SIZES[options.size], dtype=ml_dtypes.bfloat16, seed=options.seed)
+    except InputError as error:
+        sys.exit(str(error))
     print(f"{options.out / 'hf'} and {options.out / 'clip'}")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pixellm_jax.cli.progress import byte_bar
-from pixellm_jax.config import CodebookConfig
+from pixellm_jax.config import POSITION_RESIZES, CodebookConfig
 from pixellm_jax.convert import convert
 from pixellm_jax.prompt import TEMPLATES
 
@@ -38,6 +38,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "else llava_v1)",
     )
     parser.add_argument(
+        "--position-resize",
+        choices=POSITION_RESIZES,
+        help="how CLIP's position table is brought to the canvas (default: released for PixelLM, "
+        "whose weights need it; correct for LLaVA)",
+    )
+    parser.add_argument(
         "--lora-alpha",
         type=float,
         metavar="A",
@@ -61,6 +67,7 @@ def run(options: argparse.Namespace) -> None:
             options.out,
             codebook=CodebookConfig(**given) if given else None,
             template=options.template,
+            position_resize=options.position_resize,
             lora_alpha=options.lora_alpha,
             seed=options.seed,
             progress=progress,
@@ -69,5 +76,6 @@ def run(options: argparse.Namespace) -> None:
     print(
         f"{options.out}: {language.layers} layers of width {language.width}, "
         f"{language.vocabulary} ids, {codebook.tokens_per_scale} codebook tokens at "
-        f"{codebook.scales} scales, pictures of {config.vision.canvas} pixels, {config.dtype}"
+        f"{codebook.scales} scales, pictures of {config.vision.canvas} pixels, {config.dtype}, "
+        f"template {config.template}, position table {config.vision.position_resize}"
     )

@@ -37,4 +37,5 @@ class Codebook(nnx.Module):
 
     def fuse_masks(self, logits: Float[Array, "s b m Y X"]) -> Float[Array, "b m Y X"]:
         """The weighted sum of the scales' mask logits, in float32."""
-        return jnp.einsum("sbmYX,s->bmYX", logits, self.mask_fusion[...])
+        weights = self.mask_fusion[...]
+        return jnp.einsum("sbmYX,s->bmYX", logits, weights, precision="highest")

@@ -160,7 +160,14 @@ class UpConvolution(nnx.Module):
     def __call__(self, x: Float[Array, "... y x c"]) -> Float[Array, "... Y X o"]:
         *lead, y, x_, _ = x.shape
         blocks = jnp.einsum("...yxc,cwzo->...ywxzo", x, self.weight[...].astype(x.dtype))
-        return blocks.reshape(*lead, 2 * y, 2 * x_, -1) + self.bias[...].astype(x.dtype)
+        return blocks.reshape(*lead, 2 * y, 2 * x_, blocks.shape[-1]) + self.bias[...].astype(
+            x.dtype
+        )
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The exact (erf) GELU."""
+    return jax.nn.gelu(x, approximate=False)
 
 
 def rotary(

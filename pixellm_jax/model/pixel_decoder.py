@@ -15,6 +15,7 @@ from pixellm_jax.model.layers import (
     Projection,
     UpConvolution,
     attend,
+    gelu,
     normal,
     resize_bilinear,
 )
@@ -22,11 +23,6 @@ from pixellm_jax.model.layers import (
 PIXEL_EPS = 1e-6
 TOKEN_EPS = 1e-5
 """Epsilon of the norms over channels of a feature map, and over tokens."""
-
-
-def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The exact (erf) GELU."""
-    return jax.nn.gelu(x, approximate=False)
 
 
 class Neck(nnx.Module):
@@ -66,7 +62,8 @@ class FourierPositions(nnx.Module):
         """Codes of a grid, row by row: sin, cos of 2 pi (x, y) M, centres in [-1, 1], float32."""
         y, x = ((2 * jnp.arange(size) + 1) / size - 1 for size in (rows, columns))
         centres = jnp.stack(jnp.broadcast_arrays(x[None, :], y[:, None]), axis=-1)
-        angle = 2 * jnp.pi * (centres.reshape(-1, 2) @ self.matrix[...])
+        turns = jnp.matmul(centres.reshape(-1, 2), self.matrix[...], precision="highest")
+        angle = 2 * jnp.pi * turns
         return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 

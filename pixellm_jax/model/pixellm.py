@@ -13,8 +13,8 @@ from pixellm_jax.batch import Batch, Prediction
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.model.codebook import Codebook
 from pixellm_jax.model.language_model import LanguageModel
-from pixellm_jax.model.layers import MLP, resize_bilinear
-from pixellm_jax.model.pixel_decoder import PixelDecoder, gelu
+from pixellm_jax.model.layers import MLP, gelu, resize_bilinear
+from pixellm_jax.model.pixel_decoder import PixelDecoder
 from pixellm_jax.model.vision_encoder import VisionEncoder, image_token_valid, patch_valid
 
 

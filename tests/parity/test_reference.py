@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parent
+VISION = ("vision_mask", "vision_selected", "vision_early")
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +102,34 @@ def test_a_changed_weight_is_seen_where_it_acts_and_not_before(reference, file, 
     lines = reference.check(Changed(file, change))
     good = list(itertools.takewhile(lambda line: line.good, lines))
     assert [line.name for line in good] == ["vision_mask", "vision_selected", "vision_early"]
+
+
+def test_other_batch_shapes_are_compared_too(reference, file):
+    """The rows of the second image alone: the first has none, and was asked nothing."""
+    first = int(file["offset"][1])
+    rows = {"input_ids", "labels", "attention_mask", "llm_hidden", *VISION}
+
+    def change(name: str, array: np.ndarray) -> np.ndarray:
+        if name in rows:
+            return array[first:]
+        if name == "offset":
+            return np.maximum(array - first, 0)
+        if name in ("gt_0", "low_res_0", "mask_0", "mask_0_logit_grid", "gen_0"):
+            return array[:0]
+        if name in ("gt_0_shape", "mask_0_shape"):
+            return np.array([0, *array[1:]])
+        return array
+
+    lines = {line.name.split(" (")[0]: line for line in reference.check(Changed(file, change))}
+    assert len(lines) == 13
+    of_both_images = {"loss", "ce_loss", "mask_bce_loss", "mask_dice_loss", "gradient norms"}
+    assert {name for name, line in lines.items() if not line.good} == of_both_images
+
+
+def test_what_cannot_be_compared_is_a_bad_line(reference, file):
+    def change(name: str, array: np.ndarray) -> np.ndarray:
+        return array[:, :-1] if name == "llm_hidden" else array
+
+    lines = list(reference.check(Changed(file, change)))
+    assert [line.name for line in lines if not line.good][0].startswith("_forward: ")
+    assert any(line.name == "loss" and line.good for line in lines)
