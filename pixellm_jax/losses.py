@@ -50,14 +50,23 @@ def losses(
 def text_loss(logits: Float[Array, "b t v"], batch: Batch) -> Float[Array, ""]:
     """Mean cross-entropy of supervised tokens, each predicted from the state before it.
 
-    "Before" is the previous position of the row, except that the first token of a conversation
-    follows the end of the prefix; that token is part of the question and never supervised.
+    "Before" is the previous position of the row; before the first token of a conversation it is the
+    end of the prefix.
     """
-    logits = logits[:, :-1].astype(jnp.float32)
-    tokens, counted = jnp.maximum(batch.tokens[:, 1:], 0), batch.loss_mask[:, 1:]
-    picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    entropy = jax.nn.logsumexp(logits, axis=-1) - picked
-    return jnp.where(counted, entropy, 0).sum() / jnp.maximum(counted.sum(), 1)
+    logits = logits.astype(jnp.float32)
+    tokens = jnp.maximum(batch.tokens, 0)
+    picked = jnp.take_along_axis(logits[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+    entropy = jax.nn.logsumexp(logits[:, :-1], axis=-1) - picked
+
+    end = jnp.maximum((batch.segment == 0).sum(1) - 1, 0)
+    at_end = jnp.take_along_axis(logits, end[:, None, None], axis=1)[:, 0]
+    entropy_at_end = jax.nn.logsumexp(at_end, axis=-1, keepdims=True) - jnp.take_along_axis(
+        at_end, tokens[:, 1:], axis=1
+    )
+    first = batch.segment[:, 1:] != batch.segment[:, :-1]
+    counted = batch.loss_mask[:, 1:]
+    entropy = jnp.where(counted, jnp.where(first, entropy_at_end, entropy), 0)
+    return entropy.sum() / jnp.maximum(counted.sum(), 1)
 
 
 def mask_losses(

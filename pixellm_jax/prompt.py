@@ -230,6 +230,6 @@ def _pad(array: np.ndarray, size: int | None, fill: int) -> np.ndarray:
 def _prefix(conversation: Conversation) -> Int32[np.ndarray, "t"]:
     images = np.flatnonzero(conversation.ids == IMAGE_TOKEN)
     prefix = conversation.ids[: images[0] + 2 if len(images) else 1]
-    if len(images) > 1 or conversation.loss_mask[: len(prefix) + 1].any():
-        raise ValueError(f"{len(images)} images: expected at most one, and a question behind it")
+    if len(images) > 1 or conversation.loss_mask[: len(prefix)].any():
+        raise ValueError(f"{len(images)} images: expected at most one, before the first answer")
     return prefix

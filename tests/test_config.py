@@ -116,6 +116,8 @@ def test_message_begins_where_the_values_come_from():
         ({"language": {"head": 127}}, ["language.head=127", "even"]),
         ({"codebook": {"tokens_per_scale": 0}}, ["tokens_per_scale=0", "above 0"]),
         ({"language": {"heads": 0}}, ["heads=0", "above 0"]),
+        ({"pixel_std": [0, 1, 1]}, ["pixel_std", "three numbers above 0"]),
+        ({"pixel_mean": [1.0, 2.0]}, ["pixel_mean", "three numbers above 0"]),
         ({"language": {"eps": float("nan")}}, ["eps=nan", "above 0"]),
         ({"vision": {"patch": -14}}, ["patch=-14", "above 0"]),
         ({"decoder": {"width": 250}}, ["decoder.width=250", "decoder.heads=8"]),

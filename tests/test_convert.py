@@ -738,3 +738,17 @@ def test_table_and_unused_name_every_tensor_once(tiny):
         names += hf.unused(config, source)
         assert len(names) == len(set(names))
         assert set(names) == read_tensors(folder).keys()
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 0.0, -1.0])
+def test_alpha_is_a_positive_number(tiny, tmp_path, alpha):
+    with pytest.raises(InputError, match="lora_alpha .*above 0"):
+        convert.convert(tiny.hf, tiny.clip, tmp_path / "jax", lora_alpha=alpha)
+
+
+def test_form_of_the_position_table_can_be_chosen(tiny, tmp_path):
+    released = convert.convert(tiny.hf, tiny.clip, tmp_path / "released")
+    correct = convert.convert(tiny.hf, tiny.clip, tmp_path / "correct", position_resize="correct")
+    found = (released.vision.position_resize, correct.vision.position_resize)
+    assert found == ("released", "correct")
+    assert checkpoint.read_config(tmp_path / "correct") == correct

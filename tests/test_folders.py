@@ -171,3 +171,8 @@ def test_place_that_cannot_be_written_is_one_line(tmp_path, case):
     assert str(out) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_name_with_a_zero_byte():
+    with pytest.raises(InputError, match="cannot write here"), whole_folder(Path("a\0b")):
+        pass

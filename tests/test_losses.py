@@ -11,7 +11,7 @@ import pytest
 
 from pixellm_jax.batch import Batch, Prediction
 from pixellm_jax.geometry import VOID
-from pixellm_jax.losses import Losses, losses, mask_losses
+from pixellm_jax.losses import Losses, losses, mask_losses, text_loss
 from pixellm_jax.model.layers import resize_bilinear
 
 # Float32 means over a few hundred terms of order one, against float64.
@@ -27,7 +27,9 @@ def draw(seed: int, *shape: int) -> np.ndarray:
 
 
 def batch_of(**fields: np.ndarray) -> Batch:
-    """The losses read four fields; the others are absent, so that a use of them is an error."""
+    """The losses read five fields; the others are absent, so that a use of them is an error."""
+    if "tokens" in fields:
+        fields = {"segment": np.zeros_like(fields["tokens"]), **fields}
     return Batch(**{name: fields.get(name) for name in Batch._fields})
 
 
@@ -263,3 +265,16 @@ def test_parts_weighted_by_their_counts_are_the_whole(case, result):
             np.average(each, weights=counts), rel=TOLERANCE
         )
         assert abs(getattr(whole, name) - np.mean(each)) > 100 * TOLERANCE
+
+
+def test_first_token_of_a_conversation_follows_the_prefix():
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((1, 7, 5)).astype(np.float32)
+    batch = batch_of(
+        tokens=np.array([[1, 2, 3, 4, 0, 1, 2]]),
+        segment=np.array([[0, 0, 1, 1, 2, 2, -1]]),
+        loss_mask=np.array([[0, 0, 1, 0, 1, 1, 0]], bool),
+    )
+    log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -(log[0, 1, 3] + log[0, 1, 0] + log[0, 4, 1]) / 3
+    np.testing.assert_allclose(text_loss(jnp.asarray(logits), batch), expected, rtol=1e-6)

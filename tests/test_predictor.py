@@ -10,7 +10,7 @@ from PIL import ExifTags, Image
 import pixellm_jax.predictor as module
 from pixellm_jax.errors import InputError
 from pixellm_jax.generate import Generation
-from pixellm_jax.predictor import Answer, Predictor
+from pixellm_jax.predictor import LEAST_ANSWER, Answer, Predictor
 
 HEIGHT, WIDTH = 53, 89
 QUESTION = "Please segment the dog."
@@ -158,8 +158,8 @@ def test_empty_question_is_refused(predictor, question):
 
 
 def test_question_longer_than_the_context_is_refused(predictor):
-    limit = predictor.config.language.max_positions - predictor.max_new_tokens
-    with pytest.raises(InputError, match=rf"more than the {limit} that leave room .* shorten it"):
+    limit = predictor.config.language.max_positions - min(predictor.max_new_tokens, LEAST_ANSWER)
+    with pytest.raises(InputError, match=rf"room for {limit} before an answer; shorten it"):
         predictor(picture(), "segment the dog " * 900)
 
 

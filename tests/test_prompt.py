@@ -355,3 +355,10 @@ def test_phrases(vocabulary, generated, names):
     assert [found.text[begin:end] for begin, end in found.phrases] == names
     for (begin, end), (marker, _) in zip(found.phrases, found.markers, strict=True):
         assert begin < end <= marker or begin == end == marker
+
+
+def test_an_id_without_a_token_is_left_out_of_the_text(vocabulary):
+    ids = vocabulary.encode(fill(vocabulary, "It is #."), bos=False)
+    found = read_answer(vocabulary, [ids[0], vocabulary.size + 3, *ids[1:]])
+    assert found.text == "It is [SEG]."
+    assert found.codebook_index.min() == ids.index(vocabulary.group[0]) + 1

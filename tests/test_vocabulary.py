@@ -264,3 +264,31 @@ def test_damaged_file(base, tmp_path, name):
     (folder / name).write_text("{")
     with pytest.raises(InputError, match="damaged.*copy"):
         Vocabulary.load(folder, scales=2)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens": {"[SEG0]": "397"}},
+        {"added_tokens": {"[SEG0]": 397.5}},
+        {"added_tokens": {"[SEG0]": -1}},
+        {"added_tokens": {"[SEG0]": True}},
+        {"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "[SEG0]"}}}},
+        {"tokenizer_config": {"added_tokens_decoder": {"397": {}}}},
+        {"tokenizer_config": {"added_tokens_decoder": [1]}},
+        {"tokenizer_config": {"added_tokens_decoder": None}},
+        {"special_tokens_map": {"bos_token": ["<s>"]}},
+        {"special_tokens_map": {"bos_token": {}, "eos_token": {"text": "</s>"}}},
+    ],
+)
+def test_files_of_the_wrong_form(base, tmp_path, files):
+    with pytest.raises(InputError, match="wrong: .*copy it again"):
+        Vocabulary.with_codebook(
+            copy(base, tmp_path / "wrong", **files), tokens_per_scale=1, scales=1
+        )
+
+
+def test_tokens_that_share_an_id(base, tmp_path):
+    added = {"[SEG0]": 397, "[SEG1]": 397, "<im_start>": 399, "<im_end>": 400}
+    with pytest.raises(InputError, match=r"share an id .*\[SEG0\] 397, \[SEG1\] 397"):
+        Vocabulary.load(copy(base, tmp_path / "shared", added_tokens=added), scales=1)

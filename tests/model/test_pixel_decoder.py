@@ -348,3 +348,12 @@ def test_whole_decoder_is_that_of_the_description(decoder, projected, queries, m
         late = decode_one(decoder, 1, images[1], query[1], early)
         assert error(masks[0, b, m], resized(early, 4 * GRID).numpy()) < WHOLE
         assert error(masks[1, b, m], late.numpy()) < WHOLE
+
+
+@pytest.mark.parametrize("scales", [1, 2])
+def test_no_target_at_all(scales):
+    config = config_of(scales)
+    decoder = drawn(PixelDecoder, config)
+    features = decoder.features(jnp.asarray(draw(1, B, scales, GRID, GRID, D)))
+    masks = decoder(features, jnp.zeros((B, 0, scales, C)))
+    assert masks.shape == (scales, B, 0, 4 * GRID, 4 * GRID)
