@@ -202,7 +202,7 @@ def test_convert_and_export_say_what_came_out(tiny, tmp_path, capfd):
     assert err == ""  # no terminal, no bar
     assert out == (
         f"{tmp_path / 'jax'}: 2 layers of width 64, 428 ids, 3 codebook tokens at 2 scales, "
-        "pictures of 112 pixels, float32\n"
+        "pictures of 112 pixels, float32, template llava_v1, position table released\n"
     )
     again = tmp_path / "again"
     assert main(["export", "--checkpoint", str(tmp_path / "jax"), "--hf", str(again)]) == 0
