@@ -53,7 +53,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8.3", "beartype>=0.20", "matplotlib>=3.9"],
+        "test": ["pytest>=8.3", "beartype>=0.20", "hypothesis>=6.100", "matplotlib>=3.9"],
         # `pixellm data-stats --out`.
         "figures": ["matplotlib>=3.9"],
         # `pixellm prepare --runner`. Beam lags behind: it takes protobuf 6, pillow 12, pyarrow 25.
