@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -27,12 +28,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
 
 from data_pipeline.damage import Damaged
 from data_pipeline.sources.reading import Source
 from data_pipeline.stored import VERSION, to_record
 from pixellm_jax import __version__
 from pixellm_jax.errors import InputError
+from pixellm_jax.image import read_image
 
 RUN, MOST_RUNS = 256, 4096
 """Entries of a shard, unless that makes more than `MOST_RUNS` shards."""
@@ -167,6 +170,7 @@ def _write_run(plan: Plan, job: tuple[int, Sequence[Any]]) -> Report:
         for entry in entries:
             try:
                 example, problems = plan.source.read(entry)
+                _decode(example.image)
             except Damaged as reason:
                 skips.append(Skip(entry.key, True, " ".join(str(reason).split())))
                 continue
@@ -178,6 +182,15 @@ def _write_run(plan: Plan, job: tuple[int, Sequence[Any]]) -> Report:
     with _whole_file(plan.report(number)) as path:
         path.write_text(json.dumps(report._asdict()), encoding="ascii")
     return report
+
+
+def _decode(image: bytes) -> None:
+    """Decodes the picture once: the readers look at its header only."""
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            read_image(opened, upright=False)
+    except InputError as error:
+        raise Damaged(f"the picture is damaged ({error})") from None
 
 
 @contextlib.contextmanager

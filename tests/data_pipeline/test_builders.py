@@ -456,3 +456,14 @@ def test_beam_is_an_extra(photos, tmp_path, monkeypatch):
 def test_length_of_runs():
     assert shards.run_length(1) == shards.run_length(256 * 4096) == 256
     assert shards.run_length(30_000_000) == 7325
+
+
+def test_a_picture_that_ends_early_is_skipped(tmp_path):
+    folder = write_photos(tmp_path / "photos", 3)
+    noise = np.random.default_rng(0).integers(0, 256, (7, 11, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "1.png")
+    whole = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(whole[: len(whole) * 2 // 3])  # its header is still good
+    stored, skips, _ = prepare(SOURCE, "train", folder, tmp_path / "out")
+    assert [example.key for example in stored] == ["photo 0", "photo 2"]
+    assert [skip.key for skip in skips] == ["photo 1"] and "damaged" in skips[0].reason
