@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import json
 import os
 import shutil
@@ -429,10 +428,7 @@ def test_worker_is_killed(tmp_path):
         prepare(Deadly(), "train", tmp_path, tmp_path / "out", run=1, workers=2)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("apache_beam") is None,
-    reason="Apache Beam is not installed: pip install -e '.[beam]'",
-)
+@pytest.mark.beam
 def test_beam_writes_the_same_bytes(photos, whole, tmp_path):
     options = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
     stored = prepare(
