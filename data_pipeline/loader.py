@@ -25,7 +25,7 @@ from data_pipeline.damage import Damaged
 from data_pipeline.draws import Draws
 from data_pipeline.example import Example
 from data_pipeline.stored import StoredSplit, find_splits
-from data_pipeline.transforms import compose
+from data_pipeline.transforms import Composed, compose
 from pixellm_jax.batch import Batch
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
@@ -36,6 +36,19 @@ EPOCHS = 1 << 20
 
 THREADS = 4
 """Threads that prepare samples in this process when there are no workers."""
+
+
+def draw(example: Example, index: int, data: DataConfig, group_text: str) -> tuple[Composed, ...]:
+    """The conversations of an example at a place of the stream, keyed by (seed, place).
+
+    They come in random order, so that those that do not fit a budget are not always the last.
+
+    Raises:
+        Damaged: nothing can be asked about it as it is.
+    """
+    draws = Draws(seed=data.seed, epoch=0, index=index)
+    composed = compose(example, draws, data.compose, group_text=group_text)
+    return tuple(composed[i] for i in draws.permutation(len(composed)))
 
 
 class Draw(grain.transforms.MapWithIndex):
@@ -49,15 +62,11 @@ class Draw(grain.transforms.MapWithIndex):
     def map_with_index(self, index: int, element: Example) -> Sample:
         """Draws, encodes, packs and fits one example.
 
-        The conversations are packed in random order, so that those that do not fit are not always
-        the last. A damaged example gives an empty row, which is reported.
+        A damaged example gives an empty row, which is reported.
         """
-        draws = Draws(seed=self.data.seed, epoch=0, index=index)
         shared = (self.vocabulary, self.data, self.model)
         try:
-            group_text = self.vocabulary.group_text
-            composed = compose(element, draws, self.data.compose, group_text=group_text)
-            composed = tuple(composed[i] for i in draws.permutation(len(composed)))
+            composed = draw(element, index, self.data, self.vocabulary.group_text)
             return make_sample(element, composed, *shared)
         except Damaged as error:
             return make_sample(element, (), *shared)._replace(damaged=str(error))

@@ -14,11 +14,11 @@ from PIL import Image
 from data_pipeline.collate import make_sample
 from data_pipeline.config import DataConfig
 from data_pipeline.damage import Damaged
-from data_pipeline.draws import Draws
 from data_pipeline.example import Example
+from data_pipeline.loader import draw
 from data_pipeline.masks import decode
 from data_pipeline.stored import StoredSplit, find_splits
-from data_pipeline.transforms import Composed, compose, compose_evaluation
+from data_pipeline.transforms import Composed, compose_evaluation
 from pixellm_jax import checkpoint
 from pixellm_jax.cli.page import Mask, Sample, Talk, Token, write_page
 from pixellm_jax.config import ModelConfig
@@ -120,9 +120,7 @@ def _sample(
         if evaluation:
             composed = compose_evaluation(example, group_text=group)
         else:
-            draws = Draws(seed=data.seed, epoch=0, index=index)
-            drawn = compose(example, draws, data.compose, group_text=group)
-            composed = tuple(drawn[place] for place in draws.permutation(len(drawn)))
+            composed = draw(example, index, data, group)
         answered = all(all(talk.messages) for talk in composed)
         if vocabulary and composed and answered:
             return _packed(example, composed, data, config, vocabulary, title, about)
