@@ -27,7 +27,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["pixellm_jax*", "data_pipeline*"]),
-    package_data={"": ["*.json", "*.txt"]},
+    # The files of Orbax have no extension.
+    package_data={"": ["*.json", "*.txt"], "pixellm_jax": ["shapes_model/**"]},
     entry_points={"console_scripts": ["pixellm = pixellm_jax.cli.main:main"]},
     install_requires=[
         "jax>=0.10,<0.12",
@@ -47,7 +48,9 @@ setup(
         "protobuf>=5",
         "pycocotools>=2.0.8",
         "safetensors>=0.5",
+        "scipy>=1.14",
         "sentencepiece>=0.2",
+        "tensorboardX>=2.6",
         "tensorstore>=0.1.74",
         "tokenizers>=0.21",
         "tqdm>=4.66",
@@ -56,6 +59,8 @@ setup(
         "test": ["pytest>=8.3", "beartype>=0.20", "hypothesis>=6.100", "matplotlib>=3.9"],
         # `pixellm data-stats --out`.
         "figures": ["matplotlib>=3.9"],
+        # `pixellm train --wandb`.
+        "wandb": ["wandb>=0.19"],
         # `pixellm prepare --runner`. Beam lags behind: it takes protobuf 6, pillow 12, pyarrow 25.
         "beam": ["apache-beam>=2.77"],
         # The PyTorch oracles of tests/parity. One pinned release: newer ones pull in gigabytes.

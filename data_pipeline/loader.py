@@ -24,7 +24,8 @@ from data_pipeline.config import DataConfig
 from data_pipeline.damage import Damaged
 from data_pipeline.draws import Draws
 from data_pipeline.example import Example
-from data_pipeline.stored import StoredSplit, find_splits
+from data_pipeline.sources import shapes
+from data_pipeline.stored import find_splits
 from data_pipeline.transforms import Composed, compose
 from pixellm_jax.batch import Batch
 from pixellm_jax.config import ModelConfig
@@ -72,19 +73,27 @@ class Draw(grain.transforms.MapWithIndex):
             return make_sample(element, (), *shared)._replace(damaged=str(error))
 
 
-def open_datasets(data: DataConfig, folder: Path) -> dict[str, StoredSplit]:
-    """The prepared splits that the mixture names, from a folder that `pixellm prepare` made.
+def open_datasets(data: DataConfig, folder: Path | None) -> dict[str, Sequence[Example]]:
+    """The splits that the mixture names.
+
+    Those of the shapes ("shapes/train", "shapes_simple/val") are drawn, all others are read from a
+    folder that `pixellm prepare` made; None: there is none.
 
     Raises:
         InputError: one of them is missing or damaged.
     """
     names = {name for family in data.families for name in family.datasets}
-    splits = {}
+    splits = dict[str, Sequence[Example]]()
     for name in sorted(names):
         dataset, slash, split = name.partition("/")
         if not slash:
             raise InputError(f"data.families names {name!r}: write it as dataset/split")
-        (splits[name],) = find_splits(folder, dataset=dataset, split=split)
+        if dataset in shapes.DATASETS:
+            splits[name] = shapes.Shapes(split=split, level=shapes.DATASETS[dataset])
+        elif folder is None:
+            raise InputError(f"data.families names {name!r}: give a folder of `pixellm prepare`")
+        else:
+            (splits[name],) = find_splits(folder, dataset=dataset, split=split)
     return splits
 
 

@@ -35,6 +35,7 @@ AXES: dict[str, Axis] = {
     "s": Axis("feature scales of the codebook", "scale"),
     "k": Axis("codebook tokens per scale", "codebook"),
     "m": Axis("target slots", "target"),
+    "j": Axis("targets of the truth, where m are those of the prediction", "truth"),
     "r": Axis("rank of a low-rank pair", "rank"),
     "y": Axis("rows of an image or feature grid", "rows"),
     "x": Axis("columns of an image or feature grid", "columns"),

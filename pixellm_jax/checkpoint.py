@@ -27,13 +27,17 @@ from orbax.checkpoint import type_handlers
 from pixellm_jax.config import ModelConfig, from_mapping
 from pixellm_jax.errors import InputError
 from pixellm_jax.folders import whole_folder
-from pixellm_jax.hf_config import read_json
+from pixellm_jax.json_files import read_json
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.prompt import TEMPLATES
+from pixellm_jax.sharding import weight_sharding
 from pixellm_jax.vocabulary import Vocabulary
 
 CONFIG, PARAMS, UNUSED = "config.json", "params", "unused"
 TOKENIZER, SOURCE = "tokenizer", "source"
+
+SHAPES_MODEL = Path(__file__).parent / "shapes_model"
+"""The checkpoint that comes with the package: a small model of drawn shapes."""
 
 CHUNK_BYTES = 128 << 20
 TOGETHER_BYTES = 4 << 20
@@ -279,11 +283,15 @@ def check_arrays(
 
 
 def load_model(
-    folder: Path, *, dtype: str | None = None, sharding: jax.sharding.Sharding | None = None
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    sharding: jax.sharding.Sharding | jax.sharding.Mesh | None = None,
 ) -> PixelLM:
     """The model, its parameters in the dtype they are stored in, restored straight onto `sharding`.
 
-    `dtype` replaces the compute dtype of the config. Without `sharding`: the first device.
+    `dtype` replaces the compute dtype of the config. `sharding`: for all arrays, or a mesh over
+    which they are spread by the rules of `sharding.py`; by default the first device.
 
     Raises:
         InputError: not a checkpoint, or its arrays are not those of its config (each named).
@@ -297,12 +305,25 @@ def load_model(
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     graph, state = nnx.split(abstract_model(config))
     for path, variable in nnx.to_flat_state(state):
-        variable.set_value(_restore(arrays[".".join(map(str, path))], sharding))
+        array, place = arrays[".".join(map(str, path))], sharding
+        if isinstance(place, jax.sharding.Mesh):
+            place = weight_sharding(variable.get_metadata()["axes"], array.shape, place)
+        variable.set_value(restore(array, place))
     return nnx.merge(graph, state)
 
 
-def _restore(array: tensorstore.TensorStore, sharding: jax.sharding.Sharding) -> jax.Array:
-    return jax.make_array_from_callback(array.shape, sharding, lambda part: read(array[part]))
+def restore(
+    array: tensorstore.TensorStore, sharding: jax.sharding.Sharding, dtype: Any = None
+) -> jax.Array:
+    """An array that is on disk, read straight into its shards, in its own or another dtype.
+
+    Raises:
+        InputError: the files are damaged.
+    """
+    kept = dtype or array.dtype.numpy_dtype
+    return jax.make_array_from_callback(
+        array.shape, sharding, lambda part: read(array[part]).astype(kept, copy=False)
+    )
 
 
 def abstract_model(config: ModelConfig) -> PixelLM:

@@ -87,13 +87,17 @@ class CodebookConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Pixel decoder: one two-way transformer per scale."""
+    """Pixel decoder: one two-way transformer per scale.
+
+    `channels`: of the upscaled features that the hypernetwork weighs; None is width / 8.
+    """
 
     width: int = 256
     heads: int = 8
     mlp: int = 2048
     depth: int = 2
     mask_tokens: int = 4
+    channels: int | None = None
 
     @property
     def inner(self) -> int:
@@ -102,8 +106,8 @@ class DecoderConfig:
 
     @property
     def upscaled(self) -> int:
-        """Channels of the upscaled features that the hypernetwork weighs."""
-        return self.width // 8
+        """Channels of the upscaled features."""
+        return self.width // 8 if self.channels is None else self.channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +115,8 @@ class ModelConfig:
     """The whole model. `image_grid`: side of the grid of image positions the language model sees.
 
     `template`: conversation template (see `prompt.TEMPLATES`). `dtype`: of the activations; norms,
-    softmax, positional codes, mask logits and losses are always float32.
+    softmax, positional codes, mask logits and losses are always float32. `remat`: a gradient keeps
+    only what enters a layer and runs the layer again, for less memory.
 
     Raises:
         InputError: fields that contradict each other, named.
@@ -126,6 +131,7 @@ class ModelConfig:
     pixel_mean: tuple[float, ...] = IMAGENET_MEAN
     pixel_std: tuple[float, ...] = IMAGENET_STD
     dtype: str = "bfloat16"
+    remat: bool = True
 
     @property
     def image_tokens(self) -> int:

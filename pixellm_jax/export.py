@@ -27,7 +27,7 @@ VISION_FOLDER = "vision_tower"
 Arrays = Mapping[str, tensorstore.TensorStore]
 
 
-class Tensor(NamedTuple):
+class ExportedTensor(NamedTuple):
     """One tensor of the file: its name, its size, and how to read it from the checkpoint."""
 
     name: str
@@ -71,7 +71,9 @@ def export(
         _write_configs(made, config, source)
 
 
-def _tensors(config: ModelConfig, params: Arrays, unused: Arrays, source: str) -> Iterator[Tensor]:
+def _tensors(
+    config: ModelConfig, params: Arrays, unused: Arrays, source: str
+) -> Iterator[ExportedTensor]:
     """All tensors of a folder: the table's, trained fusion weights, and what was carried along."""
     for entry in hf.table(config):
         array = params[entry.path]
@@ -82,7 +84,7 @@ def _tensors(config: ModelConfig, params: Arrays, unused: Arrays, source: str) -
             def read(layer: tensorstore.TensorStore = layer, entry: hf.Entry = entry) -> np.ndarray:
                 return entry.to_torch(checkpoint.read(layer))
 
-            yield Tensor(name, math.prod(entry.torch) * itemsize, read)
+            yield ExportedTensor(name, math.prod(entry.torch) * itemsize, read)
     if source == hf.MODEL:
         for path, released in hf.released_fusion(config).items():
             if not np.array_equal(checkpoint.read(params[path]), released):
@@ -93,17 +95,19 @@ def _tensors(config: ModelConfig, params: Arrays, unused: Arrays, source: str) -
             yield _same(name, array)
     for name in sorted(shapes.keys() - unused.keys()):  # a model that never had them
         nbytes = 4 * math.prod(shapes[name])
-        yield Tensor(name, nbytes, partial(np.zeros, shapes[name], np.float32))
+        yield ExportedTensor(name, nbytes, partial(np.zeros, shapes[name], np.float32))
 
 
-def _same(name: str, array: tensorstore.TensorStore) -> Tensor:
+def _same(name: str, array: tensorstore.TensorStore) -> ExportedTensor:
     nbytes = math.prod(array.shape) * array.dtype.numpy_dtype.itemsize
-    return Tensor(name, nbytes, lambda: checkpoint.read(array))
+    return ExportedTensor(name, nbytes, lambda: checkpoint.read(array))
 
 
-def _write_shards(folder: Path, tensors: list[Tensor], progress: Callable[[int], None]) -> None:
+def _write_shards(
+    folder: Path, tensors: list[ExportedTensor], progress: Callable[[int], None]
+) -> None:
     """Files of about `SHARD_BYTES`, and an index if there are several."""
-    groups: list[list[Tensor]] = [[]]
+    groups: list[list[ExportedTensor]] = [[]]
     size = 0
     for tensor in tensors:
         if groups[-1] and size + tensor.nbytes > SHARD_BYTES:

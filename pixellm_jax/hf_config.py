@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pixellm_jax.config import (
     from_mapping,
 )
 from pixellm_jax.errors import InputError
+from pixellm_jax.json_files import read_json
 
 OWN_KEY = "pixellm_jax"
 """Key of an exported `config.json` for what the released format cannot say (taps, heads, ...)."""
@@ -33,23 +34,6 @@ LANGUAGE_TYPES = ("llava", "llama", "llava_llama")
 DTYPES = {"float32": "float32", "float16": "bfloat16", "bfloat16": "bfloat16"}
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        InputError: the file is not there, not JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; is {path.parent} a model folder?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def read_vision(folder: Path) -> VisionConfig:
@@ -100,23 +84,20 @@ def read_model(
     codebook: CodebookConfig,
     template: str | None = None,
 ) -> ModelConfig:
-    """The model of a PixelLM or LLaVA folder.
+    """The model of a PixelLM folder.
 
     The decoder's widths follow from the shapes of its tensors; N and L come with `codebook`, for
-    the released config.json does not keep them (reference.md 6.3). A model that starts from a LLaVA
-    folder gets the correct form of the position table, a released one the form it was trained with.
-    `template` overrides what an exported folder says, and is "llava_v1" where nothing says it.
+    the released config.json does not keep them (reference.md 6.3). The position table has the form
+    that the released models were trained with. `template` overrides what an exported folder says,
+    and is "llava_v1" where nothing says it.
 
     Raises:
         InputError: an unknown model type, an unsupported option, contradictory sizes.
     """
     path = folder / "config.json"
     raw = read_json(path)
-    try:
+    with _naming(path):
         return _read_model(path, raw, vision, shapes, codebook, template)
-    except InputError as error:
-        line = str(error)
-        raise InputError(line if str(path) in line else f"{path}: {line}") from None
 
 
 def _read_model(
@@ -132,40 +113,101 @@ def _read_model(
             raise InputError(f"{OWN_KEY} is {own!r}, expected an object")
         config = from_mapping(ModelConfig, own, OWN_KEY)
         return dataclasses.replace(config, template=template or config.template)
-    kind = raw.get("model_type")
-    if kind not in LANGUAGE_TYPES:
-        raise InputError(
-            f"{path}: unknown model type {kind!r}; expected a PixelLM or LLaVA folder "
-            f"(model_type one of {', '.join(LANGUAGE_TYPES)})"
-        )
+    _require_type(raw)
     if not raw.get("pad_train_clip_images", True):
         raise InputError(
-            f"{path}: pad_train_clip_images is false (centre-cropped images), which is not "
-            f"supported: the released PixelLM pads"
+            "pad_train_clip_images is false (centre-cropped images), which is not supported: the "
+            "released PixelLM pads"
         )
-    if is_pixellm(shapes):
-        _require_value(path, raw, "mm_vision_select_feature", "patch", default="patch")
-        _require_value(path, raw, "mm_use_im_start_end", True, default=True)
-        _require_value(path, raw, "separate_mm_projector", True, default=True)
+    _require_value(path, raw, "mm_vision_select_feature", "patch", default="patch")
+    _require_value(path, raw, "mm_use_im_start_end", True, default=True)
+    _require_value(path, raw, "separate_mm_projector", True, default=True)
     if codebook.scales > len(DEFAULT_TAPS):
-        raise InputError(
-            f"{path}: {codebook.scales} scales need a {OWN_KEY!r} key that names their taps"
-        )
-    released = is_pixellm(shapes)
+        raise InputError(f"{codebook.scales} scales need a {OWN_KEY!r} key that names their taps")
     first = _int(path, raw, "mm_vision_select_layer", DEFAULT_TAPS[0], least=-1000)
     return ModelConfig(
         vision=dataclasses.replace(
             vision,
-            canvas=_int(path, raw, "resize_vision_tower_size", 448),
+            canvas=_int(path, raw, "resize_vision_tower_size", VisionConfig.canvas),
             taps=(first, *DEFAULT_TAPS[1 : codebook.scales]),
-            position_resize="released" if released else "correct",
+            position_resize="released",
         ),
         language=_language(path, raw, shapes),
         codebook=codebook,
-        decoder=_decoder(shapes) if released else DecoderConfig(),
+        decoder=_decoder(shapes),
         template=template or "llava_v1",
-        dtype=DTYPES.get(str(raw.get("torch_dtype") or raw.get("dtype")), "bfloat16"),
+        dtype=_dtype(raw),
     )
+
+
+def read_start(
+    folder: Path,
+    vision: VisionConfig,
+    shapes: Shapes,
+    codebook: CodebookConfig,
+    canvas: int = VisionConfig.canvas,
+) -> ModelConfig:
+    """The model that a training builds around the language model of a LLaVA folder.
+
+    What LLaVA has no word for is as in the paper: the taps, the pixel decoder, the template. The
+    position table has the correct form.
+
+    Raises:
+        InputError: an unknown model type, an unsupported option, contradictory sizes.
+    """
+    path = folder / "config.json"
+    raw = read_json(path)
+    if min(codebook.tokens_per_scale, codebook.scales) < 1:
+        raise InputError(f"{codebook}: expected at least one token and one scale")
+    if codebook.scales > len(DEFAULT_TAPS):
+        raise InputError(f"{codebook.scales} scales: expected at most {len(DEFAULT_TAPS)}")
+    if canvas < 1 or canvas % vision.patch:
+        raise InputError(
+            f"canvas of {canvas} pixels: expected a multiple of {vision.patch}, the patch of the "
+            "vision encoder"
+        )
+    with _naming(path):
+        _require_type(raw)
+        return ModelConfig(
+            vision=dataclasses.replace(
+                vision,
+                canvas=canvas,
+                taps=DEFAULT_TAPS[: codebook.scales],
+                position_resize="correct",
+            ),
+            language=_language(path, raw, shapes),
+            codebook=codebook,
+            dtype=_dtype(raw),
+        )
+
+
+def read_initializer_range(folder: Path) -> float:
+    """Standard deviation with which transformers draws new rows of this folder's embeddings."""
+    path = folder / "config.json"
+    return _float(path, read_json(path), "initializer_range", 0.02)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the name of the file in front of errors that do not have it."""
+    try:
+        yield
+    except InputError as error:
+        line = str(error)
+        raise InputError(line if str(path) in line else f"{path}: {line}") from None
+
+
+def _require_type(raw: Mapping[str, Any]) -> None:
+    kind = raw.get("model_type")
+    if kind not in LANGUAGE_TYPES:
+        raise InputError(
+            f"unknown model type {kind!r}; expected a PixelLM or LLaVA folder (model_type one of "
+            f"{', '.join(LANGUAGE_TYPES)})"
+        )
+
+
+def _dtype(raw: Mapping[str, Any]) -> str:
+    return DTYPES.get(str(raw.get("torch_dtype") or raw.get("dtype")), "bfloat16")
 
 
 def _language(path: Path, raw: dict[str, Any], shapes: Shapes) -> LanguageConfig:

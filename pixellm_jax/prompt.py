@@ -63,7 +63,16 @@ LLAVA_LLAMA_2 = Template(
 )
 r"""`[INST] <<SYS>>...<</SYS>>\n\n<image>\nWhere? [/INST] There. </s><s>[INST] ...`."""
 
-TEMPLATES = {"llava_v1": LLAVA_V1, "llava_llama_2": LLAVA_LLAMA_2}
+PLAIN = Template(
+    user="USER:",
+    assistant="ASSISTANT:",
+    first_question=(" ", " "),
+    question=(" ", " "),
+    answer=(" ", "</s>"),
+)
+r"""`LLAVA_V1` without its opening, for small models: `USER: <image>\nWhere? ASSISTANT: ...</s>`."""
+
+TEMPLATES = {"llava_v1": LLAVA_V1, "llava_llama_2": LLAVA_LLAMA_2, "plain": PLAIN}
 
 
 class Conversation(NamedTuple):

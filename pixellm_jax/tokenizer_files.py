@@ -8,12 +8,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import sentencepiece
 import tokenizers
 
 from pixellm_jax.errors import InputError
+from pixellm_jax.json_files import read_optional_json
 
 _PIECES, _WHOLE, _ADDED = "tokenizer.model", "tokenizer.json", "added_tokens.json"
 _CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"
@@ -83,10 +84,10 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
 
 
 def _read(folder: Path) -> TokenizerFiles:
-    config, whole = _read_json(folder / _CONFIG), _read_json(folder / _WHOLE)
+    config, whole = read_optional_json(folder / _CONFIG), read_optional_json(folder / _WHOLE)
     chunks, base = _read_chunks(folder, legacy=config.get("legacy") is not False)
     records = [r | {"id": int(i)} for i, r in config.get("added_tokens_decoder", {}).items()]
-    found: dict[str, int] = _read_json(folder / _ADDED)
+    found: dict[str, int] = read_optional_json(folder / _ADDED)
     for record in records + whole.get("added_tokens", []):
         token, index = record["content"], record["id"]
         if found.setdefault(token, index) != index:
@@ -94,7 +95,7 @@ def _read(folder: Path) -> TokenizerFiles:
             raise InputError(f"{folder}: {clash}; copy the whole folder again")
     if bad := [token for token, index in found.items() if type(index) is not int or index < 0]:
         raise InputError(f"{folder}: tokens {bad} have no whole number as id; copy it again")
-    from_map = _read_json(folder / _MAP)
+    from_map = read_optional_json(folder / _MAP)
     entries = [from_map.get(role) or config.get(role) or text for role, text in _SPECIAL.items()]
     special = tuple(entry if isinstance(entry, str) else entry["content"] for entry in entries)
     # A plain string in this one file is no registered token to transformers 4.31.
@@ -107,7 +108,7 @@ def _read(folder: Path) -> TokenizerFiles:
 def write_tokenizer(source: Path, folder: Path, added: Mapping[str, int]) -> None:
     """Copies a tokenizer folder with other added tokens; transformers reads it too."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = _read_json(source / _CONFIG)
+    config = read_optional_json(source / _CONFIG)
     config.pop("added_tokens_decoder", None)  # it would overrule added_tokens.json
     for name, value in {_ADDED: added, _CONFIG: config}.items():
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
@@ -140,10 +141,3 @@ def _read_chunks(
         raise InputError(message) from error
     found = f"found neither {_PIECES} nor {_WHOLE}"
     raise InputError(f"{folder}: {found}; expected a tokenizer folder (it may lie by the weights)")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not a JSON object ({error}); copy the file again") from error

@@ -5,18 +5,21 @@
 
 The tiny model answers every question with "It is [SEG]." (its head is wired from each token of
 that answer to the next); everything else in it is noise, so its masks mean nothing. `--size 7b`
-writes the shapes of the released model, about 13.5 GB, to try converting at full size.
+writes the shapes of the released model, about 13.5 GB, to try converting at full size. `--llava`
+writes a LLaVA instead, for `pixellm convert --from-llava`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -36,11 +39,21 @@ from pixellm_jax.folders import whole_folder
 from pixellm_jax.hf_config import OWN_KEY, hf_model, hf_vision
 from pixellm_jax.prompt import LLAVA_V1, question_ids
 from pixellm_jax.tensor_files import write_safetensors
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.vocabulary import IM_END, IM_START, Vocabulary
 
 ANSWER = "It is {group}."
 SENTENCES = [LLAVA_V1.opening, "It is . USER: ASSISTANT: Please segment the dog in this image."]
 SHARD_BYTES = 2 << 30
+
+LLAVA_TOKENS = ("<im_patch>", IM_START, IM_END)
+"""What LLaVA v1 adds to the tokens of LLaMA; other versions add none, or another."""
+
+LLAVA_KEYS = {
+    *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "rms_norm_eps"),
+    *("rope_theta", "max_position_embeddings", "tie_word_embeddings", "torch_dtype"),
+    *("mm_hidden_size", "mm_vision_select_layer", "mm_vision_select_feature"),
+}
 
 
 def tiny(tokens_per_scale: int = 3, scales: int = 2) -> ModelConfig:
@@ -68,33 +81,68 @@ def tiny(tokens_per_scale: int = 3, scales: int = 2) -> ModelConfig:
 
 def write(out: Path, config: ModelConfig, *, dtype: str = "float32", seed: int = 0) -> ModelConfig:
     """Writes both folders; returns the config with its vocabulary filled in."""
-    folders = {hf.MODEL: out / "hf", hf.VISION: out / "clip"}
-    for folder in folders.values():
-        folder.mkdir(parents=True)
-    vocabulary = write_tokenizer(folders[hf.MODEL], config)
-    rows = max(config.language.vocabulary, vocabulary.size)
-    language = LanguageConfig(**{**vars(config.language), "vocabulary": rows})
-    config = ModelConfig(**{**vars(config), "language": language})
-    for source, folder in folders.items():
-        index: dict[str, str] = {}
-        for i, shard in enumerate(_shards(config, source, dtype, seed)):
-            if source == hf.MODEL and config.language.width == 64:
-                _wire(shard, vocabulary, config)
-            file = f"model-{i + 1:05d}.safetensors"
-            write_safetensors(folder / file, shard)
-            index |= dict.fromkeys(shard, file)
-        text = json.dumps({"metadata": {}, "weight_map": index})
-        (folder / "model.safetensors.index.json").write_text(text)
+    model, vision = _folders(out)
+    vocabulary = write_tokenizer(model, config)
+    config = _with_rows(config, max(config.language.vocabulary, vocabulary.size))
+    for folder, source in ((model, hf.MODEL), (vision, hf.VISION)):
+        shards = _shards(_shapes(config, source), dtype, seed)
+        wired = source == hf.MODEL and config.language.width == 64
+        _write_weights(folder, (_wire(s, vocabulary, config) if wired else s for s in shards))
     settings = hf_model(config)
     if config.image_grid == ModelConfig().image_grid:
         settings.pop(OWN_KEY)
-    (folders[hf.MODEL] / "config.json").write_text(json.dumps(settings, indent=2))
-    (folders[hf.VISION] / "config.json").write_text(json.dumps(hf_vision(config.vision), indent=2))
+    _write_configs(out, settings, config)
+    return config
+
+
+def write_llava(
+    out: Path,
+    config: ModelConfig,
+    *,
+    added: Sequence[str] = LLAVA_TOKENS,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> ModelConfig:
+    """Writes the folders of a LLaVA with the language model of `config`, and of its CLIP.
+
+    It has the tokens `added` and a linear projector; nothing of PixelLM.
+    """
+    model, vision = _folders(out)
+    count = write_pieces(model)
+    tokens = {token: count + i for i, token in enumerate(added)}
+    (model / "added_tokens.json").write_text(json.dumps(tokens))
+    config = _with_rows(config, max(config.language.vocabulary, count + len(added)))
+    d, e = config.language.width, config.vision.width
+    shapes = {"model.mm_projector.weight": (d, e), "model.mm_projector.bias": (d,)}
+    shapes |= {
+        name: entry.torch
+        for entry in hf.table(config)
+        if entry.path.startswith("language_model.")
+        for name in entry.names
+    }
+    _write_weights(model, _shards(shapes, dtype, seed))
+    _write_weights(vision, _shards(_shapes(config, hf.VISION), dtype, seed))
+    settings = {key: value for key, value in hf_model(config).items() if key in LLAVA_KEYS}
+    settings["architectures"] = ["LlavaLlamaForCausalLM"]
+    settings["mm_use_im_start_end"] = IM_START in added
+    settings["torch_dtype"] = np.dtype(dtype).name
+    _write_configs(out, settings, config)
     return config
 
 
 def write_tokenizer(folder: Path, config: ModelConfig) -> Vocabulary:
-    """Trains a small SentencePiece model and adds the codebook tokens."""
+    """Writes a small tokenizer that has the codebook tokens."""
+    write_pieces(folder)
+    codebook = config.codebook
+    vocabulary = Vocabulary.with_codebook(
+        folder, tokens_per_scale=codebook.tokens_per_scale, scales=codebook.scales
+    )
+    vocabulary.save(folder)
+    return vocabulary
+
+
+def write_pieces(folder: Path) -> int:
+    """Trains a small SentencePiece model; returns the number of its pieces."""
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES * 8),
@@ -108,23 +156,50 @@ def write_tokenizer(folder: Path, config: ModelConfig) -> Vocabulary:
         minloglevel=2,
     )
     (folder / "tokenizer.model").write_bytes(trained.getvalue())
-    codebook = config.codebook
-    vocabulary = Vocabulary.with_codebook(
-        folder, tokens_per_scale=codebook.tokens_per_scale, scales=codebook.scales
-    )
-    vocabulary.save(folder)
-    return vocabulary
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+    return pieces.get_piece_size()
 
 
-def _shards(
-    config: ModelConfig, source: str, dtype: str, seed: int
-) -> Iterator[dict[str, np.ndarray]]:
-    shapes = {
+def _folders(out: Path) -> tuple[Path, Path]:
+    folders = out / "hf", out / "clip"
+    for folder in folders:
+        folder.mkdir(parents=True)
+    return folders
+
+
+def _with_rows(config: ModelConfig, rows: int) -> ModelConfig:
+    language = dataclasses.replace(config.language, vocabulary=rows)
+    return dataclasses.replace(config, language=language)
+
+
+def _write_weights(folder: Path, shards: Iterable[dict[str, np.ndarray]]) -> None:
+    index: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}.safetensors"
+        write_safetensors(folder / file, shard)
+        index |= dict.fromkeys(shard, file)
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def _write_configs(out: Path, settings: dict[str, Any], config: ModelConfig) -> None:
+    vision = hf_vision(config.vision)
+    (out / "hf" / "config.json").write_text(json.dumps(settings, indent=2))
+    (out / "clip" / "config.json").write_text(json.dumps(vision, indent=2))
+
+
+def _shapes(config: ModelConfig, source: str) -> dict[str, tuple[int, ...]]:
+    return {
         name: entry.torch
         for entry in hf.table(config)
         if entry.source == source
         for name in entry.names
     } | hf.unused(config, source)
+
+
+def _shards(
+    shapes: dict[str, tuple[int, ...]], dtype: str, seed: int
+) -> Iterator[dict[str, np.ndarray]]:
     shard: dict[str, np.ndarray] = {}
     for name, shape in shapes.items():
         kept = np.float32 if ".mask_decoder." in name or ".prompt_encoder." in name else dtype
@@ -147,7 +222,9 @@ def _draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return x / np.float32(np.sqrt(np.prod(shape[1:])))
 
 
-def _wire(shard: dict[str, np.ndarray], vocabulary: Vocabulary, config: ModelConfig) -> None:
+def _wire(
+    shard: dict[str, np.ndarray], vocabulary: Vocabulary, config: ModelConfig
+) -> dict[str, np.ndarray]:
     """Makes the answer the most likely continuation of every prompt.
 
     The layers add next to nothing, so that the last state is the embedding of the last token; the
@@ -165,6 +242,7 @@ def _wire(shard: dict[str, np.ndarray], vocabulary: Vocabulary, config: ModelCon
     head *= 1e-2
     for before, after in zip(chain, chain[1:], strict=False):
         head[after] = embedding[before]
+    return shard
 
 
 def main() -> None:
@@ -174,14 +252,16 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--size", choices=["tiny", *SIZES], default="tiny")
+    parser.add_argument("--llava", action="store_true", help="LLaVA in place of PixelLM")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:
         with whole_folder(options.out) as folder:
+            make = write_llava if options.llava else write
             if options.size == "tiny":
-                write(folder, tiny(), seed=options.seed)
+                make(folder, tiny(), seed=options.seed)
             else:
-                write(folder, SIZES[options.size], dtype=ml_dtypes.bfloat16, seed=options.seed)
+                make(folder, SIZES[options.size], dtype=ml_dtypes.bfloat16, seed=options.seed)
     except InputError as error:
         sys.exit(str(error))
     print(f"{options.out / 'hf'} and {options.out / 'clip'}")

@@ -113,7 +113,8 @@ def test_segment_writes_answer_masks_and_overlay(tiny, photo, tmp_path, capfd):
     assert record["text"][begin:end] == target["phrase"]
     begin, end = target["marker"]
     assert record["text"][begin:end] == "[SEG]"
-    assert 0.5 < target["score"] <= 1
+    assert 0.5 < target["score"] <= 1 and 0.5 < target["presence"] <= 1
+    assert target["kept"] is True and record["reason"] == "stop"
 
     with Image.open(out / target["mask"]) as image:
         mask = np.asarray(image)
@@ -135,9 +136,13 @@ def made_answer(text: str, masks: np.ndarray, spans: list[tuple[int, int]]) -> A
         text=text,
         masks=masks,
         scores=np.linspace(0.6, 0.9, count, dtype=np.float32),
+        presence=np.linspace(0.5, 1, count, dtype=np.float32),
+        kept=masks.any(axis=(1, 2)),
         spans=np.asarray(spans, np.int32).reshape(-1, 2),
         markers=np.zeros((count, 2), np.int32),
-        complete=True,
+        reason="stop",
+        tokens=9,
+        passes=9,
     )
 
 
@@ -284,7 +289,7 @@ def folder_image(folder: Path) -> Path:
         (text_image, "is not an image that Pillow knows", "convert it"),
         (elongated_image, "1 x 1000 pixels is too elongated", "crop the picture"),
         (empty_image, "is an empty file", "download it again"),
-        (folder_image, "is a folder", "name one file"),
+        (folder_image, "no pictures in this folder", "name a file"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )

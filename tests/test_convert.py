@@ -7,29 +7,27 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 import pytest
-import sentencepiece
 
-from pixellm_jax import checkpoint, convert, export, hf
+from pixellm_jax import checkpoint, convert, export, hf, lora_files
 from pixellm_jax.config import CodebookConfig, VisionConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.hf_config import OWN_KEY
-from pixellm_jax.predictor import Predictor
 from pixellm_jax.tensor_files import write_safetensors
 from pixellm_jax.vocabulary import Vocabulary
-from tests.tiny_checkpoint import assert_same_tensors, change_json, read_tensors, write_tensors
+from tests.tiny_checkpoint import (
+    assert_same_tensors,
+    change_json,
+    read_arrays,
+    read_tensors,
+    write_tensors,
+)
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 VALUE = "model.layers.0.self_attn.v_proj.weight"
-
-
-def arrays(folder: Path, part: str = checkpoint.PARAMS) -> dict[str, np.ndarray]:
-    opened = checkpoint.open_arrays(folder, part)
-    return {name: checkpoint.read(array) for name, array in opened.items()}
 
 
 def refusal(model: Path, vision: Path, out: Path, **options) -> str:
@@ -96,7 +94,9 @@ def test_second_conversion_gives_the_same_checkpoint(round_trip, tmp_path):
     config = convert.convert(again, again / export.VISION_FOLDER, tmp_path / "jax")
     assert config == checkpoint.read_config(round_trip / "jax")
     for part in (checkpoint.PARAMS, checkpoint.UNUSED):
-        assert_same_tensors(arrays(tmp_path / "jax", part), arrays(round_trip / "jax", part))
+        assert_same_tensors(
+            read_arrays(tmp_path / "jax", part), read_arrays(round_trip / "jax", part)
+        )
 
 
 def test_config_of_the_checkpoint_is_that_of_the_source(round_trip):
@@ -175,7 +175,7 @@ def test_layers_of_different_precision_keep_their_values(copied, tiny, tmp_path)
     tensors[other] = tensors[other].astype(np.float16)
     write_tensors(folder, tensors)
     convert.convert(folder, tiny.clip, tmp_path / "jax")
-    stack = arrays(tmp_path / "jax")["language_model.layers.query.weight"]
+    stack = read_arrays(tmp_path / "jax")["language_model.layers.query.weight"]
     for i, name in enumerate((other, QUERY)):
         back = stack[i].transpose(1, 2, 0).reshape(64, 64)
         np.testing.assert_array_equal(back.astype(np.float32), tensors[name].astype(np.float32))
@@ -198,15 +198,13 @@ def test_export_in_several_files_is_the_same(tiny, tmp_path, monkeypatch):
 
 def test_conversion_is_deterministic_and_counts_its_bytes(tiny, tmp_path):
     seen = []
-    convert.convert(
-        tiny.hf, tiny.clip, tmp_path / "jax", seed=7, progress=lambda *step: seen.append(step)
-    )
+    convert.convert(tiny.hf, tiny.clip, tmp_path / "jax", progress=lambda *step: seen.append(step))
     tensors = read_tensors(tiny.hf) | read_tensors(tiny.clip)
     fusion = 4 * (2 * 3 + 2)
     assert {total for _, total in seen} == {sum(a.nbytes for a in tensors.values()) + fusion}
     assert sum(new for new, _ in seen) == seen[0][1]
     for part in (checkpoint.PARAMS, checkpoint.UNUSED):
-        assert_same_tensors(arrays(tmp_path / "jax", part), arrays(tiny.jax, part))
+        assert_same_tensors(read_arrays(tmp_path / "jax", part), read_arrays(tiny.jax, part))
     for name in ("config.json", "source/config.json", "tokenizer/added_tokens.json"):
         assert (tmp_path / "jax" / name).read_text() == (tiny.jax / name).read_text()
 
@@ -240,7 +238,7 @@ def test_sharded_bin_is_the_same_as_safetensors(copied, tiny, tmp_path):
     text = json.dumps({"metadata": {"total_size": 1}, "weight_map": index})
     (folder / "pytorch_model.bin.index.json").write_text(text)
     convert.convert(folder, tiny.clip, tmp_path / "jax")
-    assert_same_tensors(arrays(tmp_path / "jax"), arrays(tiny.jax))
+    assert_same_tensors(read_arrays(tmp_path / "jax"), read_arrays(tiny.jax))
 
 
 def lora_folder(folder: Path, *, base: str = "", rank: int = 8, alpha: float = 16) -> dict:
@@ -288,7 +286,7 @@ def test_scale_of_low_rank_pairs_comes_from_option_then_file(copied, base, file,
     sixteen = lora_folder(folder, base=base)[QUERY]
     if file is not None:
         (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": file, "r": 8}))
-    found, problems = convert._without_lora(folder, option)
+    found, problems = lora_files.open_merged(folder, option)
     assert not any(problems.values())
     change = found[QUERY].read() - plain
     np.testing.assert_allclose(change, times * (sixteen - plain), rtol=1e-4, atol=1e-5)
@@ -305,7 +303,7 @@ def test_merging_rounds_once_to_the_dtype_of_the_weight():
     weight = np.full((2, 2), 1, ml_dtypes.bfloat16)
     a, b = np.full((1, 2), 2**-5, np.float32), np.full((2, 1), 2**-5, np.float32)
     held = [Held(array) for array in (weight, a, b)]
-    merged = convert.LoraTensor(weight=held[0], a=held[1], b=held[2], scale=16.0)
+    merged = lora_files.LoraTensor(weight=held[0], a=held[1], b=held[2], scale=16.0)
     assert merged.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(merged.read(), np.full((2, 2), 1 + 2**-6, ml_dtypes.bfloat16))
 
@@ -368,163 +366,10 @@ def test_whole_clip_with_its_text_side_is_accepted(copied, tiny, tmp_path):
     whole = {"model_type": "clip", "vision_config": vision, "text_config": {"hidden_size": 3}}
     (clip / "config.json").write_text(json.dumps(whole))
     convert.convert(tiny.hf, clip, tmp_path / "jax")
-    assert_same_tensors(arrays(tmp_path / "jax"), arrays(tiny.jax))
+    assert_same_tensors(read_arrays(tmp_path / "jax"), read_arrays(tiny.jax))
     export.export(tmp_path / "jax", tmp_path / "again")
     assert_same_tensors(read_tensors(tmp_path / "again"), read_tensors(tiny.hf))
     assert_same_tensors(read_tensors(tmp_path / "again" / "vision_tower"), tensors)
-
-
-# LLaVA
-
-
-def llava_folder(maker, folder: Path, *, preview: bool) -> tuple[Path, Path]:
-    """LLaVA v1 (three added tokens) or the LLaMA-2 preview (none), with a linear projector."""
-    maker.write(folder, maker.tiny())
-    model = folder / "hf"
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
-    rows = pieces.get_piece_size()
-    added = {} if preview else {"<im_patch>": rows, "<im_start>": rows + 1, "<im_end>": rows + 2}
-    (model / "added_tokens.json").write_text(json.dumps(added))
-    tensors = {
-        name: array
-        for name, array in read_tensors(model).items()
-        if name.startswith(("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head."))
-    }
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        tensors[name] = tensors[name][: rows + len(added)].astype(ml_dtypes.bfloat16)
-    tensors["model.mm_projector.weight"] = np.ones((64, 1024), np.float32)
-    tensors["model.mm_projector.bias"] = np.ones(64, np.float32)
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
-    write_tensors(model, tensors)
-    change_json(
-        model / "config.json",
-        architectures=["LlavaLlamaForCausalLM"],
-        mm_use_im_start_end=not preview,
-        resize_vision_tower_size=None,
-        image_feature_scale_num=None,
-        **{OWN_KEY: None},
-    )
-    return model, folder / "clip"
-
-
-class Start(NamedTuple):
-    """A LLaVA folder, the CLIP folder, and the checkpoint that a training starts from."""
-
-    model: Path
-    clip: Path
-    jax: Path
-    template: str
-
-
-def start(maker, folder: Path, template: str) -> Start:
-    model, clip = llava_folder(maker, folder, preview=template == "llava_llama_2")
-    codebook = CodebookConfig(tokens_per_scale=2)
-    convert.convert(model, clip, folder / "jax", codebook=codebook, template=template)
-    return Start(model, clip, folder / "jax", template)
-
-
-@pytest.fixture(scope="module")
-def v1(maker, tmp_path_factory) -> Start:
-    return start(maker, tmp_path_factory.mktemp("v1"), "llava_v1")
-
-
-@pytest.fixture(scope="module")
-def preview(maker, tmp_path_factory) -> Start:
-    return start(maker, tmp_path_factory.mktemp("preview"), "llava_llama_2")
-
-
-@pytest.fixture(params=["v1", "preview"])
-def llava(request) -> Start:
-    return request.getfixturevalue(request.param)
-
-
-def test_vocabulary_grows_by_the_codebook(llava):
-    old = read_tensors(llava.model)["lm_head.weight"].shape[0]
-    config = checkpoint.read_config(llava.jax)
-    vocabulary = checkpoint.read_vocabulary(llava.jax, config)
-    new = 4 if llava.template == "llava_v1" else 6  # with <im_start> and <im_end>
-    assert vocabulary.size == config.language.vocabulary == old + new
-    assert vocabulary.group == tuple(range(old, old + 4))
-    assert vocabulary.im_start == (old - 2 if new == 4 else old + 4)
-    assert vocabulary.im_end == (old - 1 if new == 4 else old + 5)
-    assert vocabulary.encode("<im_patch>", bos=False)[0] == old - 3 or new == 6
-
-
-def test_base_rows_are_untouched_and_new_ones_are_drawn(llava):
-    source, found = read_tensors(llava.model), arrays(llava.jax)
-    grown = []
-    for path, name in (
-        ("language_model.embedding", "model.embed_tokens.weight"),
-        ("language_model.head", "lm_head.weight"),
-    ):
-        base = source[name]
-        assert found[path].dtype == base.dtype
-        assert found[path][: len(base)].tobytes() == base.tobytes()
-        grown.append(found[path][len(base) :].astype(np.float64))
-    for rows in grown:  # at least 256 values: five standard errors
-        assert rows.size >= 256
-        assert abs(rows.mean()) < 5 * 0.02 / np.sqrt(rows.size)
-        assert abs(rows.std() - 0.02) < 5 * 0.02 / np.sqrt(2 * rows.size)
-    assert not np.array_equal(*grown)
-
-
-def test_settings_of_a_start_are_the_right_ones(llava):
-    config = checkpoint.read_config(llava.jax)
-    assert config.vision.position_resize == "correct"
-    assert config.vision.canvas == 448
-    assert config.codebook == CodebookConfig(tokens_per_scale=2, scales=2)
-    assert config.template == llava.template
-    model = checkpoint.load_model(llava.jax)
-    np.testing.assert_array_equal(model.codebook.mask_fusion.get_value(), [0.5, 0.5])
-
-
-def test_fresh_parts_depend_on_the_seed_alone(v1, preview, tmp_path):
-    codebook, first, second = (
-        CodebookConfig(tokens_per_scale=2),
-        arrays(v1.jax),
-        arrays(preview.jax),
-    )
-    convert.convert(v1.model, v1.clip, tmp_path / "jax", codebook=codebook, seed=1)
-    base = read_tensors(v1.model)["lm_head.weight"].shape[0]
-    for name, other in arrays(tmp_path / "jax").items():
-        held = name.startswith(("language_model.", "vision_encoder."))
-        if name in ("language_model.embedding", "language_model.head"):
-            assert not np.array_equal(other[base:], first[name][base:]), name
-            other = other[:base]
-        else:  # the same seed, another vocabulary
-            assert second[name].tobytes() == first[name].tobytes(), name
-        if held:
-            assert other.tobytes() == first[name][: len(other)].tobytes(), name
-        elif name.endswith(("weight", "matrix")) and other.ndim > 1:
-            assert not np.array_equal(other, first[name]), name
-
-
-def test_start_answers_and_goes_round_as_pixellm(v1, tmp_path):
-    answer = Predictor.load(v1.jax, max_new_tokens=4)(np.zeros((50, 70, 3), np.uint8), "Hm?")
-    assert answer.masks.shape[1:] == (50, 70)
-    export.export(v1.jax, tmp_path / "again")
-    again = tmp_path / "again"
-    config = convert.convert(again, again / export.VISION_FOLDER, tmp_path / "jax")
-    assert config == checkpoint.read_config(v1.jax)
-    assert_same_tensors(arrays(tmp_path / "jax"), arrays(v1.jax))
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"codebook": CodebookConfig(tokens_per_scale=0)}, "at least one token"),
-        ({"codebook": CodebookConfig(scales=0)}, "at least one token"),
-        ({"codebook": CodebookConfig(scales=4)}, "4 scales"),
-        ({"seed": -1}, "seed -1"),
-    ],
-)
-def test_sizes_that_cannot_be_are_refused(v1, tmp_path, options, named):
-    assert named in refusal(v1.model, v1.clip, tmp_path / "jax", **options)
-
-
-def test_sizes_of_a_released_model_cannot_be_chosen(tiny, tmp_path):
-    line = refusal(tiny.hf, tiny.clip, tmp_path / "jax", codebook=CodebookConfig())
-    assert line.startswith(f"{tiny.hf}: has its own codebook")
 
 
 # Refusals

@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
+    from pixellm_jax.model.pixellm import PixelLM
     from pixellm_jax.predictor import Predictor
+    from pixellm_jax.vocabulary import Vocabulary
 
 MAKER = Path(__file__).parents[1] / "scripts" / "make_random_checkpoint.py"
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
@@ -64,6 +66,39 @@ def predictor(tiny: Tiny) -> Predictor:
     return Predictor.load(tiny.jax, max_new_tokens=12)
 
 
+class Varied(NamedTuple):
+    """A model whose answers depend on the question: some words, no to three targets, or no end."""
+
+    model: PixelLM
+    vocabulary: Vocabulary
+
+
+@pytest.fixture(scope="session")
+def varied(tiny: Tiny) -> Varied:
+    """The tiny model with its layers turned up and another head.
+
+    The rows of the first codebook token and of `</s>` are longer than others, so that they are
+    chosen often; each further codebook token answers to the embedding of the one before it.
+    """
+    from pixellm_jax import checkpoint
+
+    model = checkpoint.load_model(tiny.jax)
+    vocabulary = checkpoint.read_vocabulary(tiny.jax, model.config)
+    language, group = model.language_model, list(vocabulary.group)
+    for projection in (language.layers.out, language.layers.down):
+        projection.weight.set_value(1000 * projection.weight[...])
+    embedding = np.array(language.embedding[...])
+    head = np.random.default_rng(1).standard_normal(embedding.shape, np.float32)
+    head[group[0]] *= 2.5
+    head[vocabulary.eos] *= 2
+    embedding[group] *= 6
+    for before, after in zip(group, group[1:], strict=False):
+        head[after] = 5 * embedding[before] / np.linalg.norm(embedding[before])
+    language.embedding.set_value(embedding)
+    language.head.set_value(head)
+    return Varied(model, vocabulary)
+
+
 @pytest.fixture
 def copied(tmp_path: Path, tiny: Tiny) -> Callable[[str], Path]:
     """Gives a copy, free to be damaged, of one of the folders of `tiny`."""
@@ -74,6 +109,14 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     from pixellm_jax.tensor_files import open_folder
 
     return {name: tensor.read() for name, tensor in open_folder(folder).items()}
+
+
+def read_arrays(folder: Path, part: str = "params") -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint."""
+    from pixellm_jax import checkpoint
+
+    opened = checkpoint.open_arrays(folder, part)
+    return {name: checkpoint.read(array) for name, array in opened.items()}
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:

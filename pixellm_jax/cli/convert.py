@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from pixellm_jax.cli.progress import byte_bar
-from pixellm_jax.config import POSITION_RESIZES, CodebookConfig
+from pixellm_jax.config import POSITION_RESIZES, CodebookConfig, VisionConfig
 from pixellm_jax.convert import convert
+from pixellm_jax.convert_start import Start, start_from_llava
+from pixellm_jax.errors import InputError
 from pixellm_jax.prompt import TEMPLATES
 
 EXAMPLES = """examples:
   pixellm convert --hf PixelLM-7B/hf_model --vision clip-vit-large-patch14-336 --out pixellm-7b
   pixellm convert --hf LLaVA-Lightning-7B-v1-1 --vision clip-vit-large-patch14-336 \\
-      --tokens-per-scale 3 --scales 2 --out start
+      --from-llava --out start
 """
 
 
@@ -23,8 +25,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "convert",
         help="PyTorch weights of PixelLM (or LLaVA) and CLIP -> a checkpoint",
-        description="Reads a PixelLM folder (merged, or with LoRA tensors) or a LLaVA folder, and "
-        "a CLIP folder; writes an Orbax checkpoint with its config and tokenizer.",
+        description="Reads a PixelLM folder (merged, or with LoRA tensors), or with --from-llava a "
+        "LLaVA folder, and a CLIP folder; writes an Orbax checkpoint with its config and "
+        "tokenizer.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -34,7 +37,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--template",
         choices=sorted(TEMPLATES),
-        help="conversation the model was trained with (default: what an exported folder says, "
+        help="conversation the model is trained with (default: what an exported folder says, "
         "else llava_v1)",
     )
     parser.add_argument(
@@ -49,29 +52,45 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         metavar="A",
         help="scale of LoRA tensors (default: adapter_config.json, else 16)",
     )
-    start = parser.add_argument_group("to start a training from a LLaVA folder")
-    start.add_argument("--tokens-per-scale", type=int, metavar="N", help="codebook tokens (3)")
-    start.add_argument("--scales", type=int, metavar="L", help="feature scales (2)")
-    start.add_argument("--seed", type=int, default=0, help="of what LLaVA does not have (0)")
+    start = parser.add_argument_group("the start of a training")
+    start.add_argument(
+        "--from-llava",
+        action="store_true",
+        help="--hf is a LLaVA folder: the tokenizer and the embeddings grow by the codebook, "
+        "projectors and pixel decoder are drawn at random",
+    )
+    default = CodebookConfig()
+    for option, metavar, text in (
+        ("--tokens-per-scale", "N", f"codebook tokens ({default.tokens_per_scale})"),
+        ("--scales", "L", f"feature scales ({default.scales})"),
+        ("--canvas", "PIXELS", f"side of the pictures ({VisionConfig.canvas})"),
+        ("--seed", "S", "of what is drawn (0)"),
+    ):
+        start.add_argument(option, type=int, metavar=metavar, help=text)
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
     """Converts with a progress bar and says what came out."""
-    sizes = {"tokens_per_scale": options.tokens_per_scale, "scales": options.scales}
-    given = {name: value for name, value in sizes.items() if value is not None}
+    sizes = _given(options, "tokens_per_scale", "scales")
+    others = _given(options, "canvas", "seed")
+    if not options.from_llava and (alone := [*sizes, *others]):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in alone)
+        raise InputError(f"{names}: only with --from-llava, for PixelLM's own weights settle it")
+    common = {
+        **_given(options, "template", "position_resize", "lora_alpha"),
+        "model": options.hf,
+        "vision": options.vision,
+        "out": options.out,
+    }
+    started = None
     with byte_bar("converting") as progress:
-        config = convert(
-            options.hf,
-            options.vision,
-            options.out,
-            codebook=CodebookConfig(**given) if given else None,
-            template=options.template,
-            position_resize=options.position_resize,
-            lora_alpha=options.lora_alpha,
-            seed=options.seed,
-            progress=progress,
-        )
+        if options.from_llava:
+            codebook = CodebookConfig(**sizes)
+            started = start_from_llava(**common, **others, codebook=codebook, progress=progress)
+            config = started.config
+        else:
+            config = convert(**common, progress=progress)
     language, codebook = config.language, config.codebook
     print(
         f"{options.out}: {language.layers} layers of width {language.width}, "
@@ -79,3 +98,20 @@ def run(options: argparse.Namespace) -> None:
         f"{codebook.scales} scales, pictures of {config.vision.canvas} pixels, {config.dtype}, "
         f"template {config.template}, position table {config.vision.position_resize}"
     )
+    if started:
+        _say_what_is_new(started, options.hf)
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    found = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _say_what_is_new(start: Start, folder: Path) -> None:
+    before, after = start.rows
+    print(f"drawn at random: {', '.join(start.drawn)}; {max(after - before, 0)} new rows of ids")
+    if before > after:
+        print(f"cut: {before - after} rows of the embeddings that have no id")
+    modules = sorted({".".join(name.split(".")[:2]) for name in start.discarded})
+    if modules:
+        print(f"left out: {', '.join(modules)} of {folder}, which PixelLM replaces")

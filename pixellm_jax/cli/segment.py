@@ -1,20 +1,32 @@
-"""`pixellm segment`: a question about a photo -> text, masks and a picture of them."""
+"""`pixellm segment`: questions about photos -> text, masks and pictures of them."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco
+from tqdm import tqdm
 
+from pixellm_jax.answer_record import Answer
+from pixellm_jax.cli.answer_files import (
+    AnswerLog,
+    Asked,
+    answer_record,
+    ask_about_folder,
+    read_questions,
+)
+from pixellm_jax.config import DTYPES
+from pixellm_jax.errors import InputError
 from pixellm_jax.folders import whole_folder
 from pixellm_jax.image import read_image
 from pixellm_jax.overlay import draw_overlay
-from pixellm_jax.predictor import Answer, Predictor
+from pixellm_jax.predictor import Predictor, check_question
+from pixellm_jax.serving import WEIGHTS
 
 RESULTS = ("answer.json", "mask_*.png", "overlay.png")
 """What an answer's folder holds; a folder that holds anything else is never replaced."""
@@ -22,9 +34,15 @@ RESULTS = ("answer.json", "mask_*.png", "overlay.png")
 EXAMPLES = """examples:
   pixellm segment --checkpoint pixellm-7b --image desk.jpg --out answer \\
       --question "Which things on the desk could be used to write?"
+  pixellm segment --checkpoint pixellm-7b --image photos --question "Where is the dog?" --out dogs
+  pixellm segment --checkpoint pixellm-7b --questions asked.jsonl --out answers --batch 32
 
-The folder gets answer.json (text and, per target, phrase, score, box and COCO RLE), mask_00.png,
-mask_01.png, ... (0 or 255, at the size of the upright photo) and overlay.png.
+Of one photo the folder gets answer.json (text and, per target, phrase, score, box and COCO RLE),
+mask_00.png, mask_01.png, ... (0 or 255, at the size of the upright photo) and overlay.png.
+
+Of a folder of photos, or of lines {"image": "a.jpg", "question": "Where is the cat?"}, it gets
+answers.jsonl, a line per answer as it comes, and overlays/000000.png, ... numbered like the lines
+of the questions. The same command goes on where it was stopped.
 """
 
 
@@ -32,69 +50,125 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Declares the options."""
     parser = commands.add_parser(
         "segment",
-        help="ask about a photo: text and one mask per target",
-        description="Answers a question about a photo with text and one mask per target.",
+        help="ask about photos: text and one mask per target",
+        description="Answers questions about photos with text and one mask per target.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--image", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--question", required=True, metavar="TEXT")
+    parser.add_argument("--image", type=Path, metavar="PATH", help="a photo or a folder of them")
+    parser.add_argument("--question", metavar="TEXT", help="about --image")
+    parser.add_argument("--questions", type=Path, metavar="FILE", help="JSONL, instead of both")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="(512)")
+    parser.add_argument(
+        "--batch", type=int, default=16, metavar="N", help="questions answered at once (16)"
+    )
+    parser.add_argument(
+        "--min-score", type=float, default=0.0, metavar="P", help="empty masks below this score (0)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="compute in it (that of the checkpoint)")
+    parser.add_argument(
+        "--weights", choices=list(WEIGHTS), help="fewer bits for the language model's weights"
+    )
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
-    """Answers, writes the folder and prints the answer."""
+    """Answers one question, or many."""
+    if options.questions is None and (options.image is None or options.question is None):
+        raise InputError("name --image and --question, or --questions")
+    if options.questions is not None and (options.image or options.question is not None):
+        raise InputError("--questions names pictures and questions; leave --image and --question")
+    if options.questions is not None:
+        _answer_many(options, read_questions(options.questions))
+        return
+    check_question(options.question)
+    if options.image.is_dir():
+        _answer_many(options, ask_about_folder(options.image, options.question))
+    else:
+        _answer_one(options)
+
+
+def _answer_one(options: argparse.Namespace) -> None:
     picture = read_image(options.image)
     with whole_folder(options.out, replaces=RESULTS) as folder:
-        answer = Predictor.load(options.checkpoint)(picture, options.question)
+        answer = _load(options)(picture, options.question)
         targets = write_answer(folder, answer, picture, options.image, options.question)
     print(answer.text)
     for i, target in enumerate(targets):
         phrase = target["phrase"] or "(not named)"
         print(f"  {i}: {phrase}, score {target['score']:.2f}, {target['area']} pixels")
     if not answer.complete:
-        print("  (the answer was cut off at the limit of new tokens)")
+        print(f"  ({INCOMPLETE[answer.reason]})")
     print(f"{options.out / 'overlay.png'}")
+
+
+INCOMPLETE = {
+    "length": "the answer was cut off at the limit of new tokens",
+    "damaged": "the answer ended at numbers that are not finite",
+}
+
+
+def _answer_many(options: argparse.Namespace, asked: list[Asked]) -> None:
+    """Writes answers as they come; those of an earlier run are kept."""
+    overlays = options.out / "overlays"
+    try:
+        overlays.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{options.out}: cannot write here ({error.strerror}); choose another place"
+        ) from None
+    options.when_interrupted = f"the same command goes on with {options.out}"
+    log = AnswerLog(options.out / "answers.jsonl", asked)
+    left = [number for number in range(len(asked)) if number not in log.done]
+    failed = 0
+    if left:
+        predictor = _load(options)
+        pairs = ((asked[number].image, asked[number].question) for number in left)
+        with tqdm(total=len(asked), initial=len(log.done), disable=None, unit="question") as bar:
+            for index, answer in predictor.each(pairs):
+                number = left[index]
+                image, name, question = asked[number]
+                record: dict[str, Any]
+                if isinstance(answer, InputError):
+                    failed += 1
+                    record = {"image": name, "question": question, "error": str(answer)}
+                    tqdm.write(f"{name}: {answer}", file=sys.stderr)
+                else:
+                    picture = read_image(image)
+                    record = answer_record(answer, name, question, picture.shape[:2])
+                    labels = [t["phrase"] or str(i) for i, t in enumerate(record["targets"])]
+                    drawn = draw_overlay(picture, answer.masks, labels)
+                    drawn.save(overlays / f"{number:06d}.png")
+                log.write(number, record)
+                bar.update()
+    log.close()
+    print(f"{options.out / 'answers.jsonl'}: {len(asked)} questions, {failed} without an answer")
+
+
+def _load(options: argparse.Namespace) -> Predictor:
+    return Predictor.load(
+        options.checkpoint,
+        dtype=options.dtype,
+        max_new_tokens=options.max_new_tokens,
+        rows=options.batch,
+        min_score=options.min_score,
+        weights=options.weights,
+    )
 
 
 def write_answer(
     folder: Path, answer: Answer, picture: np.ndarray, image: Path, question: str
 ) -> list[dict[str, Any]]:
-    """Writes answer.json, the masks and the overlay into `folder`; returns the targets' records.
-
-    Box is [x, y, width, height] in pixels, None for an empty mask; spans count characters of text.
-    """
-    targets: list[dict[str, Any]] = []
-    for i, mask in enumerate(answer.masks):
-        start, stop = map(int, answer.spans[i])
-        rle = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
-        area = int(mask.sum())
-        file = f"mask_{i:02d}.png"
-        Image.fromarray(mask.astype(np.uint8) * 255).save(folder / file)
-        targets.append(
-            {
-                "phrase": answer.text[start:stop],
-                "span": [start, stop],
-                "marker": list(map(int, answer.markers[i])),
-                "score": float(answer.scores[i]),
-                "area": area,
-                "box": [float(v) for v in coco.toBbox(rle)] if area else None,
-                "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
-                "mask": file,
-            }
-        )
+    """Writes answer.json, the masks and the overlay into `folder`; returns the targets' records."""
+    record = answer_record(answer, str(image), question, picture.shape[:2])
+    targets = record["targets"]
+    for i, (target, mask) in enumerate(zip(targets, answer.masks, strict=True)):
+        target["mask"] = f"mask_{i:02d}.png"
+        Image.fromarray(mask.astype(np.uint8) * 255).save(folder / target["mask"])
     labels = [target["phrase"] or str(i) for i, target in enumerate(targets)]
     draw_overlay(picture, answer.masks, labels).save(folder / "overlay.png")
-    record = {
-        "image": str(image),
-        "size": [int(side) for side in picture.shape[:2]],
-        "question": question,
-        "text": answer.text,
-        "complete": answer.complete,
-        "targets": targets,
-    }
     (folder / "answer.json").write_text(
         json.dumps(record, indent=2, ensure_ascii=False) + "\n",
         encoding="utf-8",

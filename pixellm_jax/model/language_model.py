@@ -10,14 +10,21 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from pixellm_jax.config import LanguageConfig
-from pixellm_jax.model.layers import Projection, RMSNorm, attend, normal, rotary, stack
+from pixellm_jax.model.layers import Projection, RMSNorm, attend, normal, rotary, stack, unstack
+from pixellm_jax.sharding import constrain
+
+WIDTH = "batch sequence embed"
 
 
 class Cache(NamedTuple):
-    """Keys (rotated) and values of every layer at every position of a fixed-length sequence."""
+    """Keys (rotated) and values of a fixed number of positions, one array per layer.
 
-    key: Float[Array, "l b u g h"]
-    value: Float[Array, "l b u g h"]
+    Decoding writes a few positions of an array in place. Heads stand before positions, so that
+    attention reads each head's positions in one stretch.
+    """
+
+    key: tuple[Float[Array, "b g u h"], ...]
+    value: tuple[Float[Array, "b g u h"], ...]
 
 
 class LanguageBlock(nnx.Module):
@@ -37,29 +44,43 @@ class LanguageBlock(nnx.Module):
         self.up = Projection(next(keys), (d, config.mlp), "embed mlp", bias=False)
         self.down = Projection(next(keys), (config.mlp, d), "mlp embed", bias=False)
 
-    def qkv(self, x: Float[Array, "b t d"], position: Int[Array, "b t"]) -> tuple[Array, ...]:
+    def qkv(
+        self,
+        x: Float[Array, "b t d"],
+        position: Int[Array, "b t"],
+        dropout: Key[Array, ""] | None = None,
+    ) -> tuple[Array, ...]:
         """Rotated queries and keys, and values, of the normed input."""
         y = self.attention_norm(x)
-        query = rotary(self.query(y), position, self.theta)
-        return query, rotary(self.key(y), position, self.theta), self.value(y)
+        keys = _keys(dropout, 0, 3)
+        query, key, value = (
+            constrain(projection(y, keys[i]), "batch sequence heads head")
+            for i, projection in enumerate((self.query, self.key, self.value))
+        )
+        return rotary(query, position, self.theta), rotary(key, position, self.theta), value
 
     def finish(
-        self, x: Float[Array, "b t d"], attended: Float[Array, "b t n h"]
+        self,
+        x: Float[Array, "b t d"],
+        attended: Float[Array, "b t n h"],
+        dropout: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
         """Adds what attention found, then the MLP."""
-        x = x + self.out(attended)
+        keys = _keys(dropout, 3, 4)
+        x = constrain(x + self.out(attended, keys[0]), WIDTH)
         y = self.mlp_norm(x)
-        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+        inner = jax.nn.silu(self.gate(y, keys[1])) * self.up(y, keys[2])
+        return constrain(x + self.down(constrain(inner, "batch sequence mlp"), keys[3]), WIDTH)
 
 
 class LanguageModel(nnx.Module):
     """Token embeddings, the layers, the final norm and the head (untied)."""
 
-    def __init__(self, key: Key[Array, ""], config: LanguageConfig) -> None:
-        self.config = config
+    def __init__(self, key: Key[Array, ""], config: LanguageConfig, *, remat: bool = True) -> None:
+        self.config, self.remat = config, remat
         keys = iter(jax.random.split(key, 3))
         v, d = config.vocabulary, config.width
-        self.embedding = normal(next(keys), (v, d), "vocab embed", scale=0.02)
+        self.embedding = normal(next(keys), (v, d), "vocab embed", scale=1.0)
         self.layers = stack(lambda k: LanguageBlock(k, config), next(keys), config.layers)
         self.norm = RMSNorm(d, "embed", config.eps)
         self.head = normal(next(keys), (v, d), "vocab embed", scale=0.02)
@@ -71,27 +92,35 @@ class LanguageModel(nnx.Module):
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Float32 logits of the next token."""
         head = self.head[...].astype(hidden.dtype)
-        return jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+        return constrain(logits, "batch sequence vocab")
 
     def __call__(
         self,
         x: Float[Array, "b t d"],
         position: Int[Array, "b t"],
         visible: Bool[Array, "b t u"],
+        dropout: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Final-norm states of a whole sequence (u = t). Layers are rematerialised."""
+        """Final-norm states of a whole sequence (u = t). `dropout`: of LoRA pairs, in training."""
 
-        def run(x: Array, layer: LanguageBlock) -> tuple[Array, None]:
-            query, key, value = layer.qkv(x, position)
-            return layer.finish(x, attend(query, key, value, visible)), None
+        def run(x: Array, step: tuple[LanguageBlock, Array | None]) -> tuple[Array, None]:
+            layer, own = step
+            query, key, value = layer.qkv(x, position, own)
+            return layer.finish(x, attend(query, key, value, visible), own), None
 
-        return self.norm(jax.lax.scan(jax.checkpoint(run), x, self.layers)[0])
+        keys = None if dropout is None else jax.random.split(dropout, self.config.layers)
+        run = jax.checkpoint(run) if self.remat else run
+        return self.norm(jax.lax.scan(run, constrain(x, WIDTH), (self.layers, keys))[0])
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
         """A cache of zeros for sequences of up to `length` positions."""
         config = self.config
-        shape = (config.layers, batch, length, config.kv_heads, config.head)
-        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        shape = (batch, config.kv_heads, length, config.head)
+        key, value = (
+            tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)) for _ in Cache._fields
+        )
+        return Cache(key, value)
 
     def extend(
         self,
@@ -99,26 +128,41 @@ class LanguageModel(nnx.Module):
         position: Int[Array, "b t"],
         visible: Bool[Array, "b t u"],
         cache: Cache,
-        start: Int[Array, ""] | int,
+        place: Int[Array, "b t"],
     ) -> tuple[Float[Array, "b t d"], Cache]:
-        """Final-norm states of t new positions, and the cache with them written from `start` on.
+        """Final-norm states of t new positions per row, and the cache with them written.
 
-        `visible` covers the whole cache, the new positions included. Equal to the same rows of the
-        full forward pass. The cache is carried through the layers so that it is updated in place.
+        place: where in the cache each of them is written; one outside of it is written nowhere.
+        visible: who sees whom in the whole cache, the new positions included. Equal to the same
+        rows of the full forward pass. Layers are unrolled and each has arrays of its own, so that
+        nothing but the new positions is copied.
         """
-
-        def run(carry: tuple[Array, Cache], step: tuple[Array, LanguageBlock]) -> tuple:
-            (x, cache), (index, layer) = carry, step
+        keys, values = list[Array](), list[Array]()
+        for layer, old_key, old_value in zip(self.blocks(), cache.key, cache.value, strict=True):
             query, key, value = layer.qkv(x, position)
-            cache = Cache(
-                *(
-                    jax.lax.dynamic_update_slice(old, new[None], (index, 0, start, 0, 0))
-                    for old, new in zip(cache, (key, value), strict=True)
-                )
-            )
-            key, value = (jax.lax.dynamic_index_in_dim(a, index, 0, False) for a in cache)
-            return (layer.finish(x, attend(query, key, value, visible)), cache), None
+            keys.append(_write(old_key, key, place))
+            values.append(_write(old_value, value, place))
+            key, value = (jnp.swapaxes(arrays[-1], 1, 2) for arrays in (keys, values))
+            x = layer.finish(x, attend(query, key, value, visible))
+        return self.norm(x), Cache(tuple(keys), tuple(values))
 
-        layers = jnp.arange(self.config.layers)
-        (x, cache), _ = jax.lax.scan(run, (x, cache), (layers, self.layers))
-        return self.norm(x), cache
+    def blocks(self) -> list[LanguageBlock]:
+        """The layers one by one. Slices of stacked layers are copies: `unstack` a model once."""
+        if isinstance(self.layers, nnx.List):
+            return list(self.layers)
+        return unstack(self.layers, self.config.layers)
+
+
+def _write(
+    cached: Float[Array, "b g u h"], new: Float[Array, "b t g h"], place: Int[Array, "b t"]
+) -> Float[Array, "b g u h"]:
+    """`cached` with `new` at `place`; a place outside of it is dropped."""
+    rows, heads = jnp.arange(new.shape[0])[:, None, None], jnp.arange(new.shape[2])[:, None]
+    written = cached.at[rows, heads, place[:, None]].set(jnp.swapaxes(new, 1, 2), mode="drop")
+    return constrain(written, "batch kv_heads keys head")
+
+
+def _keys(key: Key[Array, ""] | None, start: int, count: int) -> list[Array | None]:
+    """Keys number `start` to `start + count` of one layer."""
+    numbers = range(start, start + count)
+    return [None if key is None else jax.random.fold_in(key, number) for number in numbers]

@@ -33,15 +33,20 @@ def normal(
     """
     if scale is None:
         scale = float(np.prod(shape[:-1])) ** -0.5
-    return _param(scale * jax.random.normal(key, shape), axes)
+    return parameter(scale * jax.random.normal(key, shape), axes)
 
 
 def constant(value: float, shape: tuple[int, ...], axes: str) -> nnx.Param:
     """A float32 parameter that starts with every entry equal to `value`."""
-    return _param(jnp.full(shape, value, jnp.float32), axes)
+    return parameter(jnp.full(shape, value, jnp.float32), axes)
 
 
-def _param(value: Array, axes: str) -> nnx.Param:
+def parameter(value: Array, axes: str) -> nnx.Param:
+    """A parameter that starts at `value`; one axis name per axis.
+
+    Raises:
+        ValueError: another number of names, or a name that is not in the legend.
+    """
     if len(logical_axes(axes)) != value.ndim:
         raise ValueError(f"axes {axes!r} do not name the {value.ndim} axes of {value.shape}")
     return nnx.Param(value, axes=axes)
@@ -57,12 +62,23 @@ def stack(
     return stacked
 
 
+def unstack(stacked: Module, count: int) -> list[Module]:
+    """The `count` modules that `stack` made one of."""
+    graph, state = nnx.split(stacked)
+    modules = [nnx.merge(graph, jax.tree.map(lambda leaf: leaf[i], state)) for i in range(count)]  # noqa: B023
+    for module in modules:
+        for _, variable in nnx.to_flat_state(nnx.state(module)):
+            axes = variable.get_metadata()["axes"].split()
+            variable.set_metadata(axes=" ".join(axes[1:]))
+    return modules
+
+
 class Projection(nnx.Module):
     """y = x w + b over the last `inputs` axes of x.
 
     `shape` and `axes` list the input axes, then the output axes, so that heads keep an axis of
     their own: ("embed", "heads", "head") takes d to n h, ("heads", "head", "embed") with `inputs=2`
-    takes n h to d.
+    takes n h to d. `lora`: a low-rank pair that is added (see `lora.add_lora`).
     """
 
     def __init__(
@@ -79,9 +95,15 @@ class Projection(nnx.Module):
         self.weight = normal(key, shape, axes, scale=fan_in**-0.5)
         names = " ".join(axes.split()[inputs:])
         self.bias = constant(0.0, shape[inputs:], names) if bias else None
+        self.lora: nnx.Module | None = nnx.data(None)
 
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(
+        self, x: Float[Array, "..."], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "..."]:
+        """`key` draws the dropout of the low-rank pair, in training."""
         y = jnp.tensordot(x, self.weight[...].astype(x.dtype), self.inputs)
+        if self.lora is not None:
+            y = y + self.lora(x, key)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -158,11 +180,18 @@ class UpConvolution(nnx.Module):
         self.bias = constant(0.0, (outputs,), "out")
 
     def __call__(self, x: Float[Array, "... y x c"]) -> Float[Array, "... Y X o"]:
-        *lead, y, x_, _ = x.shape
-        blocks = jnp.einsum("...yxc,cwzo->...ywxzo", x, self.weight[...].astype(x.dtype))
-        return blocks.reshape(*lead, 2 * y, 2 * x_, blocks.shape[-1]) + self.bias[...].astype(
-            x.dtype
-        )
+        return interleave(self.blocks(x))
+
+    def blocks(self, x: Float[Array, "... y x c"]) -> Float[Array, "... y x w z o"]:
+        """The blocks by themselves, which is what the matrix product gives."""
+        blocks = jnp.tensordot(x, self.weight[...].astype(x.dtype), 1)
+        return blocks + self.bias[...].astype(x.dtype)
+
+
+def interleave(blocks: Float[Array, "... y x w z o"]) -> Float[Array, "... Y X o"]:
+    """Lays the block of every pixel at its place: Y = y w, X = x z."""
+    *lead, y, x, w, z, o = blocks.shape
+    return jnp.swapaxes(blocks, -4, -3).reshape(*lead, y * w, x * z, o)
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -194,13 +223,22 @@ def attend(
     `visible[t, u]`: position t sees position u. A row that sees nothing gets finite nonsense.
     """
     *lead, t, n, h = query.shape
-    grouped = query.reshape(*lead, t, key.shape[-2], n // key.shape[-2], h)
-    scores = jnp.einsum("...tgah,...ugh->...gatu", grouped, key, preferred_element_type=jnp.float32)
-    scores = scores * h**-0.5
+    g = key.shape[-2]
+    # Heads before positions: each head is then one plain matrix product.
+    heads = jnp.swapaxes(query * h**-0.5, -2, -3).reshape(*lead, g, n // g, t, h)
+    key, value = jnp.swapaxes(key, -2, -3), jnp.swapaxes(value, -2, -3)
+    scores = jnp.einsum("...gath,...guh->...gatu", heads, key, preferred_element_type=jnp.float32)
     if visible is not None:
         scores = jnp.where(visible[..., None, None, :, :], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("...gatu,...ugh->...tgah", weights, value).reshape(*lead, t, n, h)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    found = jnp.einsum(
+        "...gatu,...guh->...gath",
+        weights.astype(value.dtype),
+        value,
+        preferred_element_type=jnp.float32,
+    )
+    found = (found / weights.sum(-1)[..., None]).astype(query.dtype)
+    return jnp.swapaxes(found.reshape(*lead, n, t, h), -2, -3)
 
 
 def resize_bilinear(x: Float[Array, "... y x c"], rows: int, columns: int) -> Array:

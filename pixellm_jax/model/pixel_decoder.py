@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +18,7 @@ from pixellm_jax.model.layers import (
     UpConvolution,
     attend,
     gelu,
+    interleave,
     normal,
     resize_bilinear,
 )
@@ -23,6 +26,10 @@ from pixellm_jax.model.layers import (
 PIXEL_EPS = 1e-6
 TOKEN_EPS = 1e-5
 """Epsilon of the norms over channels of a feature map, and over tokens."""
+
+TOKEN_SCALE = 0.02
+"""Deviation of the tokens that are the same for all targets, at the start of a training. (The
+reference starts at 1, which leaves little of the query after the first attention and its norm.)"""
 
 
 class Neck(nnx.Module):
@@ -68,7 +75,12 @@ class FourierPositions(nnx.Module):
 
 
 class DecoderAttention(nnx.Module):
-    """Multi-head attention with its own inner width."""
+    """Multi-head attention with its own inner width.
+
+    Between tokens and pixels there are a few tokens and thousands of pixels, so `read` and `write`
+    take the projections of the pixels over to the tokens: q . (W x) = (W^T q) . x, and the sum of
+    w (W x) = W (sum of w x). The pixels themselves are never projected.
+    """
 
     def __init__(self, key: Key[Array, ""], config: DecoderConfig, inner: int) -> None:
         keys = iter(jax.random.split(key, 4))
@@ -85,6 +97,52 @@ class DecoderAttention(nnx.Module):
         value: Float[Array, "... u c"],
     ) -> Float[Array, "... t c"]:
         return self.out(attend(self.query(query), self.key(key), self.value(value)))
+
+    def read(
+        self,
+        tokens: Float[Array, "b m t c"],
+        coded: Float[Array, "b m p c"],
+        pixels: Float[Array, "b m p c"],
+    ) -> Float[Array, "b m t c"]:
+        """What tokens find among pixels: tokens are queries, `coded` the keys, `pixels` the values.
+
+        The bias of the keys adds the same to all of a token's scores: it changes no softmax.
+        """
+        query = self.query(tokens)
+        asked = jnp.einsum("bmtnh,cnh->bmntc", query, self.key.weight[...].astype(query.dtype))
+        weights = jax.nn.softmax(_scores(asked, coded, query.shape[-1]), axis=-1)
+        found = jnp.einsum("bmntp,bmpc->bmntc", weights.astype(pixels.dtype), pixels)
+        value = jnp.einsum("bmntc,cnh->bmtnh", found, self.value.weight[...].astype(found.dtype))
+        return self.out(value + self.value.bias[...].astype(value.dtype))
+
+    def write(
+        self,
+        coded: Float[Array, "b m p c"],
+        keys: Float[Array, "b m t c"],
+        tokens: Float[Array, "b m t c"],
+    ) -> Float[Array, "b m p c"]:
+        """What pixels find among tokens: `coded` are queries, `keys` keys, `tokens` values."""
+        key, value = self.key(keys), self.value(tokens)
+        asked = jnp.einsum("bmtnh,cnh->bmntc", key, self.query.weight[...].astype(key.dtype))
+        own = jnp.einsum("bmtnh,nh->bmnt", key, self.query.bias[...].astype(key.dtype))
+        scores = _scores(asked, coded, key.shape[-1], own)
+        told = jnp.einsum("bmtnh,nhc->bmntc", value, self.out.weight[...].astype(value.dtype))
+        weights = jax.nn.softmax(scores, axis=-2).astype(told.dtype)
+        written = jnp.einsum("bmntp,bmntc->bmpc", weights, told)
+        return written + self.out.bias[...].astype(written.dtype)
+
+
+def _scores(
+    asked: Float[Array, "b m n t c"],
+    coded: Float[Array, "b m p c"],
+    head: int,
+    own: Float[Array, "b m n t"] | None = None,
+) -> Float[Array, "b m n t p"]:
+    """Float32 scores of every token at every pixel; `own` is added to those of a token."""
+    scores = jnp.einsum("bmntc,bmpc->bmntp", asked, coded, preferred_element_type=jnp.float32)
+    if own is not None:
+        scores = scores + own[..., None]
+    return scores * head**-0.5
 
 
 class TwoWayLayer(nnx.Module):
@@ -116,10 +174,11 @@ class TwoWayLayer(nnx.Module):
             coded = tokens + token_code
             tokens = tokens + self.token_attention(coded, coded, tokens)
         tokens = self.token_norm(tokens)
-        read = self.token_to_image(tokens + token_code, image + image_code, image)
+        read = self.token_to_image.read(tokens + token_code, image + image_code, image)
         tokens = self.image_read_norm(tokens + read)
         tokens = self.mlp_norm(tokens + self.mlp(tokens))
-        image = image + self.image_to_token(image + image_code, tokens + token_code, tokens)
+        coded = image + image_code
+        image = image + self.image_to_token.write(coded, tokens + token_code, tokens)
         return tokens, self.image_norm(image)
 
 
@@ -141,7 +200,7 @@ class TwoWayTransformer(nnx.Module):
         token_code = tokens
         for layer in self.layers:
             tokens, image = layer(tokens, image, token_code, image_code)
-        read = self.token_to_image(tokens + token_code, image + image_code, image)
+        read = self.token_to_image.read(tokens + token_code, image + image_code, image)
         return self.norm(tokens + read), image
 
 
@@ -153,7 +212,11 @@ class Upsample(nnx.Module):
         self.norm = LayerNorm(outputs, "out", PIXEL_EPS)
 
     def __call__(self, x: Float[Array, "... y x c"]) -> Float[Array, "... Y X o"]:
-        return gelu(self.norm(self.convolution(x)))
+        return interleave(self.blocks(x))
+
+    def blocks(self, x: Float[Array, "... y x c"]) -> Float[Array, "... y x w z o"]:
+        """The block of every pixel by itself."""
+        return gelu(self.norm(self.convolution.blocks(x)))
 
 
 class PixelDecoder(nnx.Module):
@@ -164,14 +227,17 @@ class PixelDecoder(nnx.Module):
     """
 
     def __init__(self, key: Key[Array, ""], config: ModelConfig) -> None:
-        self.config = decoder = config.decoder
+        self.config, self.remat = config.decoder, config.remat
+        decoder = config.decoder
         scales, c = config.codebook.scales, decoder.width
         keys = iter(jax.random.split(key, 7 + 3 * scales))
         self.neck = Neck(next(keys), config.language.width, c)
         self.dense = normal(next(keys), (c,), "decoder", scale=1.0)
-        self.score_token = normal(next(keys), (c,), "decoder", scale=1.0)
-        self.mask_tokens = normal(next(keys), (decoder.mask_tokens, c), "query decoder", scale=1.0)
-        self.level = normal(next(keys), (scales, c), "scale decoder", scale=1.0)
+        self.score_token = normal(next(keys), (c,), "decoder", scale=TOKEN_SCALE)
+        self.mask_tokens = normal(
+            next(keys), (decoder.mask_tokens, c), "query decoder", scale=TOKEN_SCALE
+        )
+        self.level = normal(next(keys), (scales, c), "scale decoder", scale=TOKEN_SCALE)
         self.positions = nnx.List([FourierPositions(next(keys), c) for _ in range(scales)])
         self.transformers = nnx.List(
             [TwoWayTransformer(next(keys), decoder) for _ in range(scales)]
@@ -195,7 +261,9 @@ class PixelDecoder(nnx.Module):
         masks: list[Array] = []
         previous = None
         for scale, image in enumerate(features):
-            previous = self._decode(scale, image, queries[:, :, scale], previous)
+            decode = partial(self._decode, scale)
+            decode = jax.checkpoint(decode) if self.remat else decode
+            previous = decode(image, queries[:, :, scale], previous)
             masks.append(_resize_masks(previous, grid))
         return jnp.stack(masks)
 
@@ -214,17 +282,21 @@ class PixelDecoder(nnx.Module):
         tokens = jnp.concatenate([learned, query[:, :, None]], axis=2)
         tokens = tokens + self.level[...][scale].astype(dtype)
 
-        pixels = jnp.broadcast_to(image[:, None], (b, m, y, x, c))
+        gain = jnp.ones((b, m, y, x), dtype)
         if previous is not None:
-            gain = 1 + jax.nn.sigmoid(_resize_masks(previous, y))
-            pixels = pixels * gain[..., None].astype(dtype)
-        pixels = (pixels + self.dense[...].astype(dtype)).reshape(b, m, y * x, c)
+            gain = 1 + jax.nn.sigmoid(_resize_masks(previous, y)).astype(dtype)
+        # As an einsum, because its gradient, a sum over targets, is then a fast one on CPU too.
+        pixels = jnp.einsum("bmyx,byxc->bmyxc", gain, image) + self.dense[...].astype(dtype)
+        pixels = pixels.reshape(b, m, y * x, c)
         code = self.positions[scale](y, x).astype(dtype)
         tokens, pixels = self.transformers[scale](tokens, pixels, code)
 
-        upscaled = self.output(pixels.reshape(b, m, y, x, c))
+        upscaled = self.output.blocks(pixels.reshape(b, m, y, x, c))
         weights = self.hypernetwork(tokens[:, :, 1])
-        return jnp.einsum("bmYXo,bmo->bmYX", upscaled, weights, preferred_element_type=jnp.float32)
+        logits = jnp.einsum(
+            "bmyxwzo,bmo->bmyxwz", upscaled, weights, preferred_element_type=jnp.float32
+        )
+        return interleave(logits[..., None])[..., 0]
 
 
 def _resize_masks(masks: Float[Array, "b m Y X"], side: int) -> Array:

@@ -37,20 +37,23 @@ class PixelLM(nnx.Module):
         self.config = config
         keys = iter(jax.random.split(key, 6))
         d, e = config.language.width, config.vision.width
-        self.vision_encoder = VisionEncoder(next(keys), config.vision)
+        self.vision_encoder = VisionEncoder(next(keys), config.vision, remat=config.remat)
         widths, axes = (e, 2 * d, d), "vision mlp embed"
         self.image_projector = MLP(next(keys), widths, axes, gelu)
         self.mask_projector = MLP(next(keys), widths, axes, gelu)
-        self.language_model = LanguageModel(next(keys), config.language)
+        self.language_model = LanguageModel(next(keys), config.language, remat=config.remat)
         self.codebook = Codebook(next(keys), config)
         self.pixel_decoder = PixelDecoder(next(keys), config)
 
-    def __call__(self, batch: Batch) -> Prediction:
-        """Teacher-forced pass over packed sequences: one vision and one language pass per image."""
+    def __call__(self, batch: Batch, dropout: Key[Array, ""] | None = None) -> Prediction:
+        """Teacher-forced pass over packed sequences: one vision and one language pass per image.
+
+        `dropout`: draws that of LoRA pairs, in training.
+        """
         image = self.encode_image(batch.image, batch.image_hw)
         x = self.embed(batch.tokens, image.tokens)
         visible = visibility(batch.segment, self.token_valid(batch.tokens, image.token_valid))
-        hidden = self.language_model(x, batch.position, visible)
+        hidden = self.language_model(x, batch.position, visible, dropout)
         return Prediction(
             hidden=hidden,
             text_logits=self.language_model.logits(hidden),

@@ -74,8 +74,8 @@ class VisionBlock(nnx.Module):
 class VisionEncoder(nnx.Module):
     """Patches and a class token through the layers up to the deepest tap."""
 
-    def __init__(self, key: Key[Array, ""], config: VisionConfig) -> None:
-        self.config = config
+    def __init__(self, key: Key[Array, ""], config: VisionConfig, *, remat: bool = True) -> None:
+        self.config, self.remat = config, remat
         keys = iter(jax.random.split(key, 4))
         e, patch = config.width, config.patch
         self.patch = normal(
@@ -114,8 +114,9 @@ class VisionEncoder(nnx.Module):
         def run(x: Array, layer: VisionBlock) -> tuple[Array, None]:
             return layer(x, visible), None
 
+        run = jax.checkpoint(run) if self.remat else run
         states = {0: x}
         for start, stop in pairwise([0, *sorted({*config.tap_layers} - {0})]):
             part = jax.tree.map(lambda leaf: leaf[start:stop], self.layers)  # noqa: B023
-            states[stop] = jax.lax.scan(jax.checkpoint(run), states[start], part)[0]
+            states[stop] = jax.lax.scan(run, states[start], part)[0]
         return tuple(states[layer][:, 1:] for layer in config.tap_layers)

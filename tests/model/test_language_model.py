@@ -83,7 +83,9 @@ def extend(
     cache: Cache,
     start: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-    return model.extend(x, position, visible, cache, start)
+    """Writes all rows from `start` on."""
+    place = jnp.broadcast_to(start + jnp.arange(x.shape[1]), x.shape[:2])
+    return model.extend(x, position, visible, cache, place)
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +220,7 @@ def test_extending_in_pieces_is_the_full_forward_pass(model, x, hidden, pieces):
         )
         assert error(found, hidden[:, now]) < LAYER
         start += size
-    assert not np.asarray(cache.key)[:, :, T:].any()  # nothing is written past the sequence
+    assert not np.stack(cache.key)[:, :, :, T:].any()  # nothing is written past the sequence
 
 
 def test_cache_positions_that_nobody_sees_do_not_matter(model, x, hidden):
@@ -227,11 +229,12 @@ def test_cache_positions_that_nobody_sees_do_not_matter(model, x, hidden):
     visible = np.pad(causal(), ((0, 0), (0, 0), (0, room - T)))
     arguments = [jnp.asarray(x[:, :7]), counted()[:, :7], jnp.asarray(visible[:, :7])]
     clean, _ = extend(model, *arguments, empty, jnp.int32(0))
-    dirty = Cache(*(jnp.asarray(1e4 * draw(i, *empty.key.shape)) for i in (8, 9)))
+    dirty = jax.tree.map(lambda leaf: jnp.asarray(1e4 * draw(8, *leaf.shape)), empty)
     found, cache = extend(model, *arguments, dirty, jnp.int32(0))
     np.testing.assert_array_equal(found, clean)
     # What was there beyond the seven new positions is still there: they alone were written.
-    np.testing.assert_array_equal(cache.value[:, :, 7:], dirty.value[:, :, 7:])
+    for now, before in zip(cache.value, dirty.value, strict=True):
+        np.testing.assert_array_equal(now[:, :, 7:], before[:, :, 7:])
     assert error(clean, hidden[:, :7]) < LAYER
 
 
@@ -244,7 +247,7 @@ def test_rotary_position_counts_and_not_the_place_in_the_cache(model, x, hidden)
         model, jnp.asarray(x[:, :7]), counted()[:, :7], jnp.asarray(visible), cache, jnp.int32(4)
     )
     assert error(found, hidden[:, :7]) < LAYER
-    assert not np.asarray(cache.key)[:, :, :4].any()
+    assert not np.stack(cache.key)[:, :, :, :4].any()
     shifted, _ = extend(
         model,
         jnp.asarray(x[:, :7]),
@@ -254,6 +257,38 @@ def test_rotary_position_counts_and_not_the_place_in_the_cache(model, x, hidden)
         jnp.int32(4),
     )
     assert error(shifted, hidden[:, :7]) > 0.01
+
+
+def test_every_row_writes_at_a_place_of_its_own_and_nowhere_beyond_the_cache(model, x, hidden):
+    room, starts = T + 4, (0, 3)
+    cache = model.empty_cache(B, room, FLOAT)
+    place = np.asarray(starts)[:, None] + np.arange(7)
+    visible = np.zeros((B, 7, room), bool)
+    for row, start in enumerate(starts):
+        visible[row, :, start : start + 7] = causal()[row, :7, :7]
+    place[1, 5:] = room  # the last two of the second row are written nowhere
+    found, cache = jax.jit(LanguageModel.extend)(
+        model, jnp.asarray(x[:, :7]), counted()[:, :7], jnp.asarray(visible), cache, place
+    )
+    assert error(found[0], hidden[0, :7]) < LAYER
+    assert error(found[1, :5], hidden[1, :5]) < LAYER
+    written = np.stack(cache.key).any(axis=(0, 2, 4))
+    assert [np.flatnonzero(row).tolist() for row in written] == [[*range(7)], [*range(3, 8)]]
+
+
+def test_unstacked_layers_are_the_stacked_ones(model, x, hidden):
+    graph, state = nnx.split(model)
+    apart = nnx.merge(graph, state)
+    apart.layers = nnx.List(apart.blocks())
+    stacked = dict(nnx.to_flat_state(nnx.state(model.layers)))
+    for i, block in enumerate(apart.blocks()):
+        for path, variable in nnx.to_flat_state(nnx.state(block)):
+            np.testing.assert_array_equal(variable[...], stacked[path][i])
+            axes = stacked[path].get_metadata()["axes"]
+            assert f"layer {variable.get_metadata()['axes']}" == axes
+    cache = apart.empty_cache(B, T, FLOAT)
+    found, _ = extend(apart, jnp.asarray(x), counted(), jnp.asarray(causal()), cache, jnp.int32(0))
+    assert error(found, hidden) < LAYER
 
 
 # Packing

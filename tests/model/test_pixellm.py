@@ -20,7 +20,8 @@ from pixellm_jax.config import (
     ModelConfig,
     VisionConfig,
 )
-from pixellm_jax.generate import Generation, generate
+from pixellm_jax.generate import LENGTH as CUT
+from pixellm_jax.generate import STOP, Rows, generate
 from pixellm_jax.geometry import VOID
 from pixellm_jax.losses import Losses, losses
 from pixellm_jax.model.pixellm import ImageFeatures, PixelLM, gather_states, visibility
@@ -383,13 +384,13 @@ class Decoded(NamedTuple):
     features: ImageFeatures
     prompts: list[np.ndarray]
     lengths: np.ndarray
-    generation: Generation
+    generation: Rows
 
 
-def padded(prompts: list[np.ndarray], length: int) -> jax.Array:
+def padded(prompts: list[np.ndarray], length: int) -> np.ndarray:
     """Prompts padded on the right with ids that nobody may see."""
     rows = [np.r_[prompt, np.arange(20, 20 + length - len(prompt))] for prompt in prompts]
-    return jnp.asarray(np.stack(rows).astype(np.int32))
+    return np.stack(rows).astype(np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -401,17 +402,16 @@ def decoded(model, mixed) -> Decoded:
     prompts = [np.asarray(expanded + question, np.int32) for question in QUESTIONS]
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     assert lengths[0] < lengths[1]
-    generation = generate(
-        model, features, padded(prompts, 19), jnp.asarray(lengths), budget=BUDGET, stop=-1
-    )
+    generation = generate(model, features, padded(prompts, 19), lengths, budget=BUDGET, stop=-1)
     return Decoded(features, prompts, lengths, jax.tree.map(np.asarray, generation))
 
 
 def test_generated_ids_are_the_teacher_forced_argmax_and_states_those_of_a_full_pass(
     model, mixed, decoded
 ):
-    tokens, lengths, states = decoded.generation
-    assert lengths.tolist() == [BUDGET, BUDGET]  # nothing ended them but the budget
+    tokens, states = decoded.generation.tokens, decoded.generation.states
+    assert decoded.generation.said.tolist() == [BUDGET, BUDGET]
+    assert decoded.generation.status.tolist() == [CUT, CUT]  # ended by nothing but the budget
     assert len(set(tokens.ravel())) > 5  # not one id over and over
     whole = np.zeros((B, LENGTH), np.int32)
     segment = np.full((B, LENGTH), -1, np.int32)
@@ -425,6 +425,8 @@ def test_generated_ids_are_the_teacher_forced_argmax_and_states_those_of_a_full_
         before = length - 1 + np.arange(BUDGET)
         np.testing.assert_array_equal(forced.text_logits[row, before].argmax(-1), tokens[row])
         assert error(states[row], forced.hidden[row, before]) < TOLERANCE
+        chances = jax.nn.softmax(forced.text_logits[row, before], axis=-1).max(-1)
+        assert error(decoded.generation.chance[row], chances) < TOLERANCE
 
 
 def test_an_answer_depends_neither_on_padding_nor_on_the_other_rows(model, decoded):
@@ -432,11 +434,11 @@ def test_an_answer_depends_neither_on_padding_nor_on_the_other_rows(model, decod
         model,
         jax.tree.map(lambda leaf: leaf[1:], decoded.features),
         padded(decoded.prompts[1:], 29),
-        jnp.asarray(decoded.lengths[1:]),
+        decoded.lengths[1:],
         budget=BUDGET,
         stop=-1,
     )
-    np.testing.assert_array_equal(alone.tokens[0], decoded.generation.tokens[1])
+    np.testing.assert_array_equal(np.asarray(alone.tokens)[0], decoded.generation.tokens[1])
     assert error(alone.states[0], decoded.generation.states[1]) < TOLERANCE
 
 
@@ -449,11 +451,12 @@ def test_a_row_ends_at_the_stop_id_and_the_others_go_on(model, decoded):
         model,
         decoded.features,
         padded(decoded.prompts, 19),
-        jnp.asarray(decoded.lengths),
+        decoded.lengths,
         budget=BUDGET,
         stop=stop,
     )
-    assert found.length.tolist() == [3, BUDGET]
+    assert found.said.tolist() == [3, BUDGET]
+    assert found.status.tolist() == [STOP, CUT]
     np.testing.assert_array_equal(found.tokens[0, :3], tokens[0, :3])
     np.testing.assert_array_equal(found.tokens[1], tokens[1])
 
@@ -464,12 +467,12 @@ def test_decoding_ends_early_when_every_row_has_ended_and_at_a_budget_of_one(mod
         model,
         jax.tree.map(lambda leaf: leaf[:1], decoded.features),
         padded(decoded.prompts[:1], 19),
-        jnp.asarray(decoded.lengths[:1]),
+        decoded.lengths[:1],
     )
     found = generate(*arguments, budget=BUDGET, stop=int(tokens[0, 1]))
-    assert found.length.tolist() == [2]
+    assert found.said.tolist() == [2]
     np.testing.assert_array_equal(found.tokens[0, :2], tokens[0, :2])
     assert not np.asarray(found.states)[0, 2:].any()  # no pass was made for what nobody reads
     found = generate(*arguments, budget=1, stop=-1)
-    assert found.length.tolist() == [1]
+    assert found.said.tolist() == [1]
     np.testing.assert_array_equal(found.tokens[0], tokens[0, :1])

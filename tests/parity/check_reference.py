@@ -38,6 +38,7 @@ from pixellm_jax.model.layers import resize_bilinear
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.model.vision_encoder import patch_valid
 from pixellm_jax.prompt import IMAGE_TOKEN
+from pixellm_jax.train_config import LossConfig
 
 STATE, LOSS, GRADIENT, IOU = 1e-4, 1e-4, 1e-3, 1 - 1e-4
 
@@ -211,7 +212,7 @@ def _gradients(file: Any, settings: dict[str, Any], model: PixelLM, batch: Batch
         """Gradient and terms of a row's share; `text`, `masks`: its part of all that counts."""
 
         def total(trained: nnx.State) -> tuple[jax.Array, Any]:
-            terms = losses(nnx.merge(graph, trained, rest)(row), row)
+            terms = losses(nnx.merge(graph, trained, rest)(row), row, LossConfig(alpha=1.0))
             bce, dice = masks * terms.mask_bce, masks * terms.mask_dice
             share = Losses(text * terms.text + bce + dice, text * terms.text, bce, dice)
             return share.total, share
@@ -270,7 +271,7 @@ def _generation(
         budget, stop = 48, settings["llm"].get("eos_token_id", 2)
         lengths = np.asarray([len(tokens)], np.int32)
         out = generate(model, features, padded, lengths, budget=budget, stop=stop)
-        new = np.asarray(out.tokens)[0, : int(out.length[0])]
+        new = np.asarray(out.tokens)[0, : int(out.said[0])]
         wrong += not np.array_equal(new, wanted[length:])
     yield Line("answers with other ids", float(wrong), 0)
 

@@ -1,0 +1,90 @@
+"""A small PixelLM that learns from nothing to answer questions about coloured shapes with masks.
+
+    python scripts/train.py --config=configs/shapes.py --out runs/shapes
+"""
+
+import dataclasses
+
+import ml_collections
+
+from data_pipeline.config import DataConfig, FamilyConfig
+from data_pipeline.shapes_tokenizer import FOLDER
+from pixellm_jax.config import (
+    CodebookConfig,
+    DecoderConfig,
+    LanguageConfig,
+    ModelConfig,
+    VisionConfig,
+)
+from pixellm_jax.train_config import OptimizerConfig, TrainConfig
+from pixellm_jax.vocabulary import Vocabulary
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The recipe."""
+    codebook = CodebookConfig(tokens_per_scale=2, scales=2)
+    vocabulary = Vocabulary.with_codebook(FOLDER, **dataclasses.asdict(codebook))
+    model = ModelConfig(
+        vision=VisionConfig(
+            width=128,
+            layers=6,
+            heads=4,
+            mlp=512,
+            patch=12,
+            canvas=96,
+            table=8,
+            taps=(-2, -4),
+            position_resize="correct",
+        ),
+        language=LanguageConfig(
+            vocabulary=vocabulary.size,
+            width=128,
+            layers=4,
+            heads=4,
+            kv_heads=4,
+            head=32,
+            mlp=352,
+            max_positions=512,
+        ),
+        codebook=codebook,
+        decoder=DecoderConfig(width=48, heads=4, mlp=96, depth=1, channels=16),
+        image_grid=8,
+        template="plain",
+        dtype="float32",
+    )
+    data = DataConfig(
+        families=(FamilyConfig(weight=1.0, datasets=("shapes/train",)),),
+        batch=8,
+        length=256,
+        targets=12,
+    )
+    train = TrainConfig(
+        steps=8500,
+        lora=None,
+        trainable=(
+            "vision_encoder",
+            "image_projector",
+            "mask_projector",
+            "language_model",
+            "codebook",
+            "pixel_decoder",
+        ),
+        frozen=(),
+        optimizer=OptimizerConfig(learning_rate=5e-4, b2=0.98, schedule="cosine"),
+        log_every=50,
+        evaluate_every=500,
+        evaluate_batches=16,
+        save_every=500,
+    )
+    validation = dataclasses.replace(
+        data, families=(FamilyConfig(weight=1.0, datasets=("shapes/val",)),), seed=1
+    )
+    return ml_collections.ConfigDict(
+        {
+            "model": dataclasses.asdict(model),
+            "data": dataclasses.asdict(data),
+            "train": dataclasses.asdict(train),
+            "validation": dataclasses.asdict(validation),
+            "tokenizer": "shapes",
+        }
+    )

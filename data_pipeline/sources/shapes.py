@@ -1,0 +1,117 @@
+"""Scenes of coloured shapes with conversations about them: data without end, without any files.
+
+Two levels:
+
+simple  two to four shapes apart from each other; one to three of them asked for by name
+full    two to seven shapes that may hide parts of each other; all kinds of questions
+"""
+
+from __future__ import annotations
+
+import io
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, SupportsIndex
+
+import numpy as np
+from PIL import Image
+
+from data_pipeline.draws import Draws
+from data_pipeline.example import Example, Target, Turn
+from data_pipeline.masks import encode
+from data_pipeline.sources.shapes_questions import KINDS, MOST_TARGETS, Question, ask
+from data_pipeline.sources.shapes_scene import Scene, SceneSettings, draw_scene, paint
+from pixellm_jax.errors import InputError
+
+SPLITS = {"train": 1 << 20, "val": 1000, "test": 1000}
+"""Names and lengths; the pictures of a split are drawn from a seed of its own."""
+
+DATASETS = {"shapes": "full", "shapes_simple": "simple"}
+"""Level of each dataset's name."""
+
+_SCENES = {"simple": SceneSettings(most=4, overlap=False), "full": SceneSettings()}
+_KINDS = {"simple": {"names": 1}, "full": KINDS}
+_MOST = {"simple": 3, "full": MOST_TARGETS}
+_SMALLEST = 64
+
+
+class Drawn(NamedTuple):
+    """What an example is made of. `image`: an encoded PNG."""
+
+    scene: Scene
+    questions: tuple[Question, ...]
+    image: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes(Sequence[Example]):
+    """The examples of a split, each a pure function of (split, level, index); kind "ready".
+
+    `level`: "simple" or "full". `side`: of the pictures, in pixels. `questions`: conversations of
+    one question each, about every picture.
+
+    Raises:
+        InputError: an unknown split or level, a side below 64, or not 1 to 8 questions.
+    """
+
+    split: str = "train"
+    level: str = "full"
+    side: int = 96
+    questions: int = 4
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("split", self.split, SPLITS), ("level", self.level, _SCENES)):
+            if value not in known:
+                raise InputError(f"shapes: no {name} {value!r}; choose from {', '.join(known)}")
+        if self.side < _SMALLEST:
+            raise InputError(f"shapes: side={self.side} must be at least {_SMALLEST}")
+        if not 1 <= self.questions <= 8:
+            raise InputError(f"shapes: questions={self.questions} must be 1 to 8")
+
+    @property
+    def dataset(self) -> str:
+        return {level: name for name, level in DATASETS.items()}[self.level]
+
+    def __len__(self) -> int:
+        return SPLITS[self.split]
+
+    def __getitem__(self, index: SupportsIndex) -> Example:  # type: ignore[override]
+        number = self._number(index)
+        scene, questions, image = self.draw(number)
+        return Example(
+            key=str(number),
+            dataset=self.dataset,
+            split=self.split,
+            kind="ready",
+            image=image,
+            hw=(self.side, self.side),
+            masks=tuple(map(encode, scene.masks())),
+            targets=tuple(Target((f"the {t.name}",), i) for i, t in enumerate(scene.things)),
+            conversations=tuple((Turn(q.question, q.answer, q.targets),) for q in questions),
+        )
+
+    def draw(self, index: SupportsIndex) -> Drawn:
+        """The scene of an example, its picture, and its questions with their kinds."""
+        number = self._number(index)
+        seed, level = list(SPLITS).index(self.split), list(_SCENES).index(self.level)
+        draws = Draws(seed=seed, epoch=level, index=number)
+        scene = draw_scene(draws, _SCENES[self.level], self.side)
+        key, counter = np.array([seed, level], np.uint64), np.array([0, 0, 1, number], np.uint64)
+        image = paint(scene, draws, np.random.Philox(key=key, counter=counter))
+        questions = ask(
+            scene, draws, self.questions, kinds=_KINDS[self.level], most=_MOST[self.level]
+        )
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, "PNG", compress_level=1)
+        return Drawn(scene, questions, stream.getvalue())
+
+    def kinds(self, index: SupportsIndex) -> tuple[str, ...]:
+        """The kind of each conversation, of `shapes_questions.KINDS`."""
+        return tuple(question.kind for question in self.draw(index).questions)
+
+    def _number(self, index: SupportsIndex) -> int:
+        number = operator.index(index)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"{self.dataset}/{self.split} has no example {number} of {len(self)}")
+        return number % len(self)

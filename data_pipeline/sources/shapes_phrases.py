@@ -1,0 +1,104 @@
+"""The words of questions about shapes, and of their answers."""
+
+from __future__ import annotations
+
+import string
+
+from data_pipeline.sources.shapes_scene import COLOURS, SHAPES, SIZES
+
+PHRASINGS: dict[str, tuple[tuple[str, str], ...]] = {
+    "names": (
+        ("Segment {x}.", "{list}."),
+        ("Where {is} {x}?", "{here} {list}."),
+        ("Can you show me {x}?", "Sure, {list}."),
+        ("Please find {x} in the picture.", "Found: {list}."),
+        ("Which pixels of the image belong to {x}?", "{here} {list}."),
+        ("Mark {x}, please.", "Sure, {list}."),
+    ),
+    "attribute": (
+        ("Segment all {xs}.", "{there} {n}: {list}."),
+        ("Which {xs} can you see?", "I see {list}."),
+        ("Find every {x}.", "Found: {list}."),
+        ("Are there any {xs}?", "Yes, {list}."),
+        ("Please show me the {xs}.", "{here} {list}."),
+        ("Mark the {xs} in the image.", "{there} {n}: {list}."),
+    ),
+    "count": (
+        ("How many {xs} are there?", "{there} {n}: {list}."),
+        ("Count the {xs}, please.", "{n}: {list}."),
+        ("What is the number of {xs} in the picture?", "The number is {n}: {list}."),
+    ),
+    "relation": (
+        ("Which {xs} are {where} {other}?", "{list} {is} {where} {other}."),
+        ("Segment the {xs} {where} {other}.", "{there} {n}: {list}."),
+        ("Can you find every {x} {where} {other}?", "Yes, {list}."),
+        ("What {xs} do you see {where} {other}?", "I see {list}."),
+    ),
+    "superlative": (
+        ("Segment the {most} {x}.", "The {most} {x} is {list}."),
+        ("Which {x} is the {most}?", "It is {list}."),
+        ("Where is the {most} {x}?", "Here is {list}."),
+        ("Can you show me the {most} {x}?", "Sure, {list}."),
+    ),
+    "all but": (
+        ("Segment everything except {x}.", "Everything else: {list}."),
+        ("Show me all but {x}.", "{here} {list}."),
+        ("What is in the picture besides {x}?", "I see {list}."),
+        ("Mark everything other than {x}.", "Found: {list}."),
+    ),
+    "everything": (
+        ("Segment everything.", "{there} {n}: {list}."),
+        ("Mark every object in the image.", "{there} {n}: {list}."),
+        ("What is in the picture?", "I see {list}."),
+        ("Show me all of it.", "{here} {list}."),
+        ("Find everything that you can see.", "Found: {list}."),
+    ),
+}
+"""Questions and the answers that go with them."""
+
+NOTHING = "There is no such object."
+"""The answer if there is no target."""
+
+GENERIC = ("object", "thing", "shape")
+"""Stand for things of any kind, with colours, sizes and sides."""
+
+SIDES = {
+    "left": ("left of", "to the left of"),
+    "right": ("right of", "to the right of"),
+    "up": ("above", "higher than"),
+    "down": ("below", "lower than"),
+}
+SUPERLATIVES = {
+    "left": ("leftmost",),
+    "right": ("rightmost",),
+    "up": ("topmost", "highest"),
+    "down": ("bottommost", "lowest"),
+    "large": ("largest", "biggest"),
+    "small": ("smallest", "tiniest"),
+}
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+VERBS = (
+    {"is": "is", "here": "Here is", "there": "There is"},
+    {"is": "are", "here": "Here are", "there": "There are"},
+)
+"""With one target, with several."""
+
+
+def plural(noun: str) -> str:
+    """circle -> circles, cross -> crosses."""
+    return f"{noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def words() -> list[str]:
+    """Every word and mark of questions and answers, in lower case and in alphabetical order."""
+    texts = [text for pairs in PHRASINGS.values() for pair in pairs for text in pair]
+    texts = [text for t in texts for text, *_ in string.Formatter().parse(t)] + [NOTHING, "and ,"]
+    texts += [text for forms in VERBS for text in forms.values()]
+    texts += [
+        text for choice in (SIDES, SUPERLATIVES) for names in choice.values() for text in names
+    ]
+    nouns = (*GENERIC, *SHAPES)
+    texts += [text for noun in nouns for text in (noun, plural(noun))]
+    texts += [*COLOURS, *SIZES, *NUMBERS[1:]]
+    split = "".join(f" {c} " if c in string.punctuation else c for c in " ".join(texts).lower())
+    return sorted(set(split.split()))

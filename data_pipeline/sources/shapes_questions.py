@@ -1,0 +1,323 @@
+"""Questions about a scene of shapes, and their answers, in the manner of MUSE.
+
+A question is asked only where its answer is beyond doubt: what is compared differs by a margin. The
+form of an answer follows from that of its question, so that it can be learned exactly. It names
+every target with colour and shape, from left to right, each followed by `{seg}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+from data_pipeline.draws import Decisions
+from data_pipeline.example import SEG
+from data_pipeline.sources.shapes_phrases import (
+    GENERIC,
+    NOTHING,
+    NUMBERS,
+    PHRASINGS,
+    SIDES,
+    SUPERLATIVES,
+    VERBS,
+    plural,
+)
+from data_pipeline.sources.shapes_scene import COLOURS, SHAPES, SIZES, UNIT, Scene, Thing
+from data_pipeline.templates import enumerate_words
+
+T = TypeVar("T")
+
+KINDS = {
+    "names": 19,
+    "attribute": 15,
+    "count": 12,
+    "relation": 17,
+    "superlative": 12,
+    "all but": 9,
+    "everything": 4,
+    "absent": 12,
+}
+"""What is asked, and how often it is tried; what a scene does not allow is drawn again.
+
+names        one to four things by colour and shape
+attribute    all that have a colour, a shape, a size, or a size and a shape
+count        how many of them there are
+relation     all, or all of a colour or shape, on one side of a thing
+superlative  the largest, smallest, or the last towards a side, of all or of a colour or shape
+all but      the rest
+everything   all of them
+absent       one of the others about what is not there: no targets
+"""
+
+MOST_TARGETS, MOST_NAMES = 6, 4
+"""Of a question, and of one that asks by name."""
+
+TARGETS_PER_QUESTION = 3
+"""Most targets of the questions about a scene, on average: the budget of a batch is known."""
+
+TRIES = 8
+"""Questions of a kind that are tried before another kind is."""
+
+MARGIN = 8.0
+"""By how much centres must differ along an axis to be compared, in pixels of `UNIT`."""
+
+RATIO = 1.25
+"""By how much radii and areas must differ to be compared."""
+
+
+class Question(NamedTuple):
+    """kind: one of `KINDS`. targets: indices of things, from left to right, as in the answer."""
+
+    kind: str
+    question: str
+    answer: str
+    targets: tuple[int, ...]
+
+
+class Noun(NamedTuple):
+    """What things are called together, and which of them; None: any."""
+
+    word: str
+    colour: str | None = None
+    shape: str | None = None
+    size: str | None = None
+
+    @property
+    def singular(self) -> str:
+        return " ".join(word for word in (self.size, self.colour, self.word) if word)
+
+    @property
+    def plural(self) -> str:
+        return plural(self.singular)
+
+    def fits(self, thing: Thing) -> bool:
+        own = (self.colour, self.shape, self.size)
+        return all(
+            wanted in (None, has)
+            for wanted, has in zip(own, (thing.colour, thing.shape, thing.size), strict=True)
+        )
+
+    def among(self, scene: Scene) -> list[int]:
+        return [i for i, thing in enumerate(scene.things) if self.fits(thing)]
+
+
+class _Asked(NamedTuple):
+    """About what a question is: words for the phrasings, and the targets in any order."""
+
+    words: dict[str, str]
+    targets: Sequence[int]
+
+
+def ask(
+    scene: Scene,
+    draws: Decisions,
+    count: int,
+    *,
+    kinds: Mapping[str, int] = KINDS,
+    most: int = MOST_TARGETS,
+) -> tuple[Question, ...]:
+    """Draws `count` questions about a scene, all different, of at most `most` targets each.
+
+    `kinds`: how often each is tried. Several questions together have at most
+    `TARGETS_PER_QUESTION` * `count` targets.
+    """
+    found: dict[str, Question] = {}
+    room = max(most, TARGETS_PER_QUESTION * count)
+    while len(found) < count:
+        kind = _weighted(kinds, draws)
+        later = count - len(found) - 1  # one target for each of them
+        question = _question(kind, scene, draws, min(most, room - later))
+        if question is not None and question.question not in found:
+            found[question.question] = question
+            room -= len(question.targets)
+    return tuple(found.values())
+
+
+def _question(kind: str, scene: Scene, draws: Decisions, most: int) -> Question | None:
+    """A question of a kind with 1 to `most` targets, none if it is "absent"."""
+    present = kind != "absent"
+    for _ in range(TRIES):
+        form = kind if present else _pick(list(_ABSENT), draws)
+        asked = (_PRESENT if present else _ABSENT)[form](scene, draws)
+        if asked is not None and present <= len(asked.targets) <= present * most:
+            question, answer = _pick(PHRASINGS[form], draws)
+            return _write(kind, question, answer if present else NOTHING, asked, scene)
+    return None
+
+
+def _write(kind: str, question: str, answer: str, asked: _Asked, scene: Scene) -> Question:
+    targets = sorted(asked.targets, key=lambda i: (scene.things[i].x, scene.things[i].y))
+    named = [f"the {scene.things[i].name} {SEG}" for i in targets]
+    count = {"n": NUMBERS[len(targets)], "list": enumerate_words(named) if named else ""}
+    words = VERBS[len(targets) > 1] | asked.words | count
+    question, answer = (text.format(**words) for text in (question, answer))
+    return Question(kind, _sentence(question), _sentence(answer), tuple(targets))
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _names(scene: Scene, draws: Decisions) -> _Asked:
+    count = 1 + draws.index(min(MOST_NAMES, len(scene.things)))
+    chosen = draws.subset(len(scene.things), count)
+    return _Asked({"x": enumerate_words([f"the {scene.things[i].name}" for i in chosen])}, chosen)
+
+
+def _absent_name(scene: Scene, draws: Decisions) -> _Asked:
+    """A colour and a shape that do not go together here; often each is there by itself."""
+    here = draws.coin()
+    colours = [thing.colour for thing in scene.things] if here else list(COLOURS)
+    shapes = [thing.shape for thing in scene.things] if here else list(SHAPES)
+    colour, shape = _pick(colours, draws), _pick(shapes, draws)
+    return _Asked({"x": f"the {colour} {shape}"}, Noun(shape, colour, shape).among(scene))
+
+
+def _group(scene: Scene, draws: Decisions) -> _Asked:
+    noun = _draw_noun(scene, draws)
+    return _Asked({"x": noun.singular, "xs": noun.plural}, noun.among(scene))
+
+
+def _absent_group(scene: Scene, draws: Decisions) -> _Asked:
+    noun = _draw_noun(None, draws)
+    most = _pick(list(SIDES if noun.size else SUPERLATIVES), draws)
+    words = {"x": noun.singular, "xs": noun.plural, "most": _pick(SUPERLATIVES[most], draws)}
+    return _Asked(words, noun.among(scene))
+
+
+def _relation(scene: Scene, draws: Decisions) -> _Asked | None:
+    noun = _draw_wide_noun(scene, draws)
+    reference = draws.index(len(scene.things))
+    side = _pick(list(SIDES), draws)
+    margin = MARGIN * len(scene.owner) / UNIT
+    others = [i for i in noun.among(scene) if i != reference]
+    ahead = [_along(side, scene.things[i]) - _along(side, scene.things[reference]) for i in others]
+    if not others or min(map(abs, ahead)) < margin:
+        return None
+    words = {
+        "x": noun.singular,
+        "xs": noun.plural,
+        "where": _pick(SIDES[side], draws),
+        "other": _reference(scene, reference, draws),
+    }
+    return _Asked(words, [i for i, distance in zip(others, ahead, strict=True) if distance > 0])
+
+
+def _reference(scene: Scene, number: int, draws: Decisions) -> str:
+    """A thing by colour and shape; where its shape is the only one, at times by shape alone."""
+    thing = scene.things[number]
+    alone = len(Noun(thing.shape, shape=thing.shape).among(scene)) == 1
+    return f"the {thing.shape if alone and draws.coin() else thing.name}"
+
+
+def _superlative(scene: Scene, draws: Decisions) -> _Asked | None:
+    noun = _draw_wide_noun(scene, draws)
+    most = _pick(list(SIDES if noun.size else SUPERLATIVES), draws)
+    among = [scene.things[i] for i in noun.among(scene)]
+    if len(among) < 2:
+        return None
+    first = max(among, key=lambda thing: _along(most, thing))
+    others = [thing for thing in among if thing is not first]
+    if not all(_exceeds(most, first, other, len(scene.owner) / UNIT) for other in others):
+        return None
+    words = {"x": noun.singular, "most": _pick(SUPERLATIVES[most], draws)}
+    return _Asked(words, [scene.things.index(first)])
+
+
+def _all_but(scene: Scene, draws: Decisions) -> _Asked:
+    if draws.coin():
+        thing = scene.things[draws.index(len(scene.things))]
+        noun = Noun(thing.shape, thing.colour, thing.shape)
+    else:
+        noun = _draw_noun(scene, draws)
+    excluded = noun.among(scene)
+    rest = [i for i in range(len(scene.things)) if i not in excluded]
+    return _Asked({"x": f"the {noun.plural if len(excluded) > 1 else noun.singular}"}, rest)
+
+
+def _everything(scene: Scene, draws: Decisions) -> _Asked:
+    return _Asked({}, range(len(scene.things)))
+
+
+_PRESENT: dict[str, Callable[[Scene, Decisions], _Asked | None]] = {
+    "names": _names,
+    "attribute": _group,
+    "count": _group,
+    "relation": _relation,
+    "superlative": _superlative,
+    "all but": _all_but,
+    "everything": _everything,
+}
+_ABSENT: dict[str, Callable[[Scene, Decisions], _Asked | None]] = {
+    "names": _absent_name,
+    "attribute": _absent_group,
+    "count": _absent_group,
+    "relation": _relation,
+    "superlative": _absent_group,
+}
+
+
+def _along(direction: str, thing: Thing) -> float:
+    """How far a thing is in a direction of `SUPERLATIVES`: what is larger is farther."""
+    match direction:
+        case "left":
+            return -thing.x
+        case "right":
+            return thing.x
+        case "up":
+            return -thing.y
+        case "down":
+            return thing.y
+        case "large":
+            return thing.radius
+    return -thing.radius
+
+
+def _exceeds(direction: str, first: Thing, other: Thing, scale: float) -> bool:
+    """Whether nobody would doubt that `first` is farther: by its centre and by what shows."""
+    if direction in ("large", "small"):
+        big, little = (first, other) if direction == "large" else (other, first)
+        return all(
+            getattr(big, size) >= RATIO * getattr(little, size)
+            for size in ("radius", "area", "visible")
+        )
+    edge = {"left": 0, "up": 1, "right": 2, "down": 3}[direction]
+    sign = 1 if direction in ("right", "down") else -1
+    beyond = sign * (first.box[edge] - other.box[edge]) > 0
+    return beyond and _along(direction, first) - _along(direction, other) >= MARGIN * scale
+
+
+def _draw_noun(scene: Scene | None, draws: Decisions) -> Noun:
+    """What a thing of the scene, or any thing, can be called together with others."""
+    if scene is not None:
+        thing = scene.things[draws.index(len(scene.things))]
+        colour, shape, size = thing.colour, thing.shape, thing.size
+    else:
+        colour, shape, size = (_pick(list(w), draws) for w in (COLOURS, SHAPES, SIZES))
+    generic = _pick(GENERIC, draws)
+    nouns = {
+        Noun(shape, shape=shape): 4,
+        Noun(generic, colour=colour): 4,
+        Noun(generic, size=size): 1,
+        Noun(shape, shape=shape, size=size): 2,
+    }
+    return _weighted(nouns, draws)
+
+
+def _draw_wide_noun(scene: Scene, draws: Decisions) -> Noun:
+    """As `_draw_noun`, but mostly any thing."""
+    narrow, generic = _draw_noun(scene, draws), Noun(_pick(GENERIC, draws))
+    return generic if draws.index(3) else narrow
+
+
+def _pick(options: Sequence[T], draws: Decisions) -> T:
+    return options[draws.index(len(options))]
+
+
+def _weighted(weights: Mapping[T, int], draws: Decisions) -> T:
+    place = draws.index(sum(weights.values()))
+    for thing, weight in weights.items():
+        place -= weight
+        if place < 0:
+            return thing
+    raise ValueError("weights must be positive")

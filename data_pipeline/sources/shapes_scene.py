@@ -1,0 +1,251 @@
+"""Scenes of coloured shapes: what is in them, where, and their pixels.
+
+Drawn without smoothing: a pixel belongs to the topmost shape that covers its centre, so picture and
+masks agree exactly. Lengths are in pixels of a picture of `UNIT` pixels and grow with its side.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+
+from data_pipeline.draws import Decisions
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "orange": (236, 130, 28),
+    "yellow": (236, 220, 40),
+    "green": (40, 160, 60),
+    "cyan": (60, 210, 220),
+    "blue": (40, 70, 214),
+    "purple": (140, 50, 180),
+    "black": (28, 28, 28),
+}
+"""Red, green and blue of each name; every shape differs from it by at most `JITTER`."""
+
+SIZES = {"small": (7.0, 9.0), "large": (14.0, 17.0)}
+"""Radius from, to. A large shape that is hidden by `HIDDEN` still shows more than any small one."""
+
+UNIT = 96
+"""Side of the picture that lengths are given for."""
+
+JITTER, NOISE = 12, 8
+"""How far a colour may lie from its name's, and grey values of the grain, of 255."""
+
+HIDDEN = 0.35
+"""Largest part of a thing that others may hide."""
+
+GAP = 1.5
+"""Things of one colour stay about so far apart."""
+
+TRIES = 24
+"""Places that are tried for a thing before the scene does without it."""
+
+_Window = tuple[slice, slice]
+
+
+class _Form(NamedTuple):
+    """Farthest point from the centre, in radii, and the largest turn either way, in degrees."""
+
+    reach: float
+    turn: float
+
+
+FORMS = {
+    "circle": _Form(1.0, 0),
+    "square": _Form(0.86 * math.sqrt(2), 12),
+    "triangle": _Form(1.38, 30),
+    "star": _Form(1.5, 18),
+    "cross": _Form(math.hypot(1.12, 0.36), 15),
+    "diamond": _Form(1.36, 12),
+}
+"""The shapes; their areas are alike, 2.4 to 3.2 radii squared. No turn makes one of another."""
+
+SHAPES = tuple(FORMS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneSettings:
+    """Fewest and most things of a scene, and whether they may hide a part of each other."""
+
+    fewest: int = 2
+    most: int = 7
+    overlap: bool = True
+
+
+class Thing(NamedTuple):
+    """A shape of a scene; no other of the scene has its colour and shape.
+
+    x, y: centre in pixels from the top left corner of the picture. area: pixels that it covers,
+    hidden ones too. visible: pixels that show. box: x and y of the first visible pixels, then of
+    the last ones + 1.
+    """
+
+    colour: str
+    shape: str
+    size: str
+    radius: float
+    x: float
+    y: float
+    area: int
+    visible: int
+    box: tuple[int, int, int, int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+class Scene(NamedTuple):
+    """Things from bottom to top; `owner` is 0 for the background, i + 1 where thing i shows."""
+
+    things: tuple[Thing, ...]
+    owner: UInt8[np.ndarray, "y x"]
+
+    def masks(self) -> Bool[np.ndarray, "m y x"]:
+        """The visible pixels of every thing."""
+        return self.owner == np.arange(1, len(self.things) + 1)[:, None, None]
+
+
+class _Place(NamedTuple):
+    """A form in a place: what is drawn before it is known what shows of it."""
+
+    colour: str
+    shape: str
+    size: str
+    radius: float
+    x: float
+    y: float
+    turn: float
+
+    def covers(self, side: int, *, grow: float = 0.0) -> tuple[_Window, Bool[np.ndarray, "..."]]:
+        """Its pixels inside a window of the picture; grown by `grow` pixels of radius."""
+        radius = self.radius + grow
+        reach = FORMS[self.shape].reach * radius
+        rows, columns = (
+            slice(max(0, math.floor(c - reach)), min(side, math.ceil(c + reach) + 1))
+            for c in (self.y, self.x)
+        )
+        y = ((np.arange(rows.start, rows.stop) + 0.5 - self.y) / radius)[:, None]
+        x = (np.arange(columns.start, columns.stop) + 0.5 - self.x) / radius
+        sine, cosine = math.sin(self.turn), math.cos(self.turn)
+        return (rows, columns), _inside(self.shape, cosine * x + sine * y, cosine * y - sine * x)
+
+
+def draw_scene(draws: Decisions, settings: SceneSettings, side: int) -> Scene:
+    """Draws a scene of side x side pixels.
+
+    The things share a few colours and shapes. Every thing shows at least 1 - `HIDDEN` of its
+    pixels, and those of one colour never touch. Where there is no room, a scene has fewer things.
+    """
+    wanted = settings.fewest + draws.index(settings.most - settings.fewest + 1)
+    colours = draws.subset(len(COLOURS), 3 + draws.index(4))
+    shapes = draws.subset(len(SHAPES), 2 + draws.index(3))
+    owner = np.zeros((side, side), np.uint8)
+    places: list[_Place] = []
+    areas: list[int] = []
+    for pair in draws.permutation(len(colours) * len(shapes)):
+        colour = list(COLOURS)[colours[pair // len(shapes)]]
+        shape = SHAPES[shapes[pair % len(shapes)]]
+        size = "large" if draws.coin() else "small"
+        for trial in range(TRIES):
+            place = _draw_place(draws, colour, shape, size if trial < TRIES // 2 else "small", side)
+            window, pixels = place.covers(side)
+            if _fits(place, window, pixels, places, areas, owner, settings.overlap):
+                places.append(place)
+                areas.append(int(pixels.sum()))
+                owner[window][pixels] = len(places)
+                break
+        if len(places) == wanted:
+            break
+    return Scene(tuple(_thing(i, places[i], areas[i], owner) for i in range(len(places))), owner)
+
+
+def paint(scene: Scene, draws: Decisions, grain: np.random.Philox) -> UInt8[np.ndarray, "y x 3"]:
+    """Red, green and blue of the scene, on grey with a slight tint, all of it slightly grainy."""
+    shade = 150 + draws.index(66)
+    colours = [(shade, shade, shade), *(COLOURS[thing.colour] for thing in scene.things)]
+    palette = [[c - JITTER + draws.index(2 * JITTER + 1) for c in colour] for colour in colours]
+    pixels = np.asarray(palette, np.uint8)[scene.owner]
+    words = grain.random_raw(-(-scene.owner.size // 8)).astype("<u8")
+    noise = words.view(np.uint8)[: scene.owner.size].reshape(scene.owner.shape) % NOISE
+    return pixels + noise[..., None] - np.uint8(NOISE // 2)
+
+
+def _draw_place(draws: Decisions, colour: str, shape: str, size: str, side: int) -> _Place:
+    low, high = SIZES[size]
+    radius = (low + (high - low) * draws.uniform()) * side / UNIT
+    edge = FORMS[shape].reach * radius + 1
+    x, y = (edge + (side - 2 * edge) * draws.uniform() for _ in range(2))
+    turn = math.radians(FORMS[shape].turn * (2 * draws.uniform() - 1))
+    return _Place(colour, shape, size, radius, x, y, turn)
+
+
+def _fits(
+    place: _Place,
+    window: _Window,
+    pixels: Bool[np.ndarray, "..."],
+    places: list[_Place],
+    areas: list[int],
+    owner: UInt8[np.ndarray, "y x"],
+    overlap: bool,
+) -> bool:
+    """Whether the place on top of all others hides too much, or touches what it must not."""
+    hidden = np.bincount(owner[window][pixels], minlength=len(places) + 1)[1:]
+    if not overlap and hidden.any():
+        return False
+    shown = np.bincount(owner.ravel(), minlength=len(places) + 1)[1:]
+    if any(shown[i] - hidden[i] < (1 - HIDDEN) * areas[i] for i in np.flatnonzero(hidden)):
+        return False
+    same = [i + 1 for i, other in enumerate(places) if other.colour == place.colour]
+    if not same:
+        return True
+    window, pixels = place.covers(len(owner), grow=GAP * len(owner) / UNIT)
+    return not np.isin(owner[window][pixels], same).any()
+
+
+def _thing(number: int, place: _Place, area: int, owner: UInt8[np.ndarray, "y x"]) -> Thing:
+    shown = owner == number + 1
+    rows, columns = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
+    box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    return Thing(*place[:-1], area, int(shown.sum()), box)
+
+
+def _inside(
+    shape: str, x: Float[np.ndarray, "y x"], y: Float[np.ndarray, "y x"]
+) -> Bool[np.ndarray, "y x"]:
+    """Which points are inside; x to the right and y down from the centre, in radii."""
+    match shape:
+        case "circle":
+            return x * x + y * y <= 1
+        case "square":
+            return np.maximum(abs(x), abs(y)) <= 0.86
+        case "triangle":
+            return _half_planes(x, y, (90, 210, 330), 0.69) == 3
+        case "star":  # a tip lies outside one of the five lines, what is between tips outside two
+            tips = (-90, -18, 54, 126, 198)
+            return _half_planes(x, y, tips, 1.5 * math.cos(math.radians(72))) >= 4
+        case "cross":
+            short, long = np.minimum(abs(x), abs(y)), np.maximum(abs(x), abs(y))
+            return (short <= 0.36) & (long <= 1.12)
+        case "diamond":
+            return abs(x) / 0.88 + abs(y) / 1.36 <= 1
+    raise ValueError(f"{shape!r} is not one of the shapes {', '.join(SHAPES)}")
+
+
+def _half_planes(
+    x: Float[np.ndarray, "y x"],
+    y: Float[np.ndarray, "y x"],
+    directions: tuple[int, ...],
+    distance: float,
+) -> UInt8[np.ndarray, "y x"]:
+    """On the inner side of how many lines a point is; their normals in degrees from x to y."""
+    count = np.zeros(x.shape, np.uint8)
+    for degrees in directions:
+        angle = math.radians(degrees)
+        count += math.cos(angle) * x + math.sin(angle) * y <= distance
+    return count

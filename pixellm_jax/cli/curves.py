@@ -1,0 +1,102 @@
+"""A chart of curves as an SVG element, for a page without scripts."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+WIDTH, HEIGHT = 460, 270
+LEFT, RIGHT, TOP, BOTTOM = 40, 12, 34, 34
+"""Size of a chart, and the margins around its curves."""
+
+
+class Curve(NamedTuple):
+    """Points (x, y) of rising x. `colour`: of CSS. `dots`: every point is marked."""
+
+    points: Sequence[tuple[float, float]]
+    colour: str
+    dots: bool = False
+
+
+class Level(NamedTuple):
+    """A dashed line across the chart, with its name."""
+
+    y: float
+    name: str
+
+
+def draw_chart(
+    title: str,
+    curves: Sequence[Curve],
+    *,
+    across: str,
+    levels: Sequence[Level] = (),
+    top: float = 0.0,
+) -> str:
+    """Curves over x from 0, y from 0 to `top` at least. `across`: what x is.
+
+    Text is in the colour of the page's text, lines of the grid in CSS variable `--edge`.
+    """
+    points = [point for curve in curves for point in curve.points]
+    x_ticks = _ticks(max((x for x, _ in points), default=1.0))
+    y_ticks = _ticks(max([top, *(y for _, y in points), *(level.y for level in levels)]))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + (WIDTH - LEFT - RIGHT) * x / x_ticks[-1]
+        return round(across, 1), round(
+            HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * y / y_ticks[-1], 1
+        )
+
+    parts = [_text(LEFT - 28, 16, title, "font-weight='600' font-size='14'")]
+    for y in y_ticks:
+        left, down = place(0, y)
+        parts.append(_line(left, down, WIDTH - RIGHT, down, "var(--edge, #ddd)"))
+        parts.append(_text(left - 6, down + 4, f"{y:g}", "text-anchor='end' opacity='.65'"))
+    for x in x_ticks:
+        right, bottom = place(x, 0)
+        anchor = "end" if x == x_ticks[-1] else "middle"
+        parts.append(_text(right, bottom + 16, f"{x:g}", f"text-anchor='{anchor}' opacity='.65'"))
+    parts.append(_text(WIDTH - RIGHT, HEIGHT - 3, across, "text-anchor='end' opacity='.65'"))
+    for level in levels:
+        left, down = place(0, level.y)
+        parts.append(
+            _line(left, down, WIDTH - RIGHT, down, "currentColor", "stroke-dasharray='4 4'")
+        )
+        label = f"{level.name} {level.y:.2f}"
+        parts.append(_text(WIDTH - RIGHT, down - 4, label, "text-anchor='end' opacity='.8'"))
+    for curve in curves:
+        parts += _curve([place(x, y) for x, y in curve.points], curve)
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}" '
+        f'font-size="11" fill="currentColor" font-family="inherit">{"".join(parts)}</svg>'
+    )
+
+
+def _curve(places: Sequence[tuple[float, float]], curve: Curve) -> list[str]:
+    path = " ".join(f"{x},{y}" for x, y in places)
+    line = f'<polyline points="{path}" fill="none" stroke-width="2" stroke-linejoin="round" '
+    parts = [f'{line}style="stroke:{curve.colour}"/>']
+    for x, y in places if curve.dots else ():
+        parts.append(f'<circle cx="{x}" cy="{y}" r="3" style="fill:{curve.colour}"/>')
+    return parts
+
+
+def _line(x: float, y: float, to_x: float, to_y: float, colour: str, more: str = "") -> str:
+    place = f'x1="{x}" y1="{y}" x2="{to_x}" y2="{to_y}"'
+    return f'<line {place} style="stroke:{colour}" opacity=".8" {more}/>'
+
+
+def _text(x: float, y: float, text: str, more: str) -> str:
+    return f'<text x="{x}" y="{y}" {more}>{html.escape(text)}</text>'
+
+
+def _ticks(most: float) -> list[float]:
+    """Round numbers from 0 to one that is not below `most`: 0.83 -> 0, 0.2, ..., 1."""
+    step = 10.0 ** math.floor(math.log10(most)) if most > 0 else 0.2
+    for fine in (0.1, 0.2, 0.25, 0.5, 1.0):
+        if math.ceil(most / (fine * step)) <= 6:
+            step *= fine
+            break
+    return [round(step * i, 12) for i in range(max(1, math.ceil(most / step - 1e-9)) + 1)]

@@ -1,0 +1,219 @@
+"""Operations of a forward pass and of a training step, and what this device can do at most.
+
+A multiplication and an addition are two operations. Counted are the matrix products of the model
+(its convolutions are such products too), attention over whole sequences; not what is done element
+by element, not the resizing of masks, and nothing that is done twice to save memory. Low-rank pairs
+are left out: at rank 8 they are a thousandth of the projections beside them.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pixellm_jax.config import ModelConfig
+
+OTHER_TOKENS = 2
+"""Tokens of the pixel decoder beside its mask tokens: the score token and the query."""
+
+SOURCES: dict[str, tuple[str, ...]] = {
+    "taps": ("vision_encoder",),
+    "image tokens": ("taps", "image_projector"),
+    "states": (
+        "image tokens",
+        "language_model.embedding",
+        "language_model.layers",
+        "language_model.norm",
+    ),
+    "projected": ("taps", "mask_projector"),
+    "features": ("projected", "pixel_decoder.neck", "pixel_decoder.upsamples"),
+    "queries": ("states", "codebook"),
+    "decoded": ("features", "queries", "pixel_decoder"),
+}
+"""Activations, in the order they are made: the modules and activations that each depends on."""
+
+
+class Parts(NamedTuple):
+    """Operations of the parts of the model; `pixel_decoder` with the projection of its queries."""
+
+    vision_encoder: float
+    projectors: float
+    language_model: float
+    head: float
+    pixel_decoder: float
+
+
+class Product(NamedTuple):
+    """Matrix products of an activation with a module's weights, or with another activation."""
+
+    operations: float
+    left: str
+    right: str
+
+
+def forward_flops(config: ModelConfig, *, images: int, length: int, targets: int) -> Parts:
+    """Of one forward pass; `length`, `targets`: per image, padding included."""
+    return _count(config, frozenset(), images, length, targets)
+
+
+def train_flops_of_parts(
+    config: ModelConfig, trainable: frozenset[str], *, images: int, length: int, targets: int
+) -> Parts:
+    """Of forward and backward, `trainable` being the dotted names of the trained parameters.
+
+    A product costs its forward operations once more for each of its two factors that needs a
+    gradient: so a frozen weight costs only the gradient of what it is multiplied with, and that
+    only where something before it is trained.
+    """
+    return _count(config, _moving(trainable), images, length, targets)
+
+
+def train_flops(
+    config: ModelConfig, trainable: frozenset[str], *, images: int, length: int, targets: int
+) -> float:
+    """The sum of `train_flops_of_parts`."""
+    return sum(_count(config, _moving(trainable), images, length, targets))
+
+
+def _count(
+    config: ModelConfig, moving: frozenset[str], images: int, length: int, targets: int
+) -> Parts:
+    def total(products: Iterator[Product]) -> float:
+        return images * float(
+            sum(p.operations * (1 + (p.left in moving) + (p.right in moving)) for p in products)
+        )
+
+    return Parts(
+        vision_encoder=total(_vision_encoder(config)),
+        projectors=total(_projectors(config)),
+        language_model=total(_language_model(config, length)),
+        head=total(_head(config, length)),
+        pixel_decoder=total(_pixel_decoder(config, targets)),
+    )
+
+
+def _moving(trainable: frozenset[str]) -> frozenset[str]:
+    """What needs a gradient: the modules that are trained, wholly or in part, and activations."""
+    moving = set[str]()
+    for name in trainable:
+        parts = name.split(".")
+        if "lora" in parts:  # moves the states, not the weights beside it
+            moving.add("states")
+        else:
+            moving.update(".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    for activation, sources in SOURCES.items():
+        if any(source in moving for source in sources):
+            moving.add(activation)
+    return frozenset(moving)
+
+
+def _vision_encoder(config: ModelConfig) -> Iterator[Product]:
+    vision, e = config.vision, config.vision.width
+    patches, seen = vision.grid**2, vision.grid**2 + 1
+    yield Product(2 * patches * 3 * vision.patch**2 * e, "", "vision_encoder.patch")
+    weights = vision.layers_used * (4 * e * e + 2 * e * vision.mlp)
+    yield Product(2 * seen * weights, "taps", "vision_encoder.layers")
+    yield Product(vision.layers_used * 4 * seen * seen * e, "taps", "taps")
+
+
+def _projectors(config: ModelConfig) -> Iterator[Product]:
+    d, e = config.language.width, config.vision.width
+    rows = config.codebook.scales * config.vision.grid**2
+    for name, out, count in (
+        ("image_projector", "image tokens", config.image_tokens),
+        ("mask_projector", "projected", rows),
+    ):
+        yield Product(2 * count * e * 2 * d, "taps", name)
+        yield Product(2 * count * 2 * d * d, out, name)
+
+
+def _language_model(config: ModelConfig, length: int) -> Iterator[Product]:
+    language, d = config.language, config.language.width
+    heads, kv_heads = language.heads * language.head, language.kv_heads * language.head
+    weights = language.layers * d * (2 * heads + 2 * kv_heads + 3 * language.mlp)
+    yield Product(2 * length * weights, "states", "language_model.layers")
+    yield Product(language.layers * 4 * length * length * heads, "states", "states")
+
+
+def _head(config: ModelConfig, length: int) -> Iterator[Product]:
+    language = config.language
+    yield Product(
+        2 * length * language.width * language.vocabulary, "states", "language_model.head"
+    )
+
+
+def _pixel_decoder(config: ModelConfig, targets: int) -> Iterator[Product]:
+    decoder, d, c = config.decoder, config.language.width, config.decoder.width
+    scales, patches = config.codebook.scales, config.vision.grid**2
+    yield Product(2 * scales * patches * d * c, "projected", "pixel_decoder.neck")
+    yield Product(2 * scales * patches * 9 * c * c, "features", "pixel_decoder.neck")
+    yield Product(2 * (scales - 1) * patches * 4 * c * c, "features", "pixel_decoder.upsamples")
+
+    codes = targets * scales * config.codebook.tokens_per_scale
+    yield Product(2 * codes * d * d, "states", "codebook.projection")
+    yield Product(2 * codes * d * c, "queries", "codebook.projection")
+
+    tokens = decoder.mask_tokens + OTHER_TOKENS
+    pixels = patches * (1 + 4 * (scales - 1))  # of all scales
+    crossings = 2 * decoder.depth + 1  # each with four products beside the tokens, two at pixels
+    weights = decoder.depth * (4 * c * c + 2 * c * decoder.mlp) + crossings * 4 * c * decoder.inner
+    count = targets * scales * tokens
+    yield Product(2 * count * weights, "decoded", "pixel_decoder.transformers")
+    yield Product(decoder.depth * 4 * count * tokens * c, "decoded", "decoded")
+    reading = targets * pixels * decoder.heads * tokens * c
+    yield Product(crossings * 4 * reading, "decoded", "decoded")
+
+    out = 4 * decoder.upscaled
+    yield Product(2 * targets * pixels * c * out, "decoded", "pixel_decoder.output")
+    hyper = 2 * c * c + c * decoder.upscaled
+    # Of all tokens only one is asked for its mask.
+    yield Product(2 * targets * scales * hyper, "decoded", "pixel_decoder.hypernetwork")
+    yield Product(2 * targets * pixels * out, "decoded", "decoded")
+
+
+@functools.cache
+def matmul_peak(dtype: str) -> float:
+    """Operations per second of one device in large matrix products, measured in about 0.3 s.
+
+    As JAX multiplies by default: float32 on an accelerator may lose bits for speed.
+    """
+    side, products = (1024, 1) if jax.default_backend() == "cpu" else (8192, 4)
+    values = np.random.default_rng(0).uniform(-1, 1, (256, 256)) * (3 / side) ** 0.5
+    x = jnp.asarray(np.tile(values, (side // 256, side // 256)), dtype)
+
+    def multiply(x: Array) -> Array:
+        y = x
+        for _ in range(products):
+            y = y @ x
+        return y
+
+    return products * 2 * side**3 / _fastest(jax.jit(multiply), x)
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes per second that one device reads and writes, measured in about 0.3 s.
+
+    In place, in a buffer larger than caches are: every byte is read once and written once.
+    """
+    count = (64 << 20) if jax.default_backend() == "cpu" else (256 << 20)
+    x = jnp.zeros(count, jnp.float32)
+    return 2 * x.nbytes / _fastest(jax.jit(lambda x: x + 1, donate_argnums=0), x, chain=True)
+
+
+def _fastest(function: Callable[[Array], Array], x: Array, *, chain: bool = False) -> float:
+    """Seconds of the fastest of many calls; `chain` gives each the result of the last."""
+    y = jax.block_until_ready(function(x))  # compiles
+    best, end = float("inf"), time.perf_counter() + 0.3
+    while best == float("inf") or time.perf_counter() < end:
+        begin = time.perf_counter()
+        y = jax.block_until_ready(function(y if chain else x))
+        best = min(best, time.perf_counter() - begin)
+    return best

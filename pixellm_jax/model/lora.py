@@ -1,0 +1,76 @@
+"""LoRA: a trained low-rank pair beside a frozen projection (Hu et al. 2021, reference.md 4.3)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from pixellm_jax.errors import InputError
+from pixellm_jax.model.layers import Projection, parameter
+from pixellm_jax.train_config import LoraConfig
+
+LORA = "lora"
+"""Attribute of a projection, and so a part of its parameters' dotted names."""
+
+
+class LowRank(nnx.Module):
+    """alpha / r * dropout(x) down up, which the projection that holds it adds to its output.
+
+    `down` has the input axes of the projection and then the rank, `up` the rank and then its output
+    axes, after the axis of stacked layers in both. `up` starts at zero, so that the model starts as
+    it was; `down` is uniform within 1 / sqrt(inputs), as in the reference.
+    """
+
+    def __init__(self, key: Key[Array, ""], stacked: Projection, config: LoraConfig) -> None:
+        self.scale, self.dropout = config.alpha / config.rank, config.dropout
+        self.inputs = stacked.inputs
+        axes, shape = stacked.weight.get_metadata()["axes"].split(), stacked.weight.shape
+        split = 1 + stacked.inputs
+        bound = float(np.prod(shape[1:split])) ** -0.5
+        down = jax.random.uniform(key, (*shape[:split], config.rank), minval=-bound, maxval=bound)
+        self.down = parameter(down, " ".join([*axes[:split], "rank"]))
+        up = jnp.zeros((shape[0], config.rank, *shape[split:]))
+        self.up = parameter(up, " ".join([axes[0], "rank", *axes[split:]]))
+
+    def __call__(self, x: Float[Array, "..."], key: Key[Array, ""] | None) -> Float[Array, "..."]:
+        """The term to be added, of one layer. `key` draws the dropout; None leaves it out."""
+        if key is not None and self.dropout:
+            kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+            x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
+        inner = jnp.tensordot(x, self.down[...].astype(x.dtype), self.inputs)
+        return self.scale * jnp.tensordot(inner, self.up[...].astype(x.dtype), 1)
+
+    def product(self) -> Float[Array, "l ..."]:
+        """What the pairs of all layers add to the stacked weights, in float32."""
+        down, up = (array[...].astype(jnp.float32) for array in (self.down, self.up))
+        return self.scale * jax.vmap(lambda down, up: jnp.tensordot(down, up, 1))(down, up)
+
+
+def add_lora(layers: nnx.Module, config: LoraConfig, key: Key[Array, ""]) -> None:
+    """Gives the named projections of stacked layers a low-rank pair each, in place.
+
+    Raises:
+        InputError: a name is no projection of these layers.
+    """
+    for name in config.projections:
+        projection = getattr(layers, name, None)
+        if not isinstance(projection, Projection):
+            known = sorted(n for n, v in vars(layers).items() if isinstance(v, Projection))
+            raise InputError(
+                f"train.lora.projections: {name!r} is no projection of a layer; choose from {known}"
+            )
+        key, own = jax.random.split(key)
+        projection.lora = LowRank(own, projection, config)
+
+
+def merge_lora(layers: nnx.Module) -> None:
+    """Adds every pair to the weight beside it and takes it away, in place."""
+    for projection in vars(layers).values():
+        if isinstance(projection, Projection) and projection.lora is not None:
+            weight = projection.weight
+            total = weight[...].astype(jnp.float32) + projection.lora.product()
+            weight.set_value(total.astype(weight[...].dtype))
+            projection.lora = None

@@ -1,0 +1,153 @@
+"""What a person sees of a training: a progress bar, `metrics.jsonl`, TensorBoard, W&B if asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from pixellm_jax.errors import InputError
+
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+
+
+class Picture(NamedTuple):
+    """A picture for the log, u8 RGB [y x 3]."""
+
+    name: str
+    pixels: np.ndarray
+
+
+class RunLog:
+    """Writes one record per `log` to every place; `process 0` of a run alone should make one.
+
+    `start`: the step a resumed run goes on from; later records of the file are taken out, so that
+    it becomes that of an uninterrupted run. `project`: of Weights & Biases, which is optional.
+
+    Raises:
+        InputError: `folder` cannot be written, or W&B is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        steps: int,
+        start: int = 0,
+        recipe: Mapping[str, Any] | None = None,
+        project: str | None = None,
+    ) -> None:
+        self.path = folder / METRICS
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _keep_until(self.path, start)
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise InputError(
+                f"{folder}: cannot write here ({error.strerror or error}); choose another --out"
+            ) from None
+        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=start or None)
+        self._wandb = _start_wandb(project, folder, recipe or {}) if project else None
+        self._bar = tqdm(
+            total=steps, initial=start, desc="training", unit="step", dynamic_ncols=True, disable=None
+        )
+        self._plain = self._bar.disable
+
+    def step(self) -> None:
+        """Moves the bar."""
+        self._bar.update()
+
+    def log(self, step: int, values: Mapping[str, float], *, note: str = "") -> None:
+        """Records numbers by name, e.g. {"loss/total": 1.2}; `note` stands beside the bar."""
+        record = {"step": step, **{name: float(value) for name, value in values.items()}}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, float(value), step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+        if note:
+            self._bar.set_postfix_str(note, refresh=False)
+            if self._plain:
+                print(f"step {step}: {note}", file=sys.stderr, flush=True)
+
+    def show(self, step: int, pictures: tuple[Picture, ...]) -> None:
+        """Puts pictures into TensorBoard."""
+        for picture in pictures:
+            self._board.add_image(picture.name, picture.pixels, step, dataformats="HWC")
+        self._board.flush()
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Ends every output."""
+        self._bar.close()
+        self._file.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class Stopwatch:
+    """Seconds since the last reading, and how many of them went into waiting for data."""
+
+    def __init__(self) -> None:
+        self._begin, self._waited = time.perf_counter(), 0.0
+
+    def waited(self, seconds: float) -> None:
+        self._waited += seconds
+
+    def read(self) -> tuple[float, float]:
+        """(seconds, of which waiting), and starts again."""
+        now = time.perf_counter()
+        seconds, waited = now - self._begin, self._waited
+        self._begin, self._waited = now, 0.0
+        return seconds, waited
+
+
+def memory_bytes() -> int:
+    """Peak bytes in use: of the first device, or of this process where it does not say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use")
+    if peak is not None:
+        return int(peak)
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib if sys.platform == "darwin" else 1024 * kib
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Takes out records after `step`, and a line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    new = path.with_name(f".{path.name}.new")
+    new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(new, path)
+
+
+def _start_wandb(project: str, folder: Path, recipe: Mapping[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise InputError(
+            "--wandb needs Weights & Biases: pip install 'pixellm_jax[wandb]'"
+        ) from None
+    return wandb.init(project=project, dir=str(folder), config=dict(recipe), resume="allow")

@@ -1,0 +1,165 @@
+"""What configures a training: what is trained and how, over which mesh, and what is kept."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from pixellm_jax.errors import InputError
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+TRAINABLE = (
+    "language_model.embedding",
+    "language_model.head",
+    "image_projector",
+    "mask_projector",
+    "codebook",
+    "pixel_decoder",
+)
+FROZEN = ("vision_encoder", "language_model.layers", "language_model.norm")
+"""What the paper trains beside LoRA, and what it leaves as it is."""
+
+REFERENCE_FROZEN = (
+    *FROZEN,
+    "pixel_decoder.neck",
+    "pixel_decoder.dense",
+    "codebook.token_fusion",
+    "codebook.mask_fusion",
+)
+"""What the released script leaves as it is (reference.md 4.4, bug T3): more than the paper says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank pairs beside frozen projections of the language model (reference.md 4.3).
+
+    `projections`: attributes of `language_model.LanguageBlock`. The product is scaled by
+    alpha / rank; `dropout` acts on its input in training.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.05
+    projections: tuple[str, ...] = ("query", "value")
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"lora.rank={self.rank} must be at least 1")
+        _require(0 <= self.dropout < 1, f"lora.dropout={self.dropout} must be in [0, 1)")
+        _require(len(self.projections) > 0, "lora.projections is empty; leave lora out instead")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the terms (reference.md 4.2), and of pixels that several predictions claim.
+
+    `alpha`: weight of the target refinement loss at pixels where at least two predicted masks of
+    the same question are positive; 1 is the plain BCE of the released code.
+    """
+
+    text: float = 1.0
+    bce: float = 2.0
+    dice: float = 0.5
+    alpha: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            _require(0 <= value < math.inf, f"loss.{name}={value} must be at least 0")
+        _require(self.alpha >= 1, f"loss.alpha={self.alpha} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up, then `schedule` down to 0 at the last step (reference.md 4.1).
+
+    `clip`: largest global norm of the gradient.
+    """
+
+    learning_rate: float = 3e-4
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    warmup: int = 100
+    schedule: str = "linear"
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.learning_rate < math.inf,
+            f"optimizer.learning_rate={self.learning_rate} must be above 0",
+        )
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name}={value} must be in [0, 1)")
+        _require(self.clip > 0, f"optimizer.clip={self.clip} must be above 0")
+        _require(self.warmup >= 0, f"optimizer.warmup={self.warmup} must not be negative")
+        _require(
+            self.schedule in SCHEDULES,
+            f"optimizer.schedule={self.schedule!r}: choose from {SCHEDULES}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; one of them may be -1, which takes the rest.
+
+    data: copies of the weights, each with its share of the batch. fsdp: the batch is shared out and
+    so are the weights. tensor: heads, MLP and vocabulary are shared out.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        _require(
+            all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
+            f"mesh={sizes}: expected sizes of at least 1, at most one of them -1 (the rest)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run.
+
+    `steps`: updates. `accumulation`: micro-batches of one update. `trainable`, `frozen`: dotted
+    names of modules or parameters; the longest that fits decides, LoRA pairs are always trained.
+    `max_skipped`: the run stops after so many steps in a row without finite gradients.
+    `log_every`, `evaluate_every`, `save_every`: in steps; 0 leaves evaluation out.
+    `evaluate_batches`: how many batches of the validation stream one evaluation takes.
+    `keep_last`, `keep_best`: checkpoints that are kept, the latest and those of the best gIoU.
+
+    Raises:
+        InputError: a value that makes no sense.
+    """
+
+    steps: int = 5000
+    accumulation: int = 1
+    seed: int = 0
+    trainable: tuple[str, ...] = TRAINABLE
+    frozen: tuple[str, ...] = FROZEN
+    lora: LoraConfig | None = field(default_factory=LoraConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    max_skipped: int = 10
+    log_every: int = 10
+    evaluate_every: int = 500
+    evaluate_batches: int = 16
+    save_every: int = 500
+    keep_last: int = 2
+    keep_best: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulation", "max_skipped", "log_every", "save_every"):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("evaluate_every", "evaluate_batches", "keep_best", "seed"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        _require(self.keep_last >= 1, f"keep_last={self.keep_last} must be at least 1")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(f"train config: {message}")

@@ -1,0 +1,138 @@
+"""One update: gradients of the loss over the global batch, clipped, applied if they are finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from pixellm_jax import batch as batches
+from pixellm_jax.batch import Batch
+from pixellm_jax.config import ModelConfig
+from pixellm_jax.losses import Losses, count, losses
+from pixellm_jax.optimizer import make_optimizer, schedule
+from pixellm_jax.sharding import batch_sharding, replicated
+from pixellm_jax.train_state import Blueprint, TrainState
+
+
+class StepMetrics(NamedTuple):
+    """What a step says: float32 scalars over the global batch, and counters."""
+
+    losses: Losses
+    gradient_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    finite: Bool[Array, ""]
+    skipped: Int[Array, ""]
+    skipped_in_row: Int[Array, ""]
+    tokens: Float[Array, ""]
+    targets: Float[Array, ""]
+
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
+def make_step(blueprint: Blueprint, mesh: Mesh) -> Step:
+    """The jitted update on a mesh; it takes over (donates) the state it is given.
+
+    Losses are sums over every device and micro-batch divided by the counts of the global batch, so
+    that the update does not depend on the mesh or on `accumulation` (but for the dropout drawn).
+    Gradients that are not finite leave weights and moments as they were.
+    """
+    train = blueprint.train
+    optimizer = make_optimizer(train.optimizer, train.steps)
+    rate = schedule(train.optimizer, train.steps)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        counts = count(batch)
+        key = jax.random.fold_in(jax.random.key(train.seed), state.step)
+
+        def loss(trainable: dict[str, Array], part: Batch, key: Key[Array, ""]) -> tuple:
+            model = blueprint.assemble(trainable | state.frozen)
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                terms = losses(model(part, key), part, train.loss, counts)
+            return terms.total, terms
+
+        gradient = jax.grad(loss, has_aux=True)
+        if train.accumulation == 1:
+            total, terms = gradient(state.trainable, batch, key)
+        else:
+            total, terms = _accumulate(gradient, state.trainable, batch, key, train.accumulation)
+
+        norm = optax.global_norm(total)
+        finite = jnp.isfinite(norm) & jnp.isfinite(terms.total)
+        updates, moments = optimizer.update(total, state.optimizer, state.trainable)
+        updated = (optax.apply_updates(state.trainable, updates), moments)
+        kept = (state.trainable, state.optimizer)
+        trainable, moments = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), updated, kept
+        )
+        skipped = 1 - finite.astype(jnp.int32)
+        after = TrainState(
+            step=state.step + 1,
+            trainable=trainable,
+            frozen=state.frozen,
+            optimizer=moments,
+            skipped=state.skipped + skipped,
+            skipped_in_row=(state.skipped_in_row + 1) * skipped,
+        )
+        done = state.step - state.skipped
+        return after, StepMetrics(
+            losses=terms,
+            gradient_norm=norm,
+            learning_rate=jnp.asarray(rate(done), jnp.float32),
+            finite=finite,
+            skipped=after.skipped,
+            skipped_in_row=after.skipped_in_row,
+            tokens=counts.tokens,
+            targets=counts.targets,
+        )
+
+    places = jax.tree.map(lambda leaf: leaf.sharding, blueprint.state(mesh))
+    return jax.jit(
+        step,
+        in_shardings=(places, batch_sharding(mesh)),
+        out_shardings=(places, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def batch_spec(
+    config: ModelConfig, mesh: Mesh, *, batch: int, length: int, targets: int, masks: int
+) -> Batch:
+    """Shapes, dtypes and places of a batch, to lower a step with; arguments as `batch.spec`."""
+    spec = batches.spec(config, batch=batch, length=length, targets=targets, masks=masks)
+    place = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), spec
+    )
+
+
+def _accumulate(
+    gradient: Callable[..., tuple],
+    trainable: dict[str, Array],
+    batch: Batch,
+    key: Key[Array, ""],
+    parts: int,
+) -> tuple[dict[str, Array], Losses]:
+    """Sums gradients and loss terms over micro-batches, one after the other.
+
+    Row i belongs to micro-batch i % parts, so that every device keeps its own rows.
+    """
+
+    def split(array: Array) -> Array:
+        rows = array.shape[0] // parts
+        return jnp.swapaxes(array.reshape(rows, parts, *array.shape[1:]), 0, 1)
+
+    def add(sums: tuple, part: tuple[Batch, Array]) -> tuple[tuple, None]:
+        found = gradient(trainable, part[0], part[1])
+        return jax.tree.map(jnp.add, sums, found), None
+
+    micro = (jax.tree.map(split, batch), jax.random.split(key, parts))
+    shapes = jax.eval_shape(gradient, trainable, jax.tree.map(lambda a: a[0], micro[0]), key)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(add, zeros, micro)[0]

@@ -1,0 +1,346 @@
+"""`pixellm demo`: what is asked, how it is judged, and what a person gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from data_pipeline.sources.shapes import Shapes
+from data_pipeline.sources.shapes_questions import KINDS, Question
+from pixellm_jax import checkpoint
+from pixellm_jax.answer_record import Answer
+from pixellm_jax.cli import demo, demo_train
+from pixellm_jax.cli.curves import Curve, Level, draw_chart
+from pixellm_jax.cli.demo_page import Tile, write_page
+from pixellm_jax.cli.main import main
+from pixellm_jax.cli.quiz import (
+    Reply,
+    Scene,
+    choose,
+    compare,
+    number_markers,
+    summarise,
+)
+from pixellm_jax.overlay import colours
+
+VOID_TAGS = {"meta", "img", "br"}
+
+
+def boxes(*places: tuple[int, int, int, int], side: int = 20) -> np.ndarray:
+    masks = np.zeros((len(places), side, side), bool)
+    for mask, (top, left, bottom, right) in zip(masks, places, strict=True):
+        mask[top:bottom, left:right] = True
+    return masks
+
+
+def made_answer(text: str, masks: np.ndarray) -> Answer:
+    markers = [match.span() for match in re.finditer(r"\[SEG\]", text)]
+    assert len(markers) == len(masks)
+    count = len(masks)
+    return Answer(
+        text=text,
+        masks=masks,
+        scores=np.ones(count, np.float32),
+        presence=np.ones(count, np.float32),
+        kept=np.ones(count, bool),
+        spans=np.zeros((count, 2), np.int32),
+        markers=np.asarray(markers, np.int32).reshape(-1, 2),
+        reason="stop",
+        tokens=9,
+        passes=9,
+    )
+
+
+THINGS = boxes((0, 0, 4, 4), (0, 10, 4, 14), (10, 10, 18, 18))
+SCENE = Scene(7, np.full((20, 20, 3), 90, np.uint8), THINGS, ())
+BOTH = Question("names", "Where are a < b?", "Here are a {seg} and b {seg}.", (0, 2))
+NONE = Question("absent", "Where is c?", "There is no such object.", ())
+
+
+def half_wrong() -> Reply:
+    """The second target first, exactly; a quarter of the first; and something that nobody asked."""
+    masks = boxes((10, 10, 18, 18), (0, 0, 2, 2), (15, 0, 20, 5))
+    return compare(SCENE, BOTH, made_answer("here b [SEG] and a [SEG] [SEG].", masks))
+
+
+# Judging
+
+
+def test_targets_are_brought_together_in_any_order():
+    reply = half_wrong()
+    np.testing.assert_array_equal(reply.predicted, reply.answer.masks)
+    np.testing.assert_array_equal(reply.truth[:2], THINGS[[2, 0]])
+    assert not reply.truth[2].any()
+    assert [mark.iou for mark in reply.marks] == pytest.approx([1, 0.25, 0])
+    assert [mark.note for mark in reply.marks] == ["IoU 1.00", "IoU 0.25", "one too many"]
+    assert reply.giou == pytest.approx(1.25 / 3)
+    assert not reply.right_number
+
+
+def test_missed_targets_come_last():
+    reply = compare(SCENE, BOTH, made_answer("Here are b [SEG].", THINGS[2:]))
+    np.testing.assert_array_equal(reply.truth, THINGS[[2, 0]])
+    assert reply.predicted[0].sum() == 64 and not reply.predicted[1].any()
+    assert [mark.note for mark in reply.marks] == ["IoU 1.00", "missed"]
+    assert reply.giou == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("count", "giou"), [(0, 1), (1, 0)])
+def test_where_there_is_none_no_mask_is_right(count, giou):
+    answer = made_answer("There is" + " [SEG]" * count, THINGS[:count])
+    reply = compare(SCENE, NONE, answer)
+    assert reply.giou == giou
+    assert reply.right_number == (count == 0)
+    assert len(reply.marks) == count
+
+
+def test_words_are_compared_without_capitals_and_gaps():
+    texts = {
+        "here are a [SEG] and b [SEG].": True,
+        "Here are a [SEG], and b [SEG]": True,
+        "here are b [SEG] and a [SEG].": False,
+    }
+    for text, same in texts.items():
+        reply = compare(SCENE, BOTH, made_answer(text, THINGS[:2]))
+        assert reply.same_words == same
+    assert reply.text == "Here are b [SEG] and a [SEG]."
+    assert reply.expected == "Here are a [SEG] and b [SEG]."
+
+
+def test_summary_counts():
+    right = compare(SCENE, NONE, made_answer("none", THINGS[:0]))
+    wrong = compare(SCENE, NONE, made_answer("a [SEG]", THINGS[:1]))
+    summary = summarise([half_wrong(), right, wrong])
+    assert summary.scores.giou == pytest.approx(1.25 / 4)
+    assert summary.scores.ciou == pytest.approx((64 + 4) / (64 + 16 + 25 + 16))
+    assert summary[1:] == (3, 1, 2, 1)
+
+
+def test_text_between_markers():
+    text = "A [SEG] and a [SEG]."
+    assert number_markers(text, [(2, 7), (14, 19)]) == ["A ", " and a ", "."]
+    assert number_markers("None.", []) == ["None."]
+
+
+# Scenes
+
+
+def test_scenes_are_varied_and_fixed():
+    shapes = Shapes(split="test")
+    scenes = choose(shapes, 6, seed=0, fewest=4)
+    numbers = [scene.number for scene in scenes]
+    assert len(set(numbers)) == 6
+    assert {q.kind for scene in scenes for q in scene.questions} == set(KINDS)
+    assert all(len(scene.masks) >= 4 for scene in scenes)
+    assert [scene.number for scene in choose(shapes, 6, seed=0, fewest=4)] == numbers
+    assert [scene.number for scene in choose(shapes, 6, seed=1, fewest=4)] != numbers
+    scene = scenes[0]
+    drawn = shapes.draw(scene.number)
+    assert scene.questions == drawn.questions
+    np.testing.assert_array_equal(scene.masks, drawn.scene.masks())
+    assert scene.picture.shape == (96, 96, 3)
+
+
+# The page
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order, and keeps the text and what the page refers to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in VOID_TAGS:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_page_shows_answers_beside_the_truth():
+    replies = [half_wrong(), compare(SCENE, NONE, made_answer("none", THINGS[:0]))]
+    chart = draw_chart("loss", [Curve([(0, 1), (5, 0.5)], "red")], across="step")
+    tiles = [Tile("0.5", "score")]
+    page = Page(write_page("A & B", "lead", tiles, [(SCENE, replies)], plots=[chart], foot="end"))
+    assert page.tags.count("article") == 1 and page.tags.count("section") == 2
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert len(page.links) == 3  # the scene, and answer and truth of what has targets
+    assert all(link.startswith("data:image/") for link in page.links)
+    for text in (
+        "A & B",
+        "Where are a < b?",
+        "Right would be: Here are a [SEG] and b [SEG].",
+        "loss",
+    ):
+        assert text in page.text
+    assert "Here b 1 and a 2 3." in page.text
+    assert page.text.count("one too many") == 1 and "right: there is none" in page.text
+
+
+def test_a_number_has_the_colour_of_its_mask():
+    text = write_page("", "", [], [(SCENE, [half_wrong()])])
+    chips = re.findall(r"background:rgb\((\d+),(\d+),(\d+)\);color:#\w+\">(\d)<", text)
+    shown = {int(number): tuple(map(int, rgb)) for *rgb, number in chips}
+    assert shown == {i + 1: tuple(colour) for i, colour in enumerate(colours(3).tolist())}
+
+
+# Curves
+
+
+def chart(text: str) -> ElementTree.Element:
+    return ElementTree.fromstring(text)
+
+
+def test_curve_goes_through_its_points():
+    curve = Curve([(0, 0), (50, 0.5), (100, 1)], "red", dots=True)
+    svg = chart(draw_chart("a < b", [curve], across="step", levels=[Level(0.25, "level")]))
+    assert svg.get("aria-label") == "a < b"
+    (line,) = svg.findall("polyline")
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, p.split(",")) for p in line.get("points").split())
+    assert x0 < x1 < x2 and y0 > y1 > y2
+    assert x1 == pytest.approx((x0 + x2) / 2, abs=0.1)
+    assert y1 == pytest.approx((y0 + y2) / 2, abs=0.1)
+    (level,) = (line for line in svg.findall("line") if line.get("stroke-dasharray"))
+    assert float(level.get("y1")) == pytest.approx(y0 + 0.25 * (y2 - y0), abs=0.1)
+    texts = [text.text for text in svg.findall("text")]
+    assert texts[0] == "a < b" and "level 0.25" in texts and "step" in texts
+    assert len(svg.findall("circle")) == 3
+
+
+@pytest.mark.parametrize("most", [0.0, 1e-3, 0.83, 1.0, 7.0, 60.0, 1000.0, 1234.0])
+def test_axes_hold_every_value(most):
+    svg = chart(draw_chart("", [Curve([(most, most)], "red")], across=""))
+    x, y = map(float, svg.find("polyline").get("points").split(","))
+    width, height = map(float, svg.get("viewBox").split()[2:])
+    assert 0 < x <= width and 0 < y <= height
+    assert 3 <= len(svg.findall("line")) <= 8
+
+
+# The training's comparison
+
+
+def test_constant_mask_is_the_best_of_the_shares():
+    masks = boxes((0, 0, 10, 10), (0, 0, 10, 10), (0, 0, 10, 20))
+    best = demo_train.choose_constant(masks)
+    np.testing.assert_array_equal(best, masks[0])
+    far = boxes((0, 0, 2, 2), (18, 18, 20, 20), (0, 18, 2, 20))
+    np.testing.assert_array_equal(demo_train.choose_constant(far), far.any(0))
+
+
+# The command
+
+
+def test_demo_prints_and_writes(tiny, tmp_path, capfd):
+    out = tmp_path / "new" / "demo"
+    options = ["demo", "--checkpoint", str(tiny.jax), "--out", str(out), "--scenes", "2"]
+    assert main(options) == 0
+    printed, err = capfd.readouterr()
+    assert err == ""
+    lines = printed.splitlines()
+    questions = [line[5:] for line in lines if line.startswith("  Q  ")]
+    assert len(questions) == 8
+    assert printed.count("  A  It is [1].") == 8
+    assert lines[-1] == str(out / "index.html")
+    assert lines[-2].startswith("8 questions: gIoU 0.")
+
+    record = json.loads((out / "demo.json").read_text())
+    assert [reply["question"] for reply in record["replies"]] == questions
+    assert {reply["answer"] for reply in record["replies"]} == {"It is [SEG]."}
+    ious = [iou for reply in record["replies"] for iou in reply["iou"]]
+    assert record["giou"] == pytest.approx(np.mean(ious), abs=1e-9)
+    page = Page((out / "index.html").read_text(encoding="utf-8"))
+    assert page.tags.count("section") == 8
+    assert all(question in page.text for question in questions)
+    assert sorted(path.name for path in out.iterdir()) == ["demo.json", "index.html"]
+
+    assert main(options) == 0  # an earlier demo is replaced
+    assert capfd.readouterr().out == printed
+
+
+@pytest.fixture
+def refuse(tmp_path, capfd):
+    def refuse(*arguments: object) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        assert main(["demo", *map(str, arguments)]) == 2
+        out, err = capfd.readouterr()
+        assert out == "" and err.count("\n") == 1 and err.startswith("pixellm demo: ")
+        assert sorted(tmp_path.rglob("*")) == before
+        return err
+
+    return refuse
+
+
+def test_absent_model_is_named(tmp_path, monkeypatch, refuse):
+    monkeypatch.setattr(demo, "SHAPES_MODEL", tmp_path / "no_model")
+    line = refuse("--out", tmp_path / "out")
+    assert f"{tmp_path / 'no_model'}: the shipped model is not there" in line
+    assert "--train" in line and "--checkpoint" in line
+    assert "no such folder" in refuse("--out", tmp_path / "out", "--checkpoint", tmp_path / "no")
+
+
+def test_folder_of_something_else_is_kept(tmp_path, refuse):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("mine")
+    assert "there is already a folder" in refuse("--out", tmp_path / "site")
+    assert "there is already a file" in refuse("--out", tmp_path / "site" / "index.html", "--train")
+    assert (tmp_path / "site" / "index.html").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (["--scenes", 0], "--scenes must be at least 1"),
+        (["--seed", -1], "--seed at least 0"),
+        (["--train", "--checkpoint", "x"], "--train begins from nothing"),
+    ],
+)
+def test_options_that_make_no_sense(tmp_path, refuse, options, found):
+    assert found in refuse("--out", tmp_path / "out", *options)
+
+
+@pytest.mark.slow
+def test_training_ends_with_a_page_and_a_model(tmp_path, monkeypatch, capfd):
+    few = dataclasses.replace(
+        demo_train.TRAIN, steps=4, log_every=2, evaluate_every=2, evaluate_batches=1, save_every=4
+    )
+    monkeypatch.setattr(demo_train, "TRAIN", few)
+    monkeypatch.setattr(demo_train, "SEEN_SCENES", 20)
+    monkeypatch.setattr(demo, "HELD_OUT", 3)
+    out = tmp_path / "demo"
+    assert main(["demo", "--train", "--scenes", "2", "--out", str(out)]) == 0
+    printed, _ = capfd.readouterr()
+    assert "4 steps in" in printed and "the best constant mask" in printed
+    assert sorted(path.name for path in out.iterdir()) == ["demo.json", "index.html", "model"]
+    record = json.loads((out / "demo.json").read_text())
+    training = record["training"]
+    assert [step for step, _ in training["losses"]] == [2, 4]
+    assert [step for step, _ in training["gious"]] == [0, 2, 4]
+    assert 0 < training["constant"] < 0.3
+    assert record["questions"] == 3 * demo_train.QUESTIONS
+    page = Page((out / "index.html").read_text(encoding="utf-8"))
+    assert page.tags.count("svg") == 2 and page.tags.count("article") == 2
+    config = checkpoint.read_config(out / "model")
+    assert config.language.vocabulary == checkpoint.read_vocabulary(out / "model", config).size
+    assert sum(array.size for array in checkpoint.open_arrays(out / "model").values()) < 2e6

@@ -1,0 +1,222 @@
+"""`pixellm segment` with many questions: results as they come, and resumed as if never stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco
+
+from pixellm_jax.cli import segment
+from pixellm_jax.cli.main import main
+from pixellm_jax.predictor import Predictor
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling costs far more here than running: half as much without XLA's optimisations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Three pictures, and a file that is none of a picture's."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, name in enumerate(("b.png", "a.jpg", "c.PNG")):
+        noise = np.random.default_rng(i).integers(0, 256, (20 + i, 30, 3), np.uint8)
+        Image.fromarray(noise).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture
+def questions(photos) -> Path:
+    """Seven questions about them."""
+    lines = [
+        {"image": name, "question": f"Where is {thing}?"}
+        for name in ("a.jpg", "b.png", "c.PNG")
+        for thing in ("it", "the dog")
+    ]
+    path = photos / "asked.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n\n" for line in [*lines, lines[0]]))
+    return path
+
+
+@pytest.fixture
+def load(predictor, monkeypatch) -> list[dict]:
+    """The predictor of the session in place of a fresh one; the options it was asked for."""
+    asked = []
+
+    def load(path, **options):
+        asked.append({"path": path, **options})
+        return predictor
+
+    monkeypatch.setattr(Predictor, "load", load)
+    return asked
+
+
+def options(tiny, out: Path, *more: object) -> list[str]:
+    return ["segment", "--checkpoint", str(tiny.jax), "--out", str(out), *map(str, more)]
+
+
+def records(out: Path) -> dict[int, dict]:
+    lines = (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line) for line in lines]
+    assert len({record["number"] for record in found}) == len(found)
+    return {record["number"]: record for record in found}
+
+
+def test_lines_of_questions_are_answered(tiny, questions, tmp_path, capfd, load):
+    out = tmp_path / "new" / "answers"
+    assert main(options(tiny, out, "--questions", questions, "--batch", 4)) == 0
+    printed, err = capfd.readouterr()
+    assert err == ""
+    assert printed == f"{out / 'answers.jsonl'}: 7 questions, 0 without an answer\n"
+    found = records(out)
+    assert sorted(found) == list(range(7))
+    for number, name in enumerate(["a.jpg"] * 2 + ["b.png"] * 2 + ["c.PNG"] * 2 + ["a.jpg"]):
+        record = found[number]
+        assert record["image"] == name
+        assert record["text"] == "It is [SEG]." and record["reason"] == "stop"
+        with Image.open(questions.parent / name) as image:
+            assert record["size"] == [image.height, image.width]
+        (target,) = record["targets"]
+        mask = coco.decode(target["segmentation"])
+        assert list(mask.shape) == record["size"] and mask.sum() == target["area"]
+        with Image.open(out / "overlays" / f"{number:06d}.png") as overlay:
+            assert overlay.format == "PNG"
+    assert load[0]["rows"] == 4
+
+
+def test_a_folder_is_asked_picture_by_picture(tiny, photos, tmp_path, capfd, load):
+    out = tmp_path / "out"
+    arguments = options(tiny, out, "--image", photos, "--question", "Where is the dog?")
+    assert main([*arguments, "--min-score", "0.3", "--dtype", "float32", "--weights", "int8"]) == 0
+    capfd.readouterr()
+    assert [record["image"] for _, record in sorted(records(out).items())] == [
+        "a.jpg",
+        "b.png",
+        "c.PNG",
+    ]
+    assert {record["question"] for record in records(out).values()} == {"Where is the dog?"}
+    assert load == [
+        {
+            "path": tiny.jax,
+            "dtype": "float32",
+            "max_new_tokens": 512,
+            "rows": 16,
+            "min_score": 0.3,
+            "weights": "int8",
+        }
+    ]
+
+
+@pytest.mark.parametrize("cut", ["nothing", "a line", "in a line", "all"])
+def test_a_stopped_run_goes_on(tiny, questions, tmp_path, capfd, load, predictor, monkeypatch, cut):
+    out = tmp_path / "out"
+    command = options(tiny, out, "--questions", questions)
+    assert main(command) == 0
+    whole = records(out)
+    path = out / "answers.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = {"nothing": 7, "a line": 6, "in a line": 3, "all": 0}[cut]
+    path.write_bytes(b"".join(lines[:kept]) + (lines[kept][:30] if cut == "in a line" else b""))
+    asked = []
+    each = predictor.each
+    monkeypatch.setattr(predictor, "each", lambda pairs: each(asked.append(p) or p for p in pairs))
+    assert main(command) == 0
+    assert len(asked) == 7 - kept
+    again = records(out)
+    assert sorted(again) == sorted(whole)
+    for number, record in again.items():
+        assert record["text"] == whole[number]["text"]
+        assert record["image"] == whole[number]["image"]
+    assert path.read_bytes().splitlines(keepends=True)[:kept] == lines[:kept]
+    # What was done needs no model.
+    loads = len(load)
+    assert main(command) == 0
+    assert len(load) == loads
+    capfd.readouterr()
+
+
+def test_a_bad_picture_is_a_line_with_an_error(tiny, questions, tmp_path, capfd, load):
+    (questions.parent / "b.png").write_bytes(b"cut")
+    out = tmp_path / "out"
+    assert main(options(tiny, out, "--questions", questions)) == 0
+    printed, err = capfd.readouterr()
+    assert printed.endswith("7 questions, 2 without an answer\n")
+    assert err.count("b.png") >= 2
+    found = records(out)
+    assert [n for n in range(7) if "error" in found[n]] == [2, 3]
+    assert "b.png" in found[2]["error"] and "targets" not in found[2]
+
+
+def refusal(capfd, *arguments: str) -> str:
+    capfd.readouterr()
+    assert main(list(arguments)) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ('{"image": "a.jpg", "question": " "}', "the question is empty"),
+        ('{"image": "a.jpg"}', "KeyError 'question'; write lines like"),
+        ('{"image": 3, "question": "Where?"}', "expected two strings"),
+        ("[1, 2", "write lines like"),
+        ("[1, 2]", "write lines like"),
+    ],
+)
+def test_bad_lines_are_named_before_the_model_is_read(
+    tiny, questions, tmp_path, capfd, monkeypatch, line, named
+):
+    monkeypatch.setattr(segment, "_load", lambda options: pytest.fail("it was read"))
+    text = questions.read_text()
+    questions.write_text(text + line + "\n")
+    err = refusal(capfd, *options(tiny, tmp_path / "out", "--questions", questions))
+    assert f"{questions}:15: " in err and named in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_question_is_refused_before_the_model_is_read(
+    tiny, photos, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr(segment, "_load", lambda options: pytest.fail("it was read"))
+    for image in (photos, photos / "a.jpg"):
+        command = options(tiny, tmp_path / "out", "--image", image, "--question", " ")
+        assert "the question is empty" in refusal(capfd, *command)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ((), "name --image and --question, or --questions"),
+        (("--image", "a.jpg"), "name --image and --question, or --questions"),
+        (("--questions", "a.jsonl", "--question", "Hm?"), "leave --image and --question"),
+        (("--questions", "no.jsonl"), "no.jsonl: cannot be read"),
+    ],
+)
+def test_what_is_asked_must_be_named(tiny, tmp_path, capfd, more, named):
+    assert named in refusal(capfd, *options(tiny, tmp_path / "out", *more))
+
+
+def test_answers_to_other_questions_are_left_alone(tiny, questions, photos, tmp_path, capfd, load):
+    out = tmp_path / "out"
+    assert main(options(tiny, out, "--questions", questions)) == 0
+    before = (out / "answers.jsonl").read_bytes()
+    command = options(tiny, out, "--image", photos, "--question", "Where?")
+    assert "holds answers to other questions" in refusal(capfd, *command)
+    assert (out / "answers.jsonl").read_bytes() == before
+    (out / "answers.jsonl").write_text('{"a": 3}\n')
+    line = refusal(capfd, *options(tiny, out, "--questions", questions))
+    assert "not a file of answers" in line

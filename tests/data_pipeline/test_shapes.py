@@ -1,0 +1,350 @@
+"""Scenes of shapes: what is painted, what is asked, and whether the answers are true."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import pickle
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from functools import cache
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.config import DataConfig, FamilyConfig
+from data_pipeline.example import SEG
+from data_pipeline.loader import Loader, open_datasets
+from data_pipeline.masks import decode_many
+from data_pipeline.shapes_tokenizer import FOLDER, write
+from data_pipeline.sources.shapes import SPLITS, Shapes
+from data_pipeline.sources.shapes_phrases import NOTHING, NUMBERS
+from data_pipeline.sources.shapes_questions import KINDS
+from data_pipeline.sources.shapes_scene import COLOURS, HIDDEN, JITTER, NOISE
+from pixellm_jax.answer import read_answer
+from pixellm_jax.batch import check
+from pixellm_jax.config import CodebookConfig, LanguageConfig, ModelConfig, VisionConfig
+from pixellm_jax.errors import InputError
+from pixellm_jax.prompt import PLAIN, encode_conversation
+from pixellm_jax.vocabulary import Vocabulary
+from tests.data_pipeline.shapes_oracle import truth
+
+SCENES = 300
+NAMED = re.compile(r"(?:the|The) (\w+ \w+) \{seg\}")
+LABELS = ("user", "assistant")
+
+# Areas in radii squared, from the formulas of the shapes; a raster is off by a part of its outline.
+AREAS = {
+    "circle": math.pi,
+    "square": (2 * 0.86) ** 2,
+    "triangle": 3 * math.sqrt(3) / 4 * 1.38**2,
+    "star": 1.5**2 * 5 * math.sin(math.pi / 5) * math.cos(0.4 * math.pi) / math.cos(math.pi / 5),
+    "cross": 4 * 1.12 * 0.72 - 0.72**2,
+    "diamond": 2 * 0.88 * 1.36,
+}
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return Vocabulary.with_codebook(FOLDER, tokens_per_scale=2, scales=2)
+
+
+@cache
+def draw_many(level):
+    return [Shapes(level=level).draw(i) for i in range(SCENES)]
+
+
+@pytest.fixture(params=["full", "simple"])
+def drawn(request):
+    """A level and many of its scenes and questions."""
+    return Shapes(level=request.param), draw_many(request.param)
+
+
+def pixels(image):
+    return np.asarray(Image.open(io.BytesIO(image)))
+
+
+def digest(shapes, numbers):
+    return hashlib.sha256(repr([shapes[i] for i in numbers]).encode()).hexdigest()
+
+
+# Scenes
+
+
+@pytest.mark.parametrize("level", ["full", "simple"])
+def test_an_example_is_a_function_of_its_number(level):
+    shapes = Shapes(level=level, split="val")
+    again = pickle.loads(pickle.dumps(shapes))
+    assert [shapes[i] for i in range(9)] == [again[i] for i in reversed(range(9))][::-1]
+    assert shapes[-1] == shapes[len(shapes) - 1] != shapes[0]
+    assert shapes[np.int64(4)] == shapes[4]
+
+
+def test_another_process_draws_the_same():
+    code = (
+        "from tests.data_pipeline.test_shapes import *\n"
+        "print(digest(Shapes(split='test'), range(5)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == digest(Shapes(split="test"), range(5))
+
+
+def test_splits_and_levels_have_pictures_of_their_own():
+    sets = [Shapes(split=s, level=level) for s in SPLITS for level in ("full", "simple")]
+    images = [shapes[i].image for shapes in sets for i in range(30)]
+    assert len(set(images)) == len(images)
+    assert [len(shapes) for shapes in sets[::2]] == [1 << 20, 1000, 1000]
+
+
+@pytest.mark.parametrize("level", ["full", "simple"])
+@pytest.mark.parametrize("side", [96, 131])
+def test_masks_are_what_is_painted(level, side):
+    shapes = Shapes(level=level, side=side)
+    for i in range(60):
+        example = shapes[i]
+        image, masks = pixels(example.image).astype(int), decode_many(example.masks)
+        assert image.shape == (side, side, 3) and example.hw == (side, side)
+        assert masks.shape == (len(example.targets), side, side)
+        assert masks.sum(axis=0).max() == 1
+        for target in example.targets:
+            (name,) = target.phrases
+            colour = np.asarray(COLOURS[name.split()[1]])
+            off = np.abs(image[masks[target.mask] > 0] - colour)
+            assert off.max() <= JITTER + NOISE // 2
+        background = image[masks.max(axis=0) == 0]
+        assert np.ptp(background, axis=1).max() <= 2 * JITTER
+        # no other colour hides in what no mask covers
+        assert min(abs(background - c).max(axis=1).min() for c in COLOURS.values()) > JITTER + NOISE
+
+
+def test_things_are_what_their_names_say(drawn):
+    shapes, examples = drawn
+    off = []
+    for scene, _, _ in examples:
+        names = [thing.name for thing in scene.things]
+        assert len(set(names)) == len(names)
+        for mask, thing in zip(scene.masks(), scene.things, strict=True):
+            y, x = np.nonzero(mask)
+            assert thing.visible == len(y) >= max(40, (1 - HIDDEN) * thing.area)
+            assert thing.box == (x.min(), y.min(), x.max() + 1, y.max() + 1)
+            assert thing.area == pytest.approx(AREAS[thing.shape] * thing.radius**2, rel=0.12)
+            assert (thing.radius > 11) == (thing.size == "large")
+            if thing.visible == thing.area:
+                off.append([x.mean() + 0.5 - thing.x, y.mean() + 0.5 - thing.y])
+    assert np.abs(off).max() < 1
+    assert np.abs(np.mean(off, axis=0)).max() < 0.1  # centres of pixels, not their corners
+
+
+def test_every_large_thing_shows_more_than_every_small_one():
+    things = [thing for scene, _, _ in draw_many("full") for thing in scene.things]
+    shown = {size: [t.visible for t in things if t.size == size] for size in ("small", "large")}
+    assert min(shown["large"]) > max(shown["small"])
+
+
+def test_numbers_of_things(drawn):
+    shapes, examples = drawn
+    counts = Counter(len(scene.things) for scene, _, _ in examples)
+    hidden = [any(t.visible < t.area for t in scene.things) for scene, _, _ in examples]
+    assert set(counts) == set(range(2, 8 if shapes.level == "full" else 5))
+    assert min(counts.values()) > SCENES / 12
+    assert 0.5 < np.mean(hidden) < 0.9 if shapes.level == "full" else not any(hidden)
+
+
+# Questions
+
+
+def test_questions_are_true(drawn):
+    shapes, examples = drawn
+    for scene, questions, _ in examples:
+        assert len({q.question for q in questions}) == shapes.questions
+        for q in questions:
+            form, targets, doubt = truth(q.question, scene.things, shapes.side)
+            assert (set(q.targets), doubt) == (targets, ""), q
+            assert form == q.kind or (q.kind == "absent" and not targets), q
+
+
+def test_answers_name_their_targets_from_left_to_right(drawn):
+    _, examples = drawn
+    for scene, questions, _ in examples:
+        for q in questions:
+            things = [scene.things[i] for i in q.targets]
+            assert things == sorted(things, key=lambda thing: thing.x)
+            assert NAMED.findall(q.answer) == [thing.name for thing in things]
+            assert q.answer.count(SEG) == len(things)
+            assert (q.answer == NOTHING) == (q.kind == "absent") == (not things)
+            said = [word for word in re.findall(r"\w+", q.answer.lower()) if word in NUMBERS]
+            assert said in ([], [NUMBERS[len(things)]])
+            if q.kind == "count":
+                assert said
+            verb = re.search(r"\b(?:is|are)\b", q.answer)
+            if verb and things and "number is" not in q.answer:
+                assert verb[0] == ("is" if len(things) == 1 else "are"), q
+
+
+def test_the_oracle_notices_a_wrong_answer():
+    """It is of use only if it contradicts answers about a scene that has changed."""
+    contradicted = Counter()
+    for scene, questions, _ in draw_many("full"):
+        turned = [
+            t._replace(
+                x=96 - t.x,
+                y=96 - t.y,
+                radius=100 - t.radius,
+                colour={"red": "blue", "blue": "red"}.get(t.colour, t.colour),
+                shape={"circle": "square", "square": "circle"}.get(t.shape, t.shape),
+            )
+            for t in scene.things
+        ]
+        for q in questions:
+            _, targets, doubt = truth(q.question, turned, 96)
+            contradicted[q.kind] += targets != set(q.targets) or bool(doubt)
+    assert {kind for kind, count in contradicted.items() if count} == set(KINDS) - {"everything"}
+
+
+def test_shares_of_kinds_and_numbers_of_targets():
+    shapes = Shapes()
+    questions = [q for _, asked, _ in draw_many("full") for q in asked]
+    kinds = Counter(q.kind for q in questions)
+    for kind, weight in KINDS.items():
+        share = weight / sum(KINDS.values())
+        assert 0.7 * share < kinds[kind] / len(questions) < 1.3 * share, kind
+    counts = Counter(len(q.targets) for q in questions)
+    assert set(counts) == set(range(7)) and min(counts.values()) > len(questions) / 100
+    assert shapes.kinds(3) == tuple(q.kind for q in shapes.draw(3).questions)
+
+
+def test_simple_questions_name_up_to_three():
+    questions = [q for _, asked, _ in draw_many("simple") for q in asked]
+    assert {q.kind for q in questions} == {"names"}
+    assert {len(q.targets) for q in questions} == {1, 2, 3}
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_number_of_questions_and_of_targets(count):
+    shapes = Shapes(questions=count)
+    for i in range(40):
+        conversations = shapes[i].conversations
+        assert len(conversations) == count
+        assert sum(len(turn.targets) for (turn,) in conversations) <= max(6, 3 * count)
+
+
+# Tokenizer
+
+
+def test_tokenizer_is_written_anew(tmp_path):
+    write(tmp_path)
+    names = {"tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes(), name
+
+
+def test_vocabulary_appends_its_tokens(vocabulary, tmp_path):
+    assert [vocabulary.unk, vocabulary.bos, vocabulary.eos] == [0, 1, 2]
+    base = vocabulary.size - 6
+    assert vocabulary.codebook == ((base, base + 1), (base + 2, base + 3))
+    vocabulary.save(tmp_path)
+    again = Vocabulary.load(tmp_path, scales=2)
+    text = f"USER: Segment the red circle. ASSISTANT: Sure, {vocabulary.group_text}.</s>"
+    assert again.encode(text) == vocabulary.encode(text) and again.size == vocabulary.size
+
+
+def test_every_text_is_in_the_vocabulary_and_comes_back(drawn, vocabulary):
+    _, examples = drawn
+    for scene, questions, _ in examples:
+        for q in questions:
+            messages = [f"<image>\n{q.question}", q.answer.replace(SEG, vocabulary.group_text)]
+            found = encode_conversation(vocabulary, PLAIN, messages, images=1)
+            assert vocabulary.unk not in found.ids
+            answer = read_answer(vocabulary, found.ids[found.loss_mask])
+            assert answer.text == q.answer.lower().replace(SEG, "[SEG]")
+            names = [f"the {scene.things[i].name}" for i in q.targets]
+            assert [answer.text[a:b] for a, b in answer.phrases] == names
+
+
+def test_every_token_is_used(vocabulary):
+    texts = [t for _, asked, _ in draw_many("full") for q in asked for t in q[1:3]]
+    used = set(re.findall(r"\w+|[^\w\s{}]", " ".join(texts).lower())) - {"seg"}
+    assert set(vocabulary.ids) - set(vocabulary.added) - used == {"<unk>", "<s>", "</s>", *LABELS}
+
+
+def test_capitals_and_unknown_words(vocabulary):
+    known = vocabulary.encode("segment the red circle.")
+    assert vocabulary.encode("Segment the  RED circle .") == known
+    assert vocabulary.encode("segment the mauve circle.")[3] == vocabulary.unk
+
+
+# Batches
+
+MODEL = ModelConfig(
+    vision=VisionConfig(canvas=96, patch=8, table=12),
+    language=LanguageConfig(vocabulary=113),
+    codebook=CodebookConfig(tokens_per_scale=2, scales=2),
+    image_grid=6,
+    template="plain",
+)
+DATA = DataConfig(
+    families=(
+        FamilyConfig(weight=3.0, datasets=("shapes/train",)),
+        FamilyConfig(weight=1.0, datasets=("shapes_simple/train",)),
+    ),
+    batch=16,
+    length=240,
+    targets=12,
+    masks=48,
+)
+
+
+def test_batches_drop_nothing(vocabulary):
+    assert vocabulary.size == MODEL.language.vocabulary
+    loader = Loader(DATA, MODEL, vocabulary, open_datasets(DATA, None))
+    start = time.perf_counter()
+    for _ in range(12):
+        batch = next(loader)
+        check(batch, MODEL)
+        assert (batch.segment.max(axis=1) == 4).all()
+    loader.close()
+    print(f"{12 * 16 / (time.perf_counter() - start):.0f} examples per second")
+    assert loader.counts["examples"] == 12 * 16
+    assert loader.counts["conversations over budget"] == loader.counts["damaged examples"] == 0
+
+
+def test_shapes_need_no_folder_and_others_do(tmp_path):
+    families = (FamilyConfig(weight=1.0, datasets=("shapes/val", "shapes_simple/test")),)
+    opened = open_datasets(DataConfig(families=families), None)
+    assert opened == {
+        "shapes/val": Shapes(split="val"),
+        "shapes_simple/test": Shapes(split="test", level="simple"),
+    }
+    assert opened["shapes_simple/test"][3].dataset == "shapes_simple"
+    families = (FamilyConfig(weight=1.0, datasets=("shapes/val", "muse/train")),)
+    with pytest.raises(InputError, match=r"muse/train.*`pixellm prepare`"):
+        open_datasets(DataConfig(families=families), None)
+    with pytest.raises(InputError, match="pixellm prepare"):
+        open_datasets(DataConfig(families=families), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "testA"}, "no split 'testA'; choose from train, val, test"),
+        ({"level": "hard"}, "no level 'hard'; choose from simple, full"),
+        ({"side": 63}, "side=63 must be at least 64"),
+        ({"questions": 0}, "questions=0 must be 1 to 8"),
+        ({"questions": 9}, "questions=9 must be 1 to 8"),
+    ],
+)
+def test_errors_say_what_is_possible(options, message):
+    with pytest.raises(InputError, match=message):
+        Shapes(**options)
+
+
+@pytest.mark.parametrize("index", [1000, -1001])
+def test_there_is_an_end(index):
+    with pytest.raises(IndexError, match=f"shapes/val has no example {index} of 1000"):
+        Shapes(split="val")[index]

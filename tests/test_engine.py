@@ -1,0 +1,414 @@
+"""The engine: batched is one by one, fast-forward is plain, nothing is lost, little is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pixellm_jax.engine as module
+from pixellm_jax import generate
+from pixellm_jax.batch import Batch
+from pixellm_jax.engine import Engine, EngineConfig
+from pixellm_jax.geometry import fit
+from pixellm_jax.programs import Programs
+from pixellm_jax.prompt import TEMPLATES, question_ids
+from pixellm_jax.question import Question, Result
+from pixellm_jax.serving import serve
+
+# Float32 with sums in another order, relative to the largest value; two layers and the pixel
+# decoder amplify rounding (1e-7) by two orders of magnitude at most.
+TOLERANCE = 2e-5
+
+WORDS = ("dog", "image", "segment", "is", "It", "this", "in", "Please", "the")
+CONFIG = EngineConfig(rows=4, max_new_tokens=40, masks=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling costs far more here than running: half as much without XLA's optimisations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def error(found, wanted) -> float:
+    found, wanted = np.asarray(found), np.asarray(wanted)
+    assert found.shape == wanted.shape
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max()) if wanted.size else 0.0
+
+
+def assert_same(found: Result, wanted: Result) -> None:
+    """Ids exactly, numbers within `TOLERANCE`; the passes are told by the caller."""
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    assert found.reason == wanted.reason
+    np.testing.assert_array_equal(found.targets.codebook_index, wanted.targets.codebook_index)
+    assert error(found.targets.states, wanted.targets.states) < TOLERANCE
+    assert error(found.targets.mask_logits, wanted.targets.mask_logits) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def model(varied):
+    return serve(varied.model)
+
+
+@pytest.fixture(scope="module")
+def pictures(varied) -> list[tuple[np.ndarray, tuple[int, int]]]:
+    """Noise of several shapes on the canvas."""
+    draw, canvas = np.random.default_rng(0), varied.model.config.vision.canvas
+    shapes = [(50, 70), (90, 40), (64, 64), (30, 110), (112, 112)]
+    return [fit(draw.integers(0, 256, (*hw, 3), np.uint8), canvas) for hw in shapes]
+
+
+@pytest.fixture(scope="module")
+def ask(varied, pictures):
+    """A question in words about a picture."""
+
+    def ask(words: str, picture: int = 0, **options) -> Question:
+        tokens = question_ids(
+            varied.vocabulary,
+            TEMPLATES[varied.model.config.template],
+            words,
+            image_tokens=varied.model.config.image_tokens,
+        )
+        return Question(tokens, *pictures[picture], **options)
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def questions(ask) -> list[Question]:
+    draw = np.random.default_rng(0)
+    return [ask(" ".join(draw.choice(WORDS, draw.integers(1, 12))), i // 4) for i in range(20)]
+
+
+@pytest.fixture(scope="module")
+def engines() -> list[Engine]:
+    """All that `engine` made."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def engine(varied, model, engines):
+    """An engine of this file's config, changed where asked."""
+
+    def engine(**changes) -> Engine:
+        config = dataclasses.replace(CONFIG, **changes)
+        engines.append(Engine(model, varied.vocabulary, config))
+        return engines[-1]
+
+    return engine
+
+
+@pytest.fixture(scope="module")
+def alone(engine, questions, varied) -> list[Result]:
+    """Every question by itself, token by token; codebook tokens only in groups."""
+    one = engine(rows=1, fast_forward=False)
+    results = [result for question in questions for _, result in one.answer([question])]
+    for result in results:
+        codebook = np.isin(result.tokens[:-5], varied.vocabulary.group).nonzero()[0]
+        in_groups = varied.vocabulary.find_groups(result.tokens)
+        assert set(codebook) <= set(in_groups.ravel())
+    return results
+
+
+# Identity
+
+
+def test_the_questions_show_all_that_can_happen(alone):
+    assert {result.reason for result in alone} == {"stop", "length"}
+    assert {len(result.targets.codebook_index) for result in alone} >= {0, 1, 2, 3}
+    assert len({result.tokens.tobytes() for result in alone}) > 10
+
+
+def test_an_answer_is_what_the_whole_model_says_given_the_answer(varied, questions, alone):
+    """Cached decoding = one teacher-forced pass: ids, probabilities, states and masks."""
+    length, slots = 256, 4
+    rows = [i for i, result in enumerate(alone) if len(result.targets.codebook_index) >= 2][:3]
+    assert len(rows) == 3
+    tokens, segment = np.zeros((3, length), np.int32), np.full((3, length), -1, np.int32)
+    index = np.zeros((3, slots, *alone[0].targets.codebook_index.shape[1:]), np.int32)
+    for row, i in enumerate(rows):
+        whole = np.concatenate([questions[i].tokens, alone[i].tokens])
+        tokens[row, : len(whole)], segment[row, : len(whole)] = whole, 0
+        found = alone[i].targets.codebook_index
+        index[row, : len(found)] = len(questions[i].tokens) + found - 1
+    batch = Batch(
+        image=np.stack([questions[i].canvas for i in rows]),
+        image_hw=np.asarray([questions[i].hw for i in rows], np.int32),
+        tokens=tokens,
+        segment=segment,
+        position=np.broadcast_to(np.arange(length, dtype=np.int32), (3, length)),
+        loss_mask=np.zeros((3, length), bool),
+        codebook_index=index,
+        masks=np.zeros((3, slots, 2, 2), np.uint8),
+        target_valid=np.ones((3, slots), bool),
+        target_conversation=np.zeros((3, slots), np.int32),
+    )
+    said = jax.jit(lambda model, batch: model(batch))(varied.model, batch)
+    for row, i in enumerate(rows):
+        result, before = alone[i], len(questions[i].tokens) - 1
+        logits = said.text_logits[row, before : before + len(result.tokens)]
+        np.testing.assert_array_equal(logits.argmax(-1), result.tokens)
+        assert error(result.chance, jax.nn.softmax(logits).max(-1)) < TOLERANCE
+        for m, found in enumerate(result.targets.codebook_index):
+            assert error(result.targets.states[m], said.hidden[row][before + found]) < TOLERANCE
+            assert error(result.targets.mask_logits[m], said.mask_logits[row, m]) < TOLERANCE
+
+
+def test_batched_is_one_by_one_and_fast_forward_is_plain(engine, questions, alone):
+    group = 6
+    for fast_forward in (False, True):
+        together = engine(fast_forward=fast_forward)
+        results = dict(together.answer(questions))
+        assert sorted(results) == list(range(len(questions)))  # none lost, none twice
+        for number, wanted in enumerate(alone):
+            assert_same(results[number], wanted)
+            saved = (group - 1) * len(wanted.targets.codebook_index) if fast_forward else 0
+            if wanted.reason == "stop" or not fast_forward:  # else a group may have been cut off
+                assert results[number].passes == wanted.passes - saved
+        # Rows are refilled: far fewer passes than one by one.
+        assert together.passes < sum(result.passes for result in alone) / 2
+
+
+def test_a_budget_that_ends_in_a_group_cuts_it_as_plain_decoding_does(engine, questions, alone):
+    number = next(i for i, result in enumerate(alone) if len(result.targets.codebook_index))
+    start = int(alone[number].targets.codebook_index[0, 0, 0])
+    budgets = range(start + 1, start + 9)
+    asked = [questions[number]._replace(budget=budget) for budget in budgets]
+    results = dict(engine().answer(asked))
+    for i, budget in enumerate(budgets):
+        found = results[i]
+        np.testing.assert_array_equal(found.tokens, alone[number].tokens[:budget])
+        whole = budget >= start + 6
+        assert len(found.targets.codebook_index) == whole
+        assert found.reason == ("stop" if found.tokens[-1] == 2 else "length")
+        if whole:
+            wanted = alone[number].targets.mask_logits[:1]
+            assert error(found.targets.mask_logits, wanted) < TOLERANCE
+
+
+def test_groups_are_complete_where_plain_decoding_breaks_them(varied, model, ask, engine):
+    broken = jax.tree.map(lambda leaf: leaf, model)
+    head, group = broken.language_model.head, varied.vocabulary.group
+    head.set_value(jnp.asarray(head[...]).at[group[3]].set(0.0))  # never said by itself
+    asked = [ask(words) for words in ("dog", "image", "It is this", "Please")]
+    found = {}
+    for fast_forward in (False, True):
+        config = dataclasses.replace(CONFIG, fast_forward=fast_forward)
+        results = dict(Engine(broken, varied.vocabulary, config).answer(asked))
+        found[fast_forward] = [results[i] for i in range(len(asked))]
+    assert sum(group[0] in result.tokens for result in found[False]) >= 2
+    assert not any(len(result.targets.codebook_index) for result in found[False])
+    for result in found[True]:
+        codebook = [int(token) for token in result.tokens if token in group]
+        whole, rest = divmod(len(codebook), len(group))
+        assert codebook == [*group] * whole + [*group[:rest]]
+        assert rest == 0 or result.reason == "length"
+        assert len(result.targets.codebook_index) == whole
+
+
+# Scheduling
+
+
+def test_a_picture_is_read_once_for_all_its_questions(engine, questions, monkeypatch):
+    read = Counter()
+
+    def counted(programs, function, *arguments, **options):
+        if function in (generate.encode, generate.read_prefix):
+            read[function.__name__] += len(np.unique(np.asarray(arguments[1]), axis=0))
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(Programs, "__call__", counted)
+    busy = engine()
+    list(busy.answer(questions))
+    assert read["encode"] == read["read_prefix"] == 5
+    list(busy.answer(questions[::-1]))  # and is still known
+    assert read["encode"] == 5
+
+
+def test_more_pictures_than_are_kept_are_read_again(engine, questions, alone):
+    few = engine(pictures=1)
+    results = dict(few.answer(questions[::4] * 2))
+    for i, result in results.items():
+        assert_same(result, alone[4 * (i % 5)])
+
+
+def test_other_questions_of_the_same_shapes_compile_nothing(engine, questions):
+    list(engine().answer(questions))
+    again = engine()
+    results = list(again.answer(reversed(questions)))
+    assert len(results) == len(questions)
+    assert not again.programs.compiled
+
+
+def test_programs_are_as_many_as_buckets(engine, questions, engines):
+    """Over all that this file does with one config: compilations do not grow with questions."""
+    list(engine().answer(questions))
+    compiled = sum((one.programs.compiled for one in engines), Counter())
+    rows, lengths, capacities, prefixes, fast = {1, 4}, {32, 64}, {128, 256}, {128}, {0, 1}
+    assert compiled["prefill"] <= len(rows) * (len(lengths) + len(prefixes))
+    assert compiled["decode"] <= len(rows) * len(capacities) * len(fast)
+    assert compiled["encode"] <= len(rows)
+    assert compiled["decode_masks"] <= 1
+
+
+def test_questions_may_come_at_any_time(engine, questions, alone):
+    """Here one more is added after every step, and some are dropped."""
+    late, numbers, results = engine(steps=3), {}, {}
+    for number, question in enumerate(questions[:12]):
+        numbers[late.add(question)] = number
+        if number in (3, 7):
+            late.drop(next(ticket for ticket, other in numbers.items() if other == number - 1))
+        results |= late.step()
+    while not late.idle:
+        results |= late.step()
+    found = {numbers[ticket]: result for ticket, result in results.items()}
+    assert set(range(12)) - {2, 6} <= set(found)
+    for number, result in found.items():
+        assert_same(result, alone[number])
+    assert late.step() == []
+
+
+def test_dropping_everything_leaves_an_engine_that_works(engine, questions, alone):
+    stopped = engine(steps=1)
+    tickets = [stopped.add(question) for question in questions[:6]]
+    stopped.step()
+    for ticket in tickets:
+        stopped.drop(ticket)
+    assert stopped.idle
+    assert stopped.step() == []
+    ((_, result),) = stopped.answer(questions[:1])
+    assert_same(result, alone[0])
+
+
+def test_the_cache_grows_with_long_answers(engine, questions, alone, monkeypatch):
+    monkeypatch.setattr(module, "CAPACITY", 32)
+    monkeypatch.setattr(module, "AHEAD", 8)
+    number = max(range(len(alone)), key=lambda i: alone[i].passes)
+    assert len(alone[number].tokens) == CONFIG.max_new_tokens
+    grown, capacities = engine(rows=1), set()
+    grown.add(questions[number])
+    while not grown.idle:
+        results = grown.step()
+        capacities |= {grown._rows.valid.shape[1]} if grown._rows else set()
+    assert len(capacities) >= 2
+    assert_same(results[0][1], alone[number])
+
+
+# Streams and conversations
+
+
+def test_a_stream_tells_text_as_it_comes_and_masks_with_their_group(
+    engine, questions, alone, monkeypatch
+):
+    monkeypatch.setattr(module, "STREAM_STEPS", 1)
+    number = max(range(len(alone)), key=lambda i: alone[i].targets.codebook_index[:, 0, 0].sum())
+    wanted = alone[number]
+    assert len(wanted.targets.codebook_index) >= 2
+    asked = [questions[i]._replace(stream=i == number) for i in (number, 0, 1)]
+    parts = [result for i, result in engine().answer(asked) if i == 0]
+    assert len(parts) > 5
+    assert {part.reason for part in parts[:-1]} == {"running"}
+    assert len({len(part.targets.codebook_index) for part in parts[:-1]}) >= 2
+    for part, following in zip(parts, parts[1:], strict=False):
+        assert len(part.tokens) < len(following.tokens) or following is parts[-1]
+        np.testing.assert_array_equal(part.tokens, following.tokens[: len(part.tokens)])
+        # The masks of a group come one pass after its ids, which is when its states are known.
+        ended = int((wanted.targets.codebook_index[:, -1, -1] < len(part.tokens)).sum())
+        assert len(following.targets.codebook_index) >= ended
+        count = len(part.targets.codebook_index)
+        assert error(part.targets.mask_logits, wanted.targets.mask_logits[:count]) < TOLERANCE
+    assert_same(parts[-1], wanted)
+
+
+def test_a_question_that_follows_is_the_whole_conversation_read_anew(engine, questions, ask):
+    first, second = ask("dog image")._replace(keep=True), np.asarray([40, 50, 60, 70], np.int32)
+    talk = engine()
+    ((_, said),) = talk.answer([first])
+    follow = np.concatenate([said.tokens[-1:], second])
+    both = [Question(follow, seen=said.seen, keep=True), ask("It is")]
+    results = dict(talk.answer(both))
+    whole = first._replace(tokens=np.concatenate([first.tokens, said.tokens, second]), keep=False)
+    ((_, wanted),) = engine().answer([whole])
+    assert_same(results[0], wanted)
+
+
+# Drawing
+
+
+def test_a_draw_depends_on_its_seed_and_not_on_the_batch(engine, questions, alone):
+    warm = [question._replace(temperature=1.0, seed=3) for question in questions[:6]]
+    together = dict(engine().answer([*warm, *questions[6:]]))
+    for number, question in enumerate(warm[:3]):
+        ((_, found),) = engine().answer([question])
+        np.testing.assert_array_equal(found.tokens, together[number].tokens)
+    for number in range(6, len(questions)):  # the others are as greedy as ever
+        np.testing.assert_array_equal(together[number].tokens, alone[number].tokens)
+    drawn = engine().answer([warm[0]._replace(seed=seed) for seed in range(8)])
+    assert len({result.tokens.tobytes() for _, result in drawn}) > 4
+    cold = [question._replace(temperature=1e-3, seed=9) for question in questions[:6]]
+    for number, result in engine().answer(cold):
+        np.testing.assert_array_equal(result.tokens, alone[number].tokens)
+
+
+# Bad input
+
+
+def test_a_prompt_longer_than_the_context_is_refused(engine, ask, varied):
+    limit = varied.model.config.language.max_positions
+    with pytest.raises(ValueError, match=f"the model has {limit}"):
+        engine().add(ask("dog " * limit))
+
+
+def test_an_answer_ends_at_the_end_of_the_context(engine, questions, alone, monkeypatch):
+    number = next(i for i, result in enumerate(alone) if len(result.tokens) > 7)
+    positions = len(questions[number].tokens) + 7
+    monkeypatch.setattr(Engine, "_positions", positions)
+    ((_, result),) = engine().answer([questions[number]])
+    np.testing.assert_array_equal(result.tokens, alone[number].tokens[:7])
+    assert result.reason == "length"
+
+
+def test_numbers_that_are_not_finite_harm_no_other_row(varied, model, questions, alone, ask):
+    """One embedding is NaN: only questions with this word are harmed, whoever had their row."""
+    damaged = jax.tree.map(lambda leaf: leaf, model)
+    word = questions[0].tokens[-3]
+    unharmed = [
+        i
+        for i, question in enumerate(questions)
+        if word not in question.tokens and word not in alone[i].tokens
+    ]
+    harmed = [i for i, question in enumerate(questions) if word in question.tokens]
+    embedding = damaged.language_model.embedding
+    embedding.set_value(jnp.asarray(embedding[...]).at[word].set(jnp.nan))
+    results = dict(Engine(damaged, varied.vocabulary, CONFIG).answer(questions))
+    assert len(results) == len(questions)
+    assert len(harmed) >= 4 and len(unharmed) >= 4
+    for number in harmed:
+        assert results[number].reason == "damaged"
+        assert len(results[number].tokens) == 0
+        assert len(results[number].targets.codebook_index) == 0
+    for number in unharmed:
+        assert_same(results[number], alone[number])
+
+
+def test_a_hundred_targets(varied, model, ask, monkeypatch):
+    """The head of the first codebook token answers to the last one: target after target."""
+    eager = jax.tree.map(lambda leaf: leaf, model)
+    language, group = eager.language_model, varied.vocabulary.group
+    last = language.embedding[...][group[-1]]
+    head = np.array(language.head[...])
+    head[group[0]] += 9 * last / np.linalg.norm(last)
+    language.head.set_value(head)
+    monkeypatch.setattr(module, "AHEAD", 620)
+    many = dataclasses.replace(CONFIG, rows=1, max_new_tokens=620)
+    ((_, result),) = Engine(eager, varied.vocabulary, many).answer([ask("dog segment")])
+    assert len(result.targets.codebook_index) >= 100
+    assert np.isfinite(result.targets.mask_logits).all()
+    assert len({logits.tobytes() for logits in result.targets.mask_logits}) > 50
+    assert result.passes < len(result.tokens) / 4

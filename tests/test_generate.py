@@ -1,0 +1,135 @@
+"""The device functions: decoding writes in place, and one plain batch is the same as the engine."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pixellm_jax import generate
+from pixellm_jax.generate import FREE, RUNNING, Rows
+from pixellm_jax.sampling import Sampling
+from pixellm_jax.serving import serve
+
+ROWS, CAPACITY, ROOM = 3, 256, 8
+
+
+@pytest.fixture(scope="module")
+def model(varied):
+    return serve(varied.model)
+
+
+def drawn(model, seed: int) -> Rows:
+    """Rows in the middle of an answer, with noise in the cache."""
+    draw, config = np.random.default_rng(seed), model.config.language
+    cache = jax.tree.map(
+        lambda leaf: jnp.asarray(draw.standard_normal(leaf.shape, np.float32)),
+        model.language_model.empty_cache(ROWS, CAPACITY, jnp.dtype("float32")),
+    )
+    said = jnp.asarray([2, 3, 1])
+    return Rows(
+        cache=cache,
+        valid=jnp.ones((ROWS, CAPACITY), bool),
+        prompt=jnp.asarray([90, 17, 101]),
+        budget=jnp.full(ROWS, ROOM),
+        sampling=Sampling(
+            jnp.zeros(ROWS, jnp.uint32), jnp.zeros(ROWS, jnp.float32), jnp.ones(ROWS, jnp.float32)
+        ),
+        tokens=jnp.asarray(draw.integers(3, 400, (ROWS, ROOM)), jnp.int32),
+        states=jnp.zeros((ROWS, ROOM, config.width)),
+        chance=jnp.ones((ROWS, ROOM)),
+        said=said,
+        fed=said - 1,
+        passes=jnp.ones(ROWS, jnp.int32),
+        status=jnp.asarray([RUNNING, RUNNING, FREE]),
+    )
+
+
+def copied(rows: Rows) -> Rows:
+    return jax.tree.map(jnp.array, rows)
+
+
+@pytest.mark.parametrize("fast_forward", [False, True])
+def test_a_step_moves_nothing_but_what_it_writes(model, varied, fast_forward):
+    """The cache is updated in place: beside it a step needs far less memory than one copy of it."""
+    group = varied.vocabulary.group if fast_forward else ()
+    rows = drawn(model, 0)
+    compiled = generate.decode.lower(
+        model, rows, np.int32(4), np.bool_(False), stop=varied.vocabulary.eos, group=group
+    ).compile()
+    memory = compiled.memory_analysis()
+    cache = sum(leaf.nbytes for leaf in jax.tree.leaves(rows.cache))
+    assert memory.alias_size_in_bytes >= cache
+    assert memory.temp_size_in_bytes < cache / 2
+    # Nor is a weight copied, which slices of stacked layers would be.
+    shapes = {leaf.shape for leaf in jax.tree.leaves(model.language_model.layers) if leaf.ndim > 1}
+    made = re.findall(r"= f32\[([\d,]+)\]\S* (\S+)\(", compiled.as_text())
+    moved = [
+        (shape, operation)
+        for shape, operation in made
+        if tuple(map(int, shape.split(","))) in shapes
+        and operation in ("copy", "transpose", "dynamic-slice", "slice", "fusion")
+    ]
+    assert moved == []
+    assert any(operation in ("dot", "fusion", "custom-call") for _, operation in made)
+
+
+def test_only_running_rows_change_and_only_at_their_places(model, varied):
+    before = drawn(model, 1)
+    after, passes = generate.decode(
+        model, copied(before), np.int32(1), np.bool_(False), stop=-1, group=()
+    )
+    assert int(passes) == 1
+    assert after.said.tolist() == [3, 4, 1] and after.fed.tolist() == [2, 3, 0]
+    assert after.passes.tolist() == [2, 2, 1]
+    for old, new in zip(jax.tree.leaves(before.cache), jax.tree.leaves(after.cache), strict=True):
+        changed = (np.asarray(old) != np.asarray(new)).any(axis=(1, 3))
+        assert [np.flatnonzero(row).tolist() for row in changed] == [[91], [19], []]
+    for name in ("tokens", "states", "chance"):
+        old, new = (np.asarray(getattr(rows, name)) for rows in (before, after))
+        changed = (old != new).reshape(ROWS, ROOM, -1).any(axis=2)
+        assert [np.flatnonzero(row).tolist() for row in changed] in ([[2], [3], []], [[], [3], []])
+
+
+def test_insert_overwrites_a_row_whole(model):
+    """Behind the fresh row there is nothing left of the old one, which may have been NaN."""
+    old = drawn(model, 2)
+    old = old._replace(cache=jax.tree.map(lambda leaf: leaf * jnp.nan, old.cache))
+    fresh = generate.resize(drawn(model, 3), np.asarray([1, 0]), capacity=128)
+    found = generate.insert(copied(old), fresh, np.asarray([2, ROWS]))  # the second goes nowhere
+    for leaf, new in zip(jax.tree.leaves(found.cache), jax.tree.leaves(fresh.cache), strict=True):
+        np.testing.assert_array_equal(leaf[2, :, :128], new[0])
+        assert not np.asarray(leaf)[2, :, 128:].any()
+        assert np.isnan(np.asarray(leaf)[:2]).all()
+    assert found.status.tolist() == [RUNNING, RUNNING, RUNNING]
+    assert found.prompt.tolist() == [90, 17, 17]
+
+
+def test_resize_keeps_chosen_rows_and_frees_the_others(model):
+    rows = drawn(model, 4)
+    found = generate.resize(rows, np.asarray([1, 7, 0]), capacity=384)
+    assert found.status.tolist() == [RUNNING, FREE, RUNNING]
+    assert found.valid.shape == (3, 384) and np.asarray(found.valid).all()
+    for leaf, old in zip(jax.tree.leaves(found.cache), jax.tree.leaves(rows.cache), strict=True):
+        np.testing.assert_array_equal(leaf[0, :, :CAPACITY], old[1])
+        np.testing.assert_array_equal(leaf[2, :, :CAPACITY], old[0])
+        assert not np.asarray(leaf)[:, :, CAPACITY:].any()
+    assert generate.resize(rows, np.asarray([0]), capacity=128).valid.shape == (1, 128)
+
+
+def test_decoding_stops_where_a_cache_is_full_and_where_somebody_waits(model, varied):
+    rows = drawn(model, 5)._replace(budget=jnp.asarray([8, 4, 8]))
+    stop = {"stop": -1, "group": ()}
+    full = copied(rows)._replace(prompt=jnp.asarray([CAPACITY - 3, 17, 101]))
+    found, passes = generate.decode(model, full, np.int32(9), np.bool_(False), **stop)
+    assert int(passes) == 2 and found.fed.tolist() == [3, 3, 0]
+    assert found.status[0] == RUNNING
+    found, passes = generate.decode(model, copied(rows), np.int32(9), np.bool_(True), **stop)
+    assert int(passes) == 1  # the second row is at its budget
+    found, passes = generate.decode(model, copied(rows), np.int32(9), np.bool_(False), **stop)
+    assert int(passes) == 6 and found.said.tolist() == [8, 4, 1]
+    found, passes = generate.decode(model, found, np.int32(9), np.bool_(False), **stop)
+    assert int(passes) == 0

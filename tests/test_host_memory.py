@@ -1,0 +1,32 @@
+"""Kept memory: a process that frees a large buffer and takes it again touches no new pages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys
+import numpy as np
+from pixellm_jax.host_memory import keep_freed_memory
+
+if "keep" in sys.argv:
+    assert keep_freed_memory()
+for turn in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(1 << 23)  # 64 MiB
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+def test_freed_memory_is_used_again():
+    def faults(*arguments: str) -> int:
+        command = [sys.executable, "-c", PROGRAM, *arguments]
+        return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+
+    assert faults("keep") < 10
+    assert faults() > 20  # 64 MiB in pages of 4 KiB or of 2 MiB

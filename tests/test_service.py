@@ -1,0 +1,134 @@
+"""An engine behind a thread: bounded, tidy after errors, and gone when there is nothing to do."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from concurrent.futures import CancelledError
+
+import jax
+import numpy as np
+import pytest
+
+from pixellm_jax.engine import Engine, EngineConfig
+from pixellm_jax.geometry import fit
+from pixellm_jax.prompt import TEMPLATES, question_ids
+from pixellm_jax.question import Question
+from pixellm_jax.service import Service
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling costs far more here than running: half as much without XLA's optimisations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def engine(predictor) -> Engine:
+    return Engine(predictor.model, predictor.vocabulary, EngineConfig(rows=4, max_new_tokens=12))
+
+
+@pytest.fixture
+def service(engine) -> Service:
+    return Service(engine, waiting=3)
+
+
+@pytest.fixture(scope="module")
+def question(predictor) -> Question:
+    config = predictor.config
+    tokens = question_ids(
+        predictor.vocabulary, TEMPLATES[config.template], "Hm?", image_tokens=config.image_tokens
+    )
+    return Question(tokens, *fit(np.full((30, 20, 3), 99, np.uint8), config.vision.canvas))
+
+
+def wait_for_rest(service: Service) -> None:
+    """Until the thread has gone."""
+    for _ in range(2000):
+        if service._thread is None:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the thread is still there")
+
+
+def test_the_thread_is_there_only_while_it_is_needed(service, question):
+    assert service._thread is None
+    assert service.submit(question).result().reason == "stop"
+    wait_for_rest(service)
+    assert service.submit(question).result().reason == "stop"  # and comes back
+    wait_for_rest(service)
+    assert not [thread for thread in threading.enumerate() if thread.name == "pixellm engine"]
+
+
+def test_the_queue_is_bounded(service, question):
+    with service.gathering():
+        futures = [service.submit(question) for _ in range(3)]
+        with pytest.raises(queue.Full):
+            service.submit(question, timeout=0.01)
+        assert service._thread is None and not any(future.done() for future in futures)
+    assert [future.result().reason for future in futures] == ["stop"] * 3
+
+
+def test_gathered_questions_are_read_together(service, engine, question):
+    with service.gathering():
+        futures = [service.submit(question) for _ in range(3)]
+    results = [future.result() for future in futures]
+    wait_for_rest(service)
+    assert engine.passes == 1 + results[0].passes - 1
+
+
+def test_an_error_of_the_engine_reaches_all_who_wait_and_no_one_later(
+    service, engine, question, monkeypatch
+):
+    def fail():
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "step", fail)
+        with service.gathering():
+            futures = [service.submit(question) for _ in range(2)]
+            stream = service.stream(question)
+        for future in futures:
+            with pytest.raises(MemoryError, match="no room"):
+                future.result()
+        with pytest.raises(MemoryError, match="no room"):
+            list(stream)
+        wait_for_rest(service)
+    assert service.submit(question).result().reason == "stop"
+
+
+def test_a_question_that_does_not_fit_is_refused_alone(service, engine, question):
+    limit = engine.model.config.language.max_positions
+    long = question._replace(tokens=np.concatenate([question.tokens, np.full(limit, 5, np.int32)]))
+    with service.gathering():
+        good, bad, other = (service.submit(asked) for asked in (question, long, question))
+    assert good.result().reason == other.result().reason == "stop"
+    with pytest.raises(ValueError, match=f"the model has {limit}"):
+        bad.result()
+
+
+def test_what_is_cancelled_while_it_waits_is_not_answered(service, engine, question):
+    with service.gathering():
+        futures = [service.submit(question) for _ in range(3)]
+        assert futures[1].cancel()
+    assert futures[0].result().reason == futures[2].result().reason == "stop"
+    with pytest.raises(CancelledError):
+        futures[1].result()
+    wait_for_rest(service)
+
+
+def test_a_stream_that_is_left_frees_its_row(service, engine, question, monkeypatch):
+    dropped = []
+    drop = engine.drop
+    monkeypatch.setattr(engine, "drop", lambda ticket: (dropped.append(ticket), drop(ticket)))
+    monkeypatch.setattr("pixellm_jax.engine.STREAM_STEPS", 1)
+    stream = service.stream(question)
+    assert next(stream).reason == "running"
+    stream.close()
+    wait_for_rest(service)
+    assert engine.idle
+    assert dropped == [0]
+    assert [result.reason for result in service.stream(question)][-1] == "stop"
