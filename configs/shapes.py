@@ -1,6 +1,6 @@
 """A small PixelLM that learns from nothing to answer questions about coloured shapes with masks.
 
-    python scripts/train.py --config=configs/shapes.py --out runs/shapes
+python scripts/train.py --config=configs/shapes.py --out runs/shapes
 """
 
 import dataclasses

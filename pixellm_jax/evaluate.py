@@ -14,7 +14,7 @@ from PIL import Image
 
 from pixellm_jax.batch import Batch
 from pixellm_jax.losses import Losses, count, losses
-from pixellm_jax.metrics import Areas, measure, merge, scores, tally
+from pixellm_jax.metrics import Areas, Sums, measure, merge, scores, tally
 from pixellm_jax.model.layers import resize_bilinear
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.overlay import draw_overlay
@@ -27,7 +27,7 @@ PICTURES = 4
 
 
 class Evaluation(NamedTuple):
-    """What a validation found: scores by name ("giou" chooses the best checkpoint), and pictures."""
+    """What a validation found: scores by name ("giou" chooses the best checkpoint), pictures."""
 
     scores: dict[str, float]
     pictures: tuple[Picture, ...] = ()
@@ -49,24 +49,22 @@ def evaluate_given(
     """
     place = batch_sharding(mesh)
     put = partial(jax.make_array_from_process_local_data, place)
-    sums, terms, weights = [], list[Losses](), list[Losses]()
+    sums, terms, weights = list[Sums](), list[Losses](), list[Losses]()
     pictures: tuple[Picture, ...] = ()
     for batch in batches:
         whole = jax.tree.map(put, batch)
-        found = _measure(model, whole, mesh, loss)
+        measured = _measure(model, whole, mesh, loss)
         areas, parts, valid, counts = jax.device_get(
-            (found.areas, found.losses, _whole(whole.target_valid, mesh), count(whole))
+            (measured.areas, measured.losses, _whole(whole.target_valid, mesh), count(whole))
         )
         sums.append(tally(areas, valid=valid))
         terms.append(parts)
         weights.append(Losses(counts.tokens, counts.tokens, counts.targets, counts.targets))
         if not pictures:
-            pictures = tuple(_draw(batch, found.inside, row) for row in range(_rows(batch)))
+            pictures = tuple(_draw(batch, measured.inside, row) for row in range(_rows(batch)))
     result = scores(merge(*sums))
-    text, bce, dice = (
-        float(np.average([t[i] for t in terms], weights=[max(w[i], 1e-9) for w in weights]))
-        for i in (1, 2, 3)
-    )
+    found, shares = np.asarray(terms, float), np.maximum(np.asarray(weights, float), 1e-9)
+    _, text, bce, dice = map(float, (found * shares).sum(0) / shares.sum(0))
     values = {"giou": result.giou, "ciou": result.ciou, "loss": text + bce + dice}
     values |= {"text": text, "mask_bce": bce, "mask_dice": dice}
     return Evaluation(values, pictures)

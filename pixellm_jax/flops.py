@@ -41,10 +41,14 @@ SOURCES: dict[str, tuple[str, ...]] = {
 
 
 class Parts(NamedTuple):
-    """Operations of the parts of the model; `pixel_decoder` with the projection of its queries."""
+    """Operations of the parts of the model.
+
+    `image_features`: projectors, neck and upsampling, what else depends on the image alone.
+    `pixel_decoder`: with the projection of its queries, the text projection.
+    """
 
     vision_encoder: float
-    projectors: float
+    image_features: float
     language_model: float
     head: float
     pixel_decoder: float
@@ -92,7 +96,7 @@ def _count(
 
     return Parts(
         vision_encoder=total(_vision_encoder(config)),
-        projectors=total(_projectors(config)),
+        image_features=total(_image_features(config)),
         language_model=total(_language_model(config, length)),
         head=total(_head(config, length)),
         pixel_decoder=total(_pixel_decoder(config, targets)),
@@ -123,7 +127,7 @@ def _vision_encoder(config: ModelConfig) -> Iterator[Product]:
     yield Product(vision.layers_used * 4 * seen * seen * e, "taps", "taps")
 
 
-def _projectors(config: ModelConfig) -> Iterator[Product]:
+def _image_features(config: ModelConfig) -> Iterator[Product]:
     d, e = config.language.width, config.vision.width
     rows = config.codebook.scales * config.vision.grid**2
     for name, out, count in (
@@ -132,6 +136,11 @@ def _projectors(config: ModelConfig) -> Iterator[Product]:
     ):
         yield Product(2 * count * e * 2 * d, "taps", name)
         yield Product(2 * count * 2 * d * d, out, name)
+    c = config.decoder.width
+    yield Product(2 * rows * d * c, "projected", "pixel_decoder.neck")
+    yield Product(2 * rows * 9 * c * c, "features", "pixel_decoder.neck")
+    upsampled = rows - config.vision.grid**2  # the first scale is not
+    yield Product(2 * upsampled * 4 * c * c, "features", "pixel_decoder.upsamples")
 
 
 def _language_model(config: ModelConfig, length: int) -> Iterator[Product]:
@@ -152,10 +161,6 @@ def _head(config: ModelConfig, length: int) -> Iterator[Product]:
 def _pixel_decoder(config: ModelConfig, targets: int) -> Iterator[Product]:
     decoder, d, c = config.decoder, config.language.width, config.decoder.width
     scales, patches = config.codebook.scales, config.vision.grid**2
-    yield Product(2 * scales * patches * d * c, "projected", "pixel_decoder.neck")
-    yield Product(2 * scales * patches * 9 * c * c, "features", "pixel_decoder.neck")
-    yield Product(2 * (scales - 1) * patches * 4 * c * c, "features", "pixel_decoder.upsamples")
-
     codes = targets * scales * config.codebook.tokens_per_scale
     yield Product(2 * codes * d * d, "states", "codebook.projection")
     yield Product(2 * codes * d * c, "queries", "codebook.projection")

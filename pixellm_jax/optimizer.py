@@ -33,9 +33,7 @@ def trainable_names(
         if LORA in name.split("."):
             names.add(name)
             continue
-        fitting = [
-            (entry, kind) for entry, kind in entries if f"{name}.".startswith(f"{entry}.")
-        ]
+        fitting = [(entry, kind) for entry, kind in entries if f"{name}.".startswith(f"{entry}.")]
         used.update(entry for entry, _ in fitting)
         if not fitting:
             unclear.append(name)
@@ -60,7 +58,8 @@ def trainable_names(
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by update: linear from 0 over the warm-up, then down to 0 at `steps`.
 
-    Update 0 runs at learning_rate / warmup (DeepSpeed's off-by-one is not copied: reference.md 4.1).
+    Update 0 runs at learning_rate / warmup; DeepSpeed's off-by-one is not copied (reference.md
+    4.1).
     """
     peak, warmup = config.learning_rate, config.warmup
     rest = max(steps - warmup, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import tensorstore
 
@@ -71,7 +70,9 @@ def _stored(array: tensorstore.TensorStore) -> np.dtype:
 
 
 def _plain(array: tensorstore.TensorStore) -> Leaf:
-    return Leaf(shape=tuple(array.shape), dtype=_stored(array), read=lambda _: checkpoint.read(array))
+    return Leaf(
+        shape=tuple(array.shape), dtype=_stored(array), read=lambda _: checkpoint.read(array)
+    )
 
 
 def _leaf(
@@ -83,14 +84,14 @@ def _leaf(
     down, up = (arrays.get(f"{module}.{LORA}.{half}") for half in ("down", "up"))
     stacked = blueprint.axes[name].split()[:1] == ["layer"]
     lora = blueprint.train.lora
-    weight = name.endswith(".weight") and down is not None and up is not None
+    pair = (down, up) if name.endswith(".weight") and down is not None and up is not None else None
 
     def read(index: int) -> np.ndarray:
         value = checkpoint.read(array[index] if stacked else array)
-        if weight and lora is not None:
-            pair = (jnp.asarray(checkpoint.read(half[index]), jnp.float32) for half in (down, up))
-            added = lora.alpha / lora.rank * jnp.tensordot(*pair, 1)
-            value = np.asarray(value.astype(np.float32) + np.asarray(added))
+        if pair is not None and lora is not None:
+            first, second = (checkpoint.read(half[index]).astype(np.float32) for half in pair)
+            added = lora.alpha / lora.rank * np.tensordot(first, second, axes=1)
+            value = value.astype(np.float32) + added
         return value.astype(dtype, copy=False)
 
     return Leaf(shape=tuple(array.shape), dtype=dtype, read=read, stacked=stacked)

@@ -59,7 +59,12 @@ class RunLog:
         self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=start or None)
         self._wandb = _start_wandb(project, folder, recipe or {}) if project else None
         self._bar = tqdm(
-            total=steps, initial=start, desc="training", unit="step", dynamic_ncols=True, disable=None
+            total=steps,
+            initial=start,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=None,
         )
         self._plain = self._bar.disable
 

@@ -30,8 +30,13 @@ RULES: dict[str, str] = {
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
+    "target": "tensor",
 }
-"""Logical axis of a weight -> axis of the mesh; what is not here is whole on every device."""
+"""Logical axis of a weight -> axis of the mesh; what is not here is whole on every device.
+
+No weight has targets: they are there for activations (`constrain`). Where heads are shared out, the
+pixel decoder has its targets shared out instead, and its small weights are gathered.
+"""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

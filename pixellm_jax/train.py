@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 from pixellm_jax import flops
 from pixellm_jax.batch import Batch
 from pixellm_jax.errors import InputError
-from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.evaluate import Evaluation
+from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.run_checkpoints import RunCheckpoints
 from pixellm_jax.run_log import RunLog, Stopwatch, memory_bytes
 from pixellm_jax.sharding import BATCH, batch_sharding
@@ -31,6 +31,7 @@ RECIPE = "recipe.json"
 GIOU = "giou"
 
 
+@runtime_checkable
 class Batches(Protocol):
     """A stream of this host's share of every batch, which can say and take back where it stands."""
 
@@ -172,9 +173,7 @@ def _loop(
         stopped = _asked_to_stop(progress, step)
         if step % train.save_every == 0 or end or better or stopped:
             notes = {"best": progress.best, "source": source}
-            checkpoints.save(
-                step, state, data=batches.get_state(), notes=notes, score=score
-            )
+            checkpoints.save(step, state, data=batches.get_state(), notes=notes, score=score)
         if stopped:
             if log is not None:
                 log.say(f"asked to stop: saved at step {step}; the same command goes on from there")

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Int
 from jax.sharding import Mesh, Sharding
+from jaxtyping import Array, Int
 
 from pixellm_jax import checkpoint, optimizer
 from pixellm_jax.config import ModelConfig
@@ -59,9 +59,7 @@ class Blueprint:
 
     def assemble(self, values: Mapping[str, Array]) -> PixelLM:
         """The model with these numbers (or shapes)."""
-        flat = [
-            (path, variable.replace(values[_name(path)])) for path, variable in self.variables
-        ]
+        flat = [(path, variable.replace(values[_name(path)])) for path, variable in self.variables]
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
 
     def model(self, state: TrainState) -> PixelLM:
@@ -91,7 +89,7 @@ class Blueprint:
             jax.eval_shape(update.init, trainable),
             optimizer.state_shardings(update, trainable, own, whole),
         )
-        count = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
         return TrainState(count, trainable, frozen, moments, count, count)
 
 

@@ -38,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             default=None,
             help=f"folder with the {content} (default: {default} beside the repository)",
         )
+    group.addoption("--long", action="store_true", help="also run what takes minutes, alone")
 
 
 def pytest_sessionstart() -> None:
@@ -57,10 +58,12 @@ def pytest_sessionstart() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Beam wants older libraries than the rest, so it has an environment of its own (.ci/run)."""
-    if importlib.util.find_spec("apache_beam") is None:
-        absent = [item for item in items if item.get_closest_marker("beam")]
-        config.hook.pytest_deselected(items=absent)
-        items[:] = [item for item in items if item not in absent]
+    left_out = {"beam"} if importlib.util.find_spec("apache_beam") is None else set()
+    if not config.getoption("--long"):
+        left_out.add("long")  # its short form is among the others
+    absent = [item for item in items if any(map(item.get_closest_marker, left_out))]
+    config.hook.pytest_deselected(items=absent)
+    items[:] = [item for item in items if item not in absent]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -95,10 +95,11 @@ def lora_train(**changes: Any) -> TrainConfig:
     )
 
 
-def small_loader(data: DataConfig | None = None) -> Loader:
+def small_loader(data: DataConfig | None = None, *, host: int = 0, hosts: int = 1) -> Loader:
     """Batches of shapes."""
     data = data or small_data()
-    return Loader(data, small_model(), small_vocabulary(), open_datasets(data, None))
+    datasets = open_datasets(data, None)
+    return Loader(data, small_model(), small_vocabulary(), datasets, host=host, hosts=hosts)
 
 
 def small_batch(rows: int = 8) -> Batch:

@@ -76,7 +76,7 @@ def test_each_device_reads_its_own_part(tiny, axis, monkeypatch):
     shapes = []
     read = checkpoint.read
     monkeypatch.setattr(checkpoint, "read", lambda part: shapes.append(part.shape) or read(part))
-    value = checkpoint._restore(array, sharding)
+    value = checkpoint.restore(array, sharding)
     part = [size // (2 if i == axis else 1) for i, size in enumerate(array.shape)]
     assert {tuple(shape) for shape in shapes} == {tuple(part)}
     assert value.sharding == sharding

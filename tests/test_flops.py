@@ -106,7 +106,7 @@ def test_seven_billion_by_hand():
     assert paper.head == 3 * forward.head
     whole = step(RECIPES["everything"])
     assert whole.language_model == 3 * forward.language_model
-    assert whole.projectors == 3 * forward.projectors
+    assert whole.image_features == 3 * forward.image_features
     patches = 3 * 2 * 32**2 * 3 * 14**2 * 1024  # pixels have no gradient
     assert whole.vision_encoder == 3 * forward.vision_encoder - patches
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from pixellm_jax.errors import InputError
 from pixellm_jax.model.lora import LORA, merge_lora
 from pixellm_jax.sharding import batch_sharding, make_mesh
-from pixellm_jax.train_config import MeshConfig, OptimizerConfig
+from pixellm_jax.train_config import REFERENCE_FROZEN, MeshConfig, OptimizerConfig
 from pixellm_jax.train_state import TrainState, initial_state, make_blueprint
 from pixellm_jax.train_step import StepMetrics, make_step
 from tests.small_training import lora_train, small_batch, small_model, small_train
@@ -158,7 +158,9 @@ def test_every_parameter_is_trainable_or_frozen():
     with pytest.raises(InputError, match="neither trainable nor frozen: codebook"):
         make_blueprint(small_model(), small_train(trainable=("vision_encoder", "language_model")))
     with pytest.raises(InputError, match="'nothing'.*name nothing"):
-        make_blueprint(small_model(), lora_train(frozen=("vision_encoder", "language_model", "nothing")))
+        make_blueprint(
+            small_model(), lora_train(frozen=("vision_encoder", "language_model", "nothing"))
+        )
     with pytest.raises(InputError, match="no projection of a layer; choose from"):
         wrong = dataclasses.replace(lora_train().lora, projections=("querry",))
         make_blueprint(small_model(), lora_train(lora=wrong))
@@ -174,6 +176,20 @@ def test_the_longest_entry_decides_and_constants_are_never_trained():
         for side in ("query", "value")
         for half in ("down", "up")
     }
+
+
+def test_the_reference_mode_freezes_what_the_released_script_freezes():
+    reference = make_blueprint(small_model(), lora_train(frozen=REFERENCE_FROZEN)).trainable
+    ours = make_blueprint(small_model(), lora_train()).trainable
+    parts = ("pixel_decoder.neck.", "pixel_decoder.dense", "codebook.token_", "codebook.mask_")
+    assert ours - reference == {name for name in ours if name.startswith(parts)}
+    assert "codebook.token_fusion" in ours - reference
+
+
+def test_tokens_that_all_targets_share_start_small():
+    state = initial_state(make_blueprint(small_model(), small_train()), mesh_of(1, 1, 1), None)
+    for name in ("level", "mask_tokens", "score_token"):
+        assert 0.005 < np.std(state.trainable[f"pixel_decoder.{name}"]) < 0.04
 
 
 def test_mesh_sizes_must_multiply_to_the_devices():

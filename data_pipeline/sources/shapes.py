@@ -24,7 +24,7 @@ from data_pipeline.sources.shapes_questions import KINDS, MOST_TARGETS, Question
 from data_pipeline.sources.shapes_scene import Scene, SceneSettings, draw_scene, paint
 from pixellm_jax.errors import InputError
 
-SPLITS = {"train": 1 << 20, "val": 1000, "test": 1000}
+SPLITS = {"train": 1 << 20, "val": 1000, "test": 1250}
 """Names and lengths; the pictures of a split are drawn from a seed of its own."""
 
 DATASETS = {"shapes": "full", "shapes_simple": "simple"}

@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-WIDTH, HEIGHT = 460, 270
-LEFT, RIGHT, TOP, BOTTOM = 40, 12, 34, 34
+WIDTH, HEIGHT = 460.0, 270.0
+LEFT, RIGHT, TOP, BOTTOM = 40.0, 12.0, 34.0, 34.0
 """Size of a chart, and the margins around its curves."""
 
 
@@ -44,23 +44,22 @@ def draw_chart(
     y_ticks = _ticks(max([top, *(y for _, y in points), *(level.y for level in levels)]))
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (WIDTH - LEFT - RIGHT) * x / x_ticks[-1]
-        return round(across, 1), round(
-            HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * y / y_ticks[-1], 1
-        )
+        right = LEFT + (WIDTH - LEFT - RIGHT) * x / x_ticks[-1]
+        down = HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * y / y_ticks[-1]
+        return round(right, 1), round(down, 1)
 
-    parts = [_text(LEFT - 28, 16, title, "font-weight='600' font-size='14'")]
+    parts = [_text(12.0, 16.0, title, "font-weight='600' font-size='14'")]
     for y in y_ticks:
-        left, down = place(0, y)
+        left, down = place(0.0, y)
         parts.append(_line(left, down, WIDTH - RIGHT, down, "var(--edge, #ddd)"))
         parts.append(_text(left - 6, down + 4, f"{y:g}", "text-anchor='end' opacity='.65'"))
     for x in x_ticks:
-        right, bottom = place(x, 0)
+        right, bottom = place(x, 0.0)
         anchor = "end" if x == x_ticks[-1] else "middle"
         parts.append(_text(right, bottom + 16, f"{x:g}", f"text-anchor='{anchor}' opacity='.65'"))
     parts.append(_text(WIDTH - RIGHT, HEIGHT - 3, across, "text-anchor='end' opacity='.65'"))
     for level in levels:
-        left, down = place(0, level.y)
+        left, down = place(0.0, level.y)
         parts.append(
             _line(left, down, WIDTH - RIGHT, down, "currentColor", "stroke-dasharray='4 4'")
         )
@@ -69,7 +68,7 @@ def draw_chart(
     for curve in curves:
         parts += _curve([place(x, y) for x, y in curve.points], curve)
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}" '
+        f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{html.escape(title)}" '
         f'font-size="11" fill="currentColor" font-family="inherit">{"".join(parts)}</svg>'
     )
 

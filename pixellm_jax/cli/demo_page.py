@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
+from pixellm_jax.answer import MARKER
 from pixellm_jax.cli.quiz import Reply, Scene, number_markers
 from pixellm_jax.overlay import colours, draw_overlay
 
@@ -125,7 +126,8 @@ def _section(scene: Scene, reply: Reply) -> str:
     )
     wanted = ""
     if not reply.same_words:
-        wanted = f'<p class="wanted">Right would be: {html.escape(reply.expected)}</p>'
+        right = reply.expected.replace(f" {MARKER}", "")
+        wanted = f'<p class="wanted">Right would be: {html.escape(right)}</p>'
     return f"""<section>
 <div><p class="ask">{html.escape(reply.question.question)}</p>
 <p class="reply">{answer or "(no words)"}</p>{wanted}

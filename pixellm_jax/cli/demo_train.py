@@ -230,4 +230,4 @@ def _evaluate(
 
 
 def _points(records: Sequence[dict[str, float]], name: str) -> list[tuple[float, float]]:
-    return [(record["step"], record[name]) for record in records if name in record]
+    return [(float(record["step"]), record[name]) for record in records if name in record]

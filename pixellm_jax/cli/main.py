@@ -11,7 +11,18 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from pixellm_jax import __version__
-from pixellm_jax.cli import convert, data_stats, data_view, demo, export, prepare, segment, train
+from pixellm_jax.cli import (
+    bench,
+    convert,
+    data_stats,
+    data_view,
+    demo,
+    evaluate,
+    export,
+    prepare,
+    segment,
+    train,
+)
 from pixellm_jax.errors import InputError
 
 
@@ -23,9 +34,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"pixellm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, convert, export, prepare, data_stats, data_view, segment, train):
+    for module in (
+        demo,
+        convert,
+        export,
+        prepare,
+        data_stats,
+        data_view,
+        segment,
+        train,
+        evaluate,
+        bench,
+    ):
         module.add_parser(commands).set_defaults(run=module.run)
-    options, options.changes = parser.parse_known_args(arguments)
+    options, changes = parser.parse_known_args(arguments)
+    options.changes = changes
     if options.changes and not getattr(options, "takes_changes", False):
         parser.error(f"unrecognized arguments: {' '.join(options.changes)}")
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -75,7 +75,9 @@ def read_recipe(path: Path, changes: Sequence[str]) -> tuple[Recipe, dict[str, A
     for change in changes:
         key, equals, text = change.removeprefix("--config.").partition("=")
         if not change.startswith("--config.") or not equals:
-            raise InputError(f"{change!r}: expected --config.KEY=VALUE, such as --config.train.steps=9")
+            raise InputError(
+                f"{change!r}: expected --config.KEY=VALUE, such as --config.train.steps=9"
+            )
         _set(values, key.split("."), text, change)
     recipe = from_mapping(Recipe, values, where=path.stem)
     return recipe, dataclasses.asdict(recipe)
@@ -96,7 +98,9 @@ def _run(path: Path) -> ConfigDict:
     except Exception as error:  # whatever the user's file raises
         raise InputError(f"{path}: {type(error).__name__}: {error}; correct the recipe") from None
     if not isinstance(values, ConfigDict):
-        raise InputError(f"{path}: get_config() gave {type(values).__name__}, expected a ConfigDict")
+        raise InputError(
+            f"{path}: get_config() gave {type(values).__name__}, expected a ConfigDict"
+        )
     return values
 
 

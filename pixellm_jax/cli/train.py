@@ -14,6 +14,7 @@ import jax
 
 from data_pipeline.loader import Loader, open_datasets
 from pixellm_jax.cli.recipe import Recipe, read_recipe
+from pixellm_jax.config import DTYPES
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluate import Evaluation, evaluate_given
 from pixellm_jax.model.pixellm import PixelLM
@@ -22,6 +23,8 @@ from pixellm_jax.sharding import make_mesh
 from pixellm_jax.train import fit
 from pixellm_jax.train_state import make_blueprint
 from pixellm_jax.vocabulary import Vocabulary
+
+JOINING = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 EXAMPLES = """examples:
   pixellm train --config configs/shapes.py --out runs/shapes
@@ -51,6 +54,11 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--init", type=Path, metavar="CHECKPOINT", help="weights to begin from (else drawn)"
+    )
+    parser.add_argument(
+        "--model-dtype",
+        choices=DTYPES,
+        help="of the weights in RUN/model (that of --init, else float32)",
     )
     parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases, too")
     parser.add_argument(
@@ -83,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
             run=options.out,
             mesh=mesh,
             init=options.init,
-            recipe={**values, "init": str(options.init or ""), "data_folder": str(options.data or "")},
+            recipe={**values, "init": _text(options.init), "data_folder": _text(options.data)},
             evaluate=evaluate,
             project=options.wandb,
         )
@@ -92,7 +100,13 @@ def run(options: argparse.Namespace) -> None:
     model = options.out / MODEL
     if outcome.finished and host == 0 and not model.exists():
         write_model(
-            options.out, recipe.train.steps, model, blueprint, vocabulary, init=options.init
+            options.out,
+            recipe.train.steps,
+            model,
+            blueprint,
+            vocabulary,
+            init=options.init,
+            dtype=options.model_dtype,
         )
     if outcome.finished and host == 0:
         print(f"{model}: the model; ask it with `pixellm segment --checkpoint {model} ...`")
@@ -121,16 +135,20 @@ def _validation(
     return evaluate
 
 
+def _text(path: Path | None) -> str:
+    return "" if path is None else str(path)
+
+
 def _join() -> None:
     """Meets the other processes."""
-    numbers = {}
-    for name, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")):
-        if variable in os.environ:
-            numbers[name] = int(os.environ[variable])
+    address, count, number = map(os.environ.get, JOINING)
     try:
-        jax.distributed.initialize(os.environ.get("JAX_COORDINATOR_ADDRESS"), **numbers)
+        jax.distributed.initialize(
+            address,
+            num_processes=None if count is None else int(count),
+            process_id=None if number is None else int(number),
+        )
     except (ValueError, RuntimeError) as error:
         raise InputError(
-            f"--distributed: the processes did not meet ({error}); set JAX_COORDINATOR_ADDRESS, "
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID in each"
+            f"--distributed: the processes did not meet ({error}); set {', '.join(JOINING)} in each"
         ) from None

@@ -69,7 +69,7 @@ def add_lora(layers: nnx.Module, config: LoraConfig, key: Key[Array, ""]) -> Non
 def merge_lora(layers: nnx.Module) -> None:
     """Adds every pair to the weight beside it and takes it away, in place."""
     for projection in vars(layers).values():
-        if isinstance(projection, Projection) and projection.lora is not None:
+        if isinstance(projection, Projection) and isinstance(projection.lora, LowRank):
             weight = projection.weight
             total = weight[...].astype(jnp.float32) + projection.lora.product()
             weight.set_value(total.astype(weight[...].dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -22,6 +23,10 @@ from pixellm_jax.model.layers import (
     normal,
     resize_bilinear,
 )
+from pixellm_jax.sharding import constrain
+
+MAP, PIXELS = "batch rows columns decoder", "batch target patch decoder"
+TOKENS, MASKS = "batch target query decoder", "batch target mask_rows mask_columns"
 
 PIXEL_EPS = 1e-6
 TOKEN_EPS = 1e-5
@@ -48,7 +53,7 @@ class Neck(nnx.Module):
         self.mix_norm = LayerNorm(width, "decoder", PIXEL_EPS)
 
     def __call__(self, x: Float[Array, "b y x d"]) -> Float[Array, "b y x c"]:
-        x = self.reduce_norm(self.reduce(x))
+        x = constrain(self.reduce_norm(self.reduce(x)), MAP)
         x = jax.lax.conv_general_dilated(
             x,
             self.mix[...].astype(x.dtype),
@@ -56,7 +61,7 @@ class Neck(nnx.Module):
             "SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return self.mix_norm(x)
+        return constrain(self.mix_norm(x), MAP)
 
 
 class FourierPositions(nnx.Module):
@@ -113,7 +118,7 @@ class DecoderAttention(nnx.Module):
         weights = jax.nn.softmax(_scores(asked, coded, query.shape[-1]), axis=-1)
         found = jnp.einsum("bmntp,bmpc->bmntc", weights.astype(pixels.dtype), pixels)
         value = jnp.einsum("bmntc,cnh->bmtnh", found, self.value.weight[...].astype(found.dtype))
-        return self.out(value + self.value.bias[...].astype(value.dtype))
+        return self.out(value + _bias(self.value, value.dtype))
 
     def write(
         self,
@@ -124,12 +129,17 @@ class DecoderAttention(nnx.Module):
         """What pixels find among tokens: `coded` are queries, `keys` keys, `tokens` values."""
         key, value = self.key(keys), self.value(tokens)
         asked = jnp.einsum("bmtnh,cnh->bmntc", key, self.query.weight[...].astype(key.dtype))
-        own = jnp.einsum("bmtnh,nh->bmnt", key, self.query.bias[...].astype(key.dtype))
+        own = jnp.einsum("bmtnh,nh->bmnt", key, _bias(self.query, key.dtype))
         scores = _scores(asked, coded, key.shape[-1], own)
         told = jnp.einsum("bmtnh,nhc->bmntc", value, self.out.weight[...].astype(value.dtype))
         weights = jax.nn.softmax(scores, axis=-2).astype(told.dtype)
         written = jnp.einsum("bmntp,bmntc->bmpc", weights, told)
-        return written + self.out.bias[...].astype(written.dtype)
+        return written + _bias(self.out, written.dtype)
+
+
+def _bias(projection: Projection, dtype: jnp.dtype) -> Float[Array, "..."]:
+    assert projection.bias is not None  # all projections of the decoder's attention have one
+    return projection.bias[...].astype(dtype)
 
 
 def _scores(
@@ -179,7 +189,7 @@ class TwoWayLayer(nnx.Module):
         tokens = self.mlp_norm(tokens + self.mlp(tokens))
         coded = image + image_code
         image = image + self.image_to_token.write(coded, tokens + token_code, tokens)
-        return tokens, self.image_norm(image)
+        return constrain(tokens, TOKENS), constrain(self.image_norm(image), PIXELS)
 
 
 class TwoWayTransformer(nnx.Module):
@@ -261,7 +271,7 @@ class PixelDecoder(nnx.Module):
         masks: list[Array] = []
         previous = None
         for scale, image in enumerate(features):
-            decode = partial(self._decode, scale)
+            decode: Callable[..., Array] = partial(self._decode, scale)
             decode = jax.checkpoint(decode) if self.remat else decode
             previous = decode(image, queries[:, :, scale], previous)
             masks.append(_resize_masks(previous, grid))
@@ -280,14 +290,14 @@ class PixelDecoder(nnx.Module):
         learned = jnp.concatenate([self.score_token[...][None], self.mask_tokens[...]])
         learned = jnp.broadcast_to(learned.astype(dtype), (b, m, *learned.shape))
         tokens = jnp.concatenate([learned, query[:, :, None]], axis=2)
-        tokens = tokens + self.level[...][scale].astype(dtype)
+        tokens = constrain(tokens + self.level[...][scale].astype(dtype), TOKENS)
 
         gain = jnp.ones((b, m, y, x), dtype)
         if previous is not None:
             gain = 1 + jax.nn.sigmoid(_resize_masks(previous, y)).astype(dtype)
         # As an einsum, because its gradient, a sum over targets, is then a fast one on CPU too.
         pixels = jnp.einsum("bmyx,byxc->bmyxc", gain, image) + self.dense[...].astype(dtype)
-        pixels = pixels.reshape(b, m, y * x, c)
+        pixels = constrain(pixels.reshape(b, m, y * x, c), PIXELS)
         code = self.positions[scale](y, x).astype(dtype)
         tokens, pixels = self.transformers[scale](tokens, pixels, code)
 
@@ -296,7 +306,7 @@ class PixelDecoder(nnx.Module):
         logits = jnp.einsum(
             "bmyxwzo,bmo->bmyxwz", upscaled, weights, preferred_element_type=jnp.float32
         )
-        return interleave(logits[..., None])[..., 0]
+        return constrain(interleave(logits[..., None])[..., 0], MASKS)
 
 
 def _resize_masks(masks: Float[Array, "b m Y X"], side: int) -> Array:

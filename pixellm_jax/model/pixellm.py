@@ -16,6 +16,9 @@ from pixellm_jax.model.language_model import LanguageModel
 from pixellm_jax.model.layers import MLP, gelu, resize_bilinear
 from pixellm_jax.model.pixel_decoder import PixelDecoder
 from pixellm_jax.model.vision_encoder import VisionEncoder, image_token_valid, patch_valid
+from pixellm_jax.sharding import constrain
+
+SCALES = "batch scale patch embed"
 
 
 class ImageFeatures(NamedTuple):
@@ -70,7 +73,7 @@ class PixelLM(nnx.Module):
         taps = self.vision_encoder(self.normalise(image, image_hw), valid)
         b, _, e = taps[0].shape
         seen = resize_bilinear(taps[0].reshape(b, grid, grid, e), side, side)
-        projected = self.mask_projector(jnp.stack(taps, axis=1))
+        projected = constrain(self.mask_projector(jnp.stack(taps, axis=1)), SCALES)
         return ImageFeatures(
             tokens=self.image_projector(seen.reshape(b, side**2, e)),
             token_valid=image_token_valid(valid, side),

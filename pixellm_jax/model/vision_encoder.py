@@ -11,6 +11,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from pixellm_jax.config import VisionConfig
 from pixellm_jax.model.layers import LayerNorm, Projection, attend, normal, resize_bilinear, stack
+from pixellm_jax.sharding import constrain
+
+WIDTH = "batch sequence vision"
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -67,8 +70,13 @@ class VisionBlock(nnx.Module):
         self, x: Float[Array, "b t e"], visible: Bool[Array, "b t u"]
     ) -> Float[Array, "b t e"]:
         y = self.attention_norm(x)
-        x = x + self.out(attend(self.query(y), self.key(y), self.value(y), visible))
-        return x + self.down(quick_gelu(self.up(self.mlp_norm(x))))
+        query, key, value = (
+            constrain(projection(y), "batch sequence heads head")
+            for projection in (self.query, self.key, self.value)
+        )
+        x = constrain(x + self.out(attend(query, key, value, visible)), WIDTH)
+        inner = constrain(quick_gelu(self.up(self.mlp_norm(x))), "batch sequence mlp")
+        return constrain(x + self.down(inner), WIDTH)
 
 
 class VisionEncoder(nnx.Module):
@@ -106,7 +114,7 @@ class VisionEncoder(nnx.Module):
         own = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (b, 1, x.shape[-1]))
         x = jnp.concatenate([own, x.reshape(b, grid**2, -1)], axis=1)
         x = x + resize_positions(self.position[...], config).astype(x.dtype)
-        x = self.embedding_norm(x)
+        x = constrain(self.embedding_norm(x), WIDTH)
 
         visible = jnp.concatenate([jnp.ones((b, 1), bool), valid.reshape(b, -1)], axis=1)
         visible = jnp.broadcast_to(visible[:, None, :], (b, x.shape[1], x.shape[1]))

@@ -98,7 +98,7 @@ def test_splits_and_levels_have_pictures_of_their_own():
     sets = [Shapes(split=s, level=level) for s in SPLITS for level in ("full", "simple")]
     images = [shapes[i].image for shapes in sets for i in range(30)]
     assert len(set(images)) == len(images)
-    assert [len(shapes) for shapes in sets[::2]] == [1 << 20, 1000, 1000]
+    assert [len(shapes) for shapes in sets[::2]] == [1 << 20, 1000, 1250]
 
 
 @pytest.mark.parametrize("level", ["full", "simple"])

@@ -1,0 +1,126 @@
+"""`pixellm compile`: a recipe's training step, compiled for TPUs without a TPU."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from pixellm_jax import ahead
+from pixellm_jax.cli.recipe import Recipe, read_recipe
+from pixellm_jax.cli.table import format_table
+from pixellm_jax.errors import InputError
+from pixellm_jax.hlo import collectives, traffic
+from pixellm_jax.sharding import make_mesh
+from pixellm_jax.train_state import make_blueprint
+
+GIB = 2**30
+
+EXAMPLES = """examples:
+  pixellm compile --config configs/pixellm_7b.py --topology v5e:4x4
+  pixellm compile --config configs/pixellm_7b.py --topology v5e:8x8 --config.train.mesh.tensor=4
+
+Needs `pip install 'pixellm_jax[tpu]'` and no TPU. JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1.0 compiles
+several times faster, to another program: memory differs by some percent.
+"""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Declares the options."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "compile",
+        help="compile a training step for TPUs, without one",
+        description="Compiles the training step of a recipe for the chips of a TPU topology. Prints "
+        "the memory of a chip, its largest arrays and what chips send each other.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the recipe")
+    parser.add_argument(
+        "--topology", required=True, metavar="NAME", help="generation and chips, such as v5e:4x4"
+    )
+    parser.add_argument("--text", type=Path, metavar="FILE", help="keep the compiled program")
+    parser.set_defaults(takes_changes=True)
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Compiles and prints.
+
+    Raises:
+        InputError: the step does not fit, or a chip would hold what is to be shared out.
+    """
+    jax.config.update("jax_platforms", "cpu")  # else JAX looks for the TPU that is not there
+    recipe, _ = read_recipe(options.config, options.changes)
+    mesh = make_mesh(recipe.train.mesh, ahead.describe(options.topology))
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * recipe.train.accumulation
+    if recipe.data.batch % ways:
+        raise InputError(
+            f"data.batch={recipe.data.batch} is no multiple of {ways} (mesh data x fsdp x "
+            "train.accumulation); change one of them, as in --config.data.batch=64"
+        )
+    blueprint = make_blueprint(recipe.model, recipe.train)
+    data = recipe.data
+    print(_heading(options.topology, mesh, recipe), flush=True)
+    compiled = ahead.compile_step(
+        blueprint,
+        mesh,
+        batch=data.batch,
+        length=data.length,
+        targets=data.targets,
+        masks=data.masks or recipe.model.vision.canvas,
+    )
+    if options.text is not None:
+        options.text.write_text(compiled.text, encoding="utf-8")
+    state = blueprint.state(mesh)
+    print(_memory(options.topology, compiled))
+    print("", _arrays(ahead.shards(state)[:8]), sep="\n")
+    print("", _traffic(compiled.text), sep="\n")
+    _check(compiled.text, blueprint.config.language.vocabulary, state)
+
+
+def _heading(topology: str, mesh: Mesh, recipe: Recipe) -> str:
+    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    data, train = recipe.data, recipe.train
+    return (
+        f"{topology}: {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {shape}\n"
+        f"{data.batch} images in {train.accumulation} micro-batches, {data.length} positions and "
+        f"{data.targets} targets each"
+    )
+
+
+def _memory(topology: str, compiled: ahead.Compiled) -> str:
+    arguments, temporaries, peak = (part / GIB for part in compiled.memory)
+    hbm = ahead.HBM_GIB.get(topology.partition(":")[0])
+    limit = f" of {hbm} GiB ({peak / hbm:.0%})" if hbm else ""
+    return (
+        f"compiled in {compiled.seconds:.0f} s\n"
+        f"per chip: {arguments:.2f} GiB of state and batch, {temporaries:.2f} GiB beside them; at "
+        f"most {peak:.2f} GiB{limit}"
+    )
+
+
+def _arrays(found: list[ahead.Shard]) -> str:
+    rows = [["largest arrays", "whole", "per chip", "MiB"]]
+    rows += [[s.name, str(s.whole), str(s.own), f"{s.own.bytes / 2**20:.0f}"] for s in found]
+    return format_table(rows, names=1)
+
+
+def _traffic(text: str) -> str:
+    rows = [["collectives per step", "in the program", "runs", "GiB made per chip"]]
+    for kind, sums in traffic(collectives(text)).items():
+        rows.append([kind, str(sums.instructions), str(sums.runs), f"{sums.bytes / GIB:.2f}"])
+    return format_table(rows, names=1)
+
+
+def _check(text: str, vocabulary: int, state: Any) -> None:
+    gathers = ahead.vocabulary_gathers(text, vocabulary)
+    whole = ahead.whole_parameters(text, state)
+    faults = [f"all-gather to {each.arrays[0]} at {each.origin}" for each in gathers]
+    faults += [f"{shard.name} whole in {each.kind} at {each.origin}" for shard, each in whole]
+    if faults:
+        raise InputError(f"a chip holds what is to be shared out: {'; '.join(faults)}")
+    print("\nno chip gathers the vocabulary, none holds a whole parameter that is shared out")

@@ -1,0 +1,244 @@
+"""A run: it learns, survives being killed at any moment, and ends tidily when it is told to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from pixellm_jax import checkpoint
+from pixellm_jax.errors import InputError
+from pixellm_jax.evaluate import Evaluation
+from pixellm_jax.run_checkpoints import CHECKPOINTS
+from pixellm_jax.run_export import write_model
+from pixellm_jax.sharding import make_mesh
+from pixellm_jax.train import fit
+from pixellm_jax.train_config import MeshConfig
+from pixellm_jax.train_state import make_blueprint
+from tests.small_training import (
+    lora_train,
+    small_loader,
+    small_model,
+    small_train,
+    small_vocabulary,
+)
+
+ROOT = Path(__file__).parents[1]
+STEPS, SAVE_EVERY = 12, 3
+
+
+def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1):
+    config = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+    return make_mesh(config, jax.devices()[: data * fsdp * tensor])
+
+
+def train(run: Path, config, mesh=None, **options):
+    batches = small_loader()
+    try:
+        blueprint = make_blueprint(small_model(), config)
+        return fit(blueprint, batches, run=run, mesh=mesh or mesh_of(), **options)
+    finally:
+        batches.close()
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def start(
+    run: Path, cache: Path, *, devices: int = 1, steps: int = STEPS, together: tuple[str, ...] = ()
+) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "-m", "tests.training_process", str(run), str(steps)]
+    command += [str(SAVE_EVERY), *together]
+    return subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told[-2000:]
+    return told
+
+
+def final(run: Path) -> list[np.ndarray]:
+    with np.load(run / "final.npz") as file:
+        return [file[name] for name in file.files]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """A run that nobody disturbed."""
+    run = tmp_path_factory.mktemp("whole")
+    finish(start(run, cache))
+    return run
+
+
+def killed_and_resumed(whole: Path, run: Path, cache: Path, rng: random.Random, kills: int) -> None:
+    """Kills a run at random moments of its training, then lets it end, and compares every bit."""
+    for _ in range(kills):
+        process = start(run, cache)
+        # Training has begun when the log is opened; before, there is nothing to lose.
+        before = (
+            (run / "metrics.jsonl").stat().st_mtime_ns if (run / "metrics.jsonl").exists() else 0
+        )
+        while process.poll() is None:
+            path = run / "metrics.jsonl"
+            if path.exists() and path.stat().st_mtime_ns != before:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1.5))
+        process.kill()
+        process.communicate()
+    finish(start(run, cache))
+    for one, other in zip(final(whole), final(run), strict=True):
+        np.testing.assert_array_equal(one, other)
+    timeless = [
+        [{k: v for k, v in r.items() if k.startswith(("step", "loss"))} for r in records(path)]
+        for path in (whole, run)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_killed_run_ends_bit_for_bit_where_it_would_have(whole, tmp_path, cache):
+    killed_and_resumed(whole, tmp_path, cache, random.Random(0), kills=2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(20))
+def test_twenty_rounds_of_kill(whole, tmp_path, cache, seed):
+    killed_and_resumed(whole, tmp_path, cache, random.Random(seed), kills=1)
+
+
+def test_sigterm_saves_and_exits_with_zero(whole, tmp_path, cache):
+    process = start(tmp_path, cache)
+    path = tmp_path / "metrics.jsonl"
+    while process.poll() is None and not (path.exists() and path.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    told = finish(process)
+    if not (tmp_path / "final.npz").exists():  # it was not done already
+        assert "the same command goes on from there" in told
+        steps = sorted(int(p.name) for p in (tmp_path / CHECKPOINTS).iterdir())
+        assert 0 < steps[-1] < STEPS
+        finish(start(tmp_path, cache))
+    for one, other in zip(final(whole), final(tmp_path), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_it_learns_and_a_checkpoint_moves_to_another_mesh(tmp_path):
+    config = small_train(steps=30, log_every=5, save_every=15)
+    train(tmp_path, config)
+    losses = [r["loss/total"] for r in records(tmp_path)]
+    assert losses[-1] < 0.7 * losses[0]
+    config = dataclasses.replace(config, steps=32, log_every=1)
+    outcome = train(tmp_path, config, mesh_of(2, 2, 1))
+    assert outcome.finished and int(outcome.state.step) == 32
+    head = outcome.state.trainable["language_model.head"]
+    assert len(head.sharding.device_set) == 4
+    # The loss goes on where it was, not where it began.
+    assert records(tmp_path)[-1]["loss/total"] < 0.8 * losses[0]
+
+
+def test_the_best_checkpoint_stays_beside_the_latest(tmp_path):
+    found = iter([0.2, 0.9, 0.5, 0.4, 0.3, 0.1])
+
+    def evaluate(model):
+        return Evaluation({"giou": next(found)})
+
+    config = small_train(steps=6, evaluate_every=1, save_every=1, keep_last=1, keep_best=1)
+    train(tmp_path, config, evaluate=evaluate)
+    kept = sorted(int(path.name) for path in (tmp_path / CHECKPOINTS).iterdir())
+    assert kept == [2, 6]
+
+
+def test_the_model_of_a_run_has_its_lora_merged(tmp_path):
+    config = lora_train(steps=2)
+    outcome = train(tmp_path / "run", config)
+    blueprint = make_blueprint(small_model(), config)
+    write_model(tmp_path / "run", 2, tmp_path / "model", blueprint, small_vocabulary())
+    loaded = checkpoint.load_model(tmp_path / "model")
+    name = "language_model.layers.query"
+    values = outcome.state.trainable | outcome.state.frozen
+    down, up = (np.asarray(values[f"{name}.lora.{half}"]) for half in ("down", "up"))
+    assert np.abs(up).max() > 0
+    expected = np.asarray(values[f"{name}.weight"]) + 8.0 * np.einsum("ldr,lrnh->ldnh", down, up)
+    # One product in float32, in another order.
+    np.testing.assert_allclose(
+        loaded.language_model.layers.query.weight[...], expected, rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_array_equal(
+        loaded.language_model.head[...], np.asarray(values["language_model.head"])
+    )
+
+
+def test_training_from_a_checkpoint_keeps_the_frozen_weights_out(tmp_path):
+    first = lora_train(steps=1)
+    train(tmp_path / "first", first)
+    blueprint = make_blueprint(small_model(), first)
+    write_model(tmp_path / "first", 1, tmp_path / "model", blueprint, small_vocabulary())
+    config = lora_train(steps=2, save_every=1)
+    train(tmp_path / "run", config, init=tmp_path / "model")
+    saved = checkpoint.open_arrays(tmp_path / "run" / CHECKPOINTS / "2", "state")
+    assert not [name for name in saved if name.startswith("frozen")]
+    with pytest.raises(InputError, match="give the same, or another --out"):
+        train(tmp_path / "run", dataclasses.replace(config, steps=3), init=None)
+
+
+def test_a_run_of_another_model_is_not_resumed(tmp_path):
+    train(tmp_path, small_train(steps=1))
+    other = dataclasses.replace(
+        small_train(steps=2),
+        frozen=("vision_encoder",),
+        trainable=tuple(name for name in small_train().trainable if name != "vision_encoder"),
+    )
+    with pytest.raises(InputError, match="cannot go on from here"):
+        train(tmp_path, other)
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(InputError, match="cannot write here|writing a checkpoint failed"):
+        train(tmp_path / "taken", small_train(steps=1))
+
+
+def test_two_processes_train_and_save_as_one_does(tmp_path, cache):
+    alone, pair = tmp_path / "alone", tmp_path / "pair"
+    finish(start(alone, cache, devices=4, steps=4))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    processes = [
+        start(pair, cache, devices=2, steps=4, together=(address, "2", str(i))) for i in range(2)
+    ]
+    for process in processes:
+        finish(process)
+    one, both = ([r["loss/total"] for r in records(run)] for run in (alone, pair))
+    # Sums over devices in another order.
+    np.testing.assert_allclose(both, one, rtol=1e-5)
+    # What two processes saved, one restores, on a mesh of its own, and goes on.
+    outcome = train(pair, lora_train(steps=5), mesh_of(2, 1, 2))
+    assert int(outcome.state.step) == 5
+    assert len(records(pair)) == 5
