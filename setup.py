@@ -61,6 +61,8 @@ setup(
         "figures": ["matplotlib>=3.9"],
         # `pixellm train --wandb`.
         "wandb": ["wandb>=0.19"],
+        # `pixellm compile`; libtpu is 0.7 GB.
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
         # `pixellm prepare --runner`. Beam lags behind: it takes protobuf 6, pillow 12, pyarrow 25.
         "beam": ["apache-beam>=2.77"],
         # The PyTorch oracles of tests/parity. One pinned release: newer ones pull in gigabytes.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.hlo import Array, Instruction, collectives, instructions
+from pixellm_jax.hlo import Array, Instruction, collectives
 from pixellm_jax.train_state import Blueprint
 from pixellm_jax.train_step import batch_spec, make_step
 
@@ -27,7 +28,12 @@ HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
 ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile at once
     "TPU_SKIP_MDS_QUERY": "1",  # this host is no TPU VM: nobody to ask
+    "TPU_STDERR_LOG_LEVEL": "3",  # it complains of that on standard error
+    "TPU_MIN_LOG_LEVEL": "3",
 }
+
+XLA_NAMES = {"bfloat": "bf", "float": "f", "int": "s", "uint": "u", "bool": "pred"}
+"""Of dtypes, without their size."""
 
 
 class Memory(NamedTuple):
@@ -118,9 +124,10 @@ def shards(state: Any) -> list[Shard]:
     found = []
     for path, leaf in jax.tree.leaves_with_path(state):
         name = jax.tree_util.keystr(path, simple=True, separator=" ")
+        kind, size = re.fullmatch(r"([a-z]+)(\d*)", leaf.dtype.name).groups()
+        dtype = XLA_NAMES[kind] + size
         own = leaf.sharding.shard_shape(leaf.shape)
-        dtype = leaf.dtype.name.replace("bfloat", "bf").replace("float", "f").replace("uint", "u")
-        found.append(Shard(name, Array(dtype.replace("int", "s"), leaf.shape), Array(dtype, own)))
+        found.append(Shard(name, Array(dtype, leaf.shape), Array(dtype, own)))
     return sorted(found, key=lambda shard: -shard.own.bytes)
 
 
@@ -133,19 +140,34 @@ def vocabulary_gathers(text: str, vocabulary: int) -> list[Instruction]:
     ]
 
 
-def whole_parameters(text: str, state: Any) -> list[tuple[Shard, Instruction]]:
-    """Arrays of the program as large as a whole parameter that is shared out over chips.
+class Gathered(NamedTuple):
+    """A parameter that lies spread over chips and is whole on each of them for a while."""
 
-    One instruction for each parameter. Layers are stacked, so that one layer of many is no match.
+    name: str
+    stacked: bool
+    gather: Instruction
+
+
+def gathered_parameters(text: str, blueprint: Blueprint, mesh: Mesh) -> list[Gathered]:
+    """The parameters of a million numbers and more that an all-gather makes whole.
+
+    Found by their shape, so parameters of one shape are found together. One layer of a stack has
+    another shape than the stack; it is gathered in its turn and not listed.
     """
-    sizes: dict[int, Instruction] = {}
-    for each in instructions(text):
-        if each.kind in ("parameter", "tuple", "while", "get-tuple-element"):
-            continue
-        for array in each.arrays:
-            sizes.setdefault(math.prod(array.shape), each)
+    gathers: dict[tuple[int, ...], Instruction] = {}
+    for each in collectives(text):
+        if each.kind == "all-gather":
+            gathers.update((_sizes(array.shape), each) for array in each.arrays)
+    places = blueprint.shardings(mesh)
     return [
-        (shard, sizes[math.prod(shard.whole.shape)])
-        for shard in shards(state)
-        if shard.own.shape != shard.whole.shape and math.prod(shard.whole.shape) in sizes
+        Gathered(name, "layer" in blueprint.axes[name].split(), gathers[_sizes(shape.shape)])
+        for name, shape in blueprint.shapes.items()
+        if _sizes(shape.shape) in gathers
+        and math.prod(shape.shape) >= 1 << 20
+        and not places[name].is_fully_replicated
     ]
+
+
+def _sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """In any order: XLA transposes as it likes."""
+    return tuple(sorted(size for size in shape if size > 1))

@@ -1,7 +1,8 @@
 """Reads the text of a compiled XLA program: its arrays, and what its devices send each other.
 
 Shapes are those of one device. What stands in the body of a loop is counted as often as the loop
-runs, where XLA says so ("known_trip_count"); XLA's own cost analysis counts it once.
+runs: XLA's own cost analysis counts it once. Where XLA does not say how often ("known_trip_count"),
+it is the number that the loop's condition compares with, as JAX writes a scan; else once.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|branch_computations)=\{?([^,}\s]+(?:, ?%[^,}\s]+)*)"
 )
 _TRIPS = re.compile(r'"?known_trip_count"?\s*:\s*\{\s*"?n"?\s*:\s*"?(\d+)')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_LIMIT = re.compile(r" = [su]\d+\[\](?:\{[^}]*\})? constant\((\d+)\)")
 _ORIGIN = re.compile(r'op_name="([^"]*)"')
 
 
@@ -131,11 +134,11 @@ def _times(computations: dict[str, list[str]]) -> Counter[str]:
             found = _parse(line)
             if found is None:
                 continue
-            trips = _TRIPS.search(line) if found[0] == "while" else None
+            trips = _trips(line, computations) if found[0] == "while" else 1
             for group in _CALLED.findall(found[2]):
                 for called in group.replace("%", "").split(","):
                     if called.strip() in computations:
-                        calls[name][called.strip()] += int(trips.group(1)) if trips else 1
+                        calls[name][called.strip()] += trips
     times: Counter[str] = Counter({"": 1})
     waiting = Counter(called for counts in calls.values() for called in counts)
     ready = [name for name in computations if not waiting[name]]
@@ -147,6 +150,17 @@ def _times(computations: dict[str, list[str]]) -> Counter[str]:
             if not waiting[called]:
                 ready.append(called)
     return times
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+    """How often the body of a loop runs."""
+    known = _TRIPS.search(line)
+    if known is not None:
+        return int(known.group(1))
+    named = _CONDITION.search(line)
+    condition = "\n".join(computations.get(named.group(1), [])) if named else ""
+    limits = _LIMIT.findall(condition)
+    return int(limits[0]) if len(limits) == 1 and "direction=LT" in condition else 1
 
 
 def _parse(line: str) -> tuple[str, str, str] | None:

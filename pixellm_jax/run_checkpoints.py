@@ -122,6 +122,21 @@ class RunCheckpoints:
         except (OSError, ValueError, RuntimeError) as error:
             raise self._failure(error) from None
 
+    def notes(self, step: int) -> dict[str, Any]:
+        """What was noted at a step: best score, provenance of frozen weights.
+
+        Raises:
+            InputError: damaged.
+        """
+        try:
+            only = ocp.args.Composite(**{NOTES: ocp.args.JsonRestore()})
+            return dict(self._manager.restore(step, args=only)[NOTES])
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise InputError(
+                f"{self.folder / str(step)}: damaged ({error}); remove this folder to go on from "
+                "the checkpoint before it"
+            ) from None
+
     def restore(self, step: int, blueprint: Blueprint, mesh: Mesh) -> Restored:
         """Reads a step straight onto a mesh, which may have another shape than the one it left.
 

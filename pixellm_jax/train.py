@@ -120,14 +120,15 @@ def _begin(
     latest = checkpoints.latest()
     if latest is None:
         return initial_state(blueprint, mesh, init)
-    found = checkpoints.restore(latest, blueprint, mesh)
-    if (found.notes["source"] or {}).get("fingerprint") != (source or {}).get("fingerprint"):
+    notes = checkpoints.notes(latest)
+    if (notes["source"] or {}).get("fingerprint") != (source or {}).get("fingerprint"):
         raise InputError(
-            f"{checkpoints.folder}: the run began from {found.notes['source'] or 'drawn weights'}, "
+            f"{checkpoints.folder}: the run began from {notes['source'] or 'drawn weights'}, "
             f"now --init is {source or 'not given'}: give the same, or another --out"
         )
+    found = checkpoints.restore(latest, blueprint, mesh)
     batches.set_state(found.data)
-    progress.best = found.notes["best"]
+    progress.best = notes["best"]
     if init is None:
         return TrainState(**found.state)
     frozen = initial_state(blueprint, mesh, init).frozen

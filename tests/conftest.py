@@ -57,8 +57,9 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Beam wants older libraries than the rest, so it has an environment of its own (.ci/run)."""
-    left_out = {"beam"} if importlib.util.find_spec("apache_beam") is None else set()
+    """Beam and libtpu have environments of their own (.ci/run): elsewhere they are not tested."""
+    extras = {"beam": "apache_beam", "tpu": "libtpu"}
+    left_out = {mark for mark, name in extras.items() if importlib.util.find_spec(name) is None}
     if not config.getoption("--long"):
         left_out.add("long")  # its short form is among the others
     absent = [item for item in items if any(map(item.get_closest_marker, left_out))]

@@ -1,8 +1,8 @@
 """The update: the same on every mesh and however it is cut into micro-batches; LoRA; bad steps.
 
-Tolerance: float32 sums in another order. The first updates of Adam are signs of gradients times the
-learning rate, so parameters are compared after one update whose clip and eps make it smooth
-(eps = 1), relative to the largest update.
+Tolerance: float32 sums in another order, 1e-4 for a whole model as everywhere. The first updates of
+Adam are signs of gradients times the learning rate, so parameters are compared after one update
+that is smooth (eps = 1), relative to the largest update.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from pixellm_jax.train_state import TrainState, initial_state, make_blueprint
 from pixellm_jax.train_step import StepMetrics, make_step
 from tests.small_training import lora_train, small_batch, small_model, small_train
 
-TOLERANCE = 2e-5
+TOLERANCE = 1e-4
 SMOOTH = OptimizerConfig(warmup=0, learning_rate=1.0, eps=1.0, clip=1e9, schedule="constant")
+
+HIDDEN = jax.jit(lambda model, batch: model(batch).hidden)
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +118,10 @@ def test_lora_starts_as_the_model_and_merges_into_it(batch):
     up.set_value(jax.random.normal(jax.random.key(1), up.shape))
     merged = jax.tree.map(lambda leaf: leaf, model)
     merge_lora(merged.language_model.layers)
-    with_pair, without = (jax.jit(lambda m: m(batch).hidden)(m) for m in (model, merged))
+    with_pair, without = (HIDDEN(m, batch) for m in (model, merged))
     # Another order of float32 products: 1e-4 for a whole model, as everywhere.
     np.testing.assert_allclose(with_pair, without, atol=1e-4)
-    assert not np.allclose(without, jax.jit(lambda m: m(batch).hidden)(bare), atol=1e-3)
+    assert not np.allclose(without, HIDDEN(bare, batch), atol=1e-3)
 
 
 def test_dropout_is_drawn_from_the_key(batch):
@@ -128,11 +130,11 @@ def test_dropout_is_drawn_from_the_key(batch):
     model = blueprint.model(initial_state(blueprint, mesh_of(1, 1, 1), None))
     up = model.language_model.layers.value.lora.up
     up.set_value(jnp.ones(up.shape))
-    run = jax.jit(lambda m, key: m(batch, key).hidden)
-    one, same, other = (run(model, jax.random.key(i)) for i in (1, 1, 2))
+    run = jax.jit(lambda m, batch, key: m(batch, key).hidden)
+    one, same, other = (run(model, batch, jax.random.key(i)) for i in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert not np.allclose(one, other)
-    assert not np.allclose(one, jax.jit(lambda m: m(batch).hidden)(model))
+    assert not np.allclose(one, HIDDEN(model, batch))
 
 
 def test_a_step_without_finite_gradients_changes_nothing(batch):

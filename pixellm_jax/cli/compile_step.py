@@ -15,7 +15,7 @@ from pixellm_jax.cli.table import format_table
 from pixellm_jax.errors import InputError
 from pixellm_jax.hlo import collectives, traffic
 from pixellm_jax.sharding import make_mesh
-from pixellm_jax.train_state import make_blueprint
+from pixellm_jax.train_state import Blueprint, make_blueprint
 
 GIB = 2**30
 
@@ -33,8 +33,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "compile",
         help="compile a training step for TPUs, without one",
-        description="Compiles the training step of a recipe for the chips of a TPU topology. Prints "
-        "the memory of a chip, its largest arrays and what chips send each other.",
+        description="Compiles the training step of a recipe for the chips of a TPU topology, and "
+        "prints the memory of a chip, its largest arrays and what chips send each other.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -75,11 +75,11 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.text is not None:
         options.text.write_text(compiled.text, encoding="utf-8")
-    state = blueprint.state(mesh)
     print(_memory(options.topology, compiled))
-    print("", _arrays(ahead.shards(state)[:8]), sep="\n")
+    print("", _arrays(ahead.shards(blueprint.state(mesh))[:8]), sep="\n")
     print("", _traffic(compiled.text), sep="\n")
-    _check(compiled.text, blueprint.config.language.vocabulary, state)
+    print()
+    _check(compiled.text, blueprint, mesh)
 
 
 def _heading(topology: str, mesh: Mesh, recipe: Recipe) -> str:
@@ -116,11 +116,17 @@ def _traffic(text: str) -> str:
     return format_table(rows, names=1)
 
 
-def _check(text: str, vocabulary: int, state: Any) -> None:
-    gathers = ahead.vocabulary_gathers(text, vocabulary)
-    whole = ahead.whole_parameters(text, state)
-    faults = [f"all-gather to {each.arrays[0]} at {each.origin}" for each in gathers]
-    faults += [f"{shard.name} whole in {each.kind} at {each.origin}" for shard, each in whole]
+def _check(text: str, blueprint: Blueprint, mesh: Mesh) -> None:
+    """Prints what is gathered whole, and refuses what never should be."""
+    found = ahead.gathered_parameters(text, blueprint, mesh)
+    single = [f"{g.name} ({g.gather.bytes / 2**20:.0f} MiB)" for g in found if not g.stacked]
+    print("whole on a chip, each in its turn:", ", ".join(single) or "no large parameter")
+    faults = [f"all layers of {g.name} at {g.gather.origin}" for g in found if g.stacked]
+    if mesh.shape["tensor"] > 1:
+        gathers = ahead.vocabulary_gathers(text, blueprint.config.language.vocabulary)
+        faults += [f"the vocabulary, {g.arrays[0]}, at {g.origin}" for g in gathers]
+    else:
+        print("mesh.tensor is 1: the vocabulary is not shared out by ids")
     if faults:
-        raise InputError(f"a chip holds what is to be shared out: {'; '.join(faults)}")
-    print("\nno chip gathers the vocabulary, none holds a whole parameter that is shared out")
+        raise InputError(f"gathered whole on every chip: {'; '.join(faults)}")
+    print("gathered nowhere: the vocabulary, a stack of layers")

@@ -12,6 +12,10 @@ LEFT, RIGHT, TOP, BOTTOM = 40.0, 12.0, 34.0, 34.0
 """Size of a chart, and the margins around its curves."""
 
 
+MOST_TICKS = 6
+"""Numbers along an axis, 0 left out."""
+
+
 class Curve(NamedTuple):
     """Points (x, y) of rising x. `colour`: of CSS. `dots`: every point is marked."""
 
@@ -93,9 +97,8 @@ def _text(x: float, y: float, text: str, more: str) -> str:
 
 def _ticks(most: float) -> list[float]:
     """Round numbers from 0 to one that is not below `most`: 0.83 -> 0, 0.2, ..., 1."""
-    step = 10.0 ** math.floor(math.log10(most)) if most > 0 else 0.2
-    for fine in (0.1, 0.2, 0.25, 0.5, 1.0):
-        if math.ceil(most / (fine * step)) <= 6:
-            step *= fine
-            break
-    return [round(step * i, 12) for i in range(max(1, math.ceil(most / step - 1e-9)) + 1)]
+    most = most if most > 0 else 1.0
+    size = 10.0 ** math.floor(math.log10(most))
+    counts = ((fine, math.ceil(most / (fine * size) - 1e-9)) for fine in (0.2, 0.25, 0.5, 1, 2))
+    fine, count = next(pair for pair in counts if pair[1] <= MOST_TICKS)
+    return [round(fine * size * i, 12) for i in range(count + 1)]

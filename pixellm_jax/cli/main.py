@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pixellm_jax import __version__
 from pixellm_jax.cli import (
     bench,
+    compile_step,
     convert,
     data_stats,
     data_view,
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train,
         evaluate,
         bench,
+        compile_step,
     ):
         module.add_parser(commands).set_defaults(run=module.run)
     options, changes = parser.parse_known_args(arguments)

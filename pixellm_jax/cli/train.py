@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 
 from data_pipeline.loader import Loader, open_datasets
+from pixellm_jax.checkpoint import read_config
 from pixellm_jax.cli.recipe import Recipe, read_recipe
 from pixellm_jax.config import DTYPES
 from pixellm_jax.errors import InputError
@@ -75,6 +77,10 @@ def run(options: argparse.Namespace) -> None:
     """Trains, then writes the model to RUN/model."""
     options.when_interrupted = "the same command goes on from the last checkpoint"
     recipe, values = read_recipe(options.config, options.changes)
+    if options.init is not None:  # its model, as this recipe computes with it
+        found, own = read_config(options.init), recipe.model
+        model = dataclasses.replace(found, dtype=own.dtype, remat=own.remat)
+        recipe = dataclasses.replace(recipe, model=model)
     if options.distributed:
         _join()
     vocabulary = recipe.vocabulary(options.init)
@@ -97,19 +103,19 @@ def run(options: argparse.Namespace) -> None:
         )
     finally:
         batches.close()
-    model = options.out / MODEL
-    if outcome.finished and host == 0 and not model.exists():
+    folder = options.out / MODEL
+    if outcome.finished and host == 0 and not folder.exists():
         write_model(
             options.out,
             recipe.train.steps,
-            model,
+            folder,
             blueprint,
             vocabulary,
             init=options.init,
             dtype=options.model_dtype,
         )
     if outcome.finished and host == 0:
-        print(f"{model}: the model; ask it with `pixellm segment --checkpoint {model} ...`")
+        print(f"{folder}: the model; ask it with `pixellm segment --checkpoint {folder} ...`")
 
 
 def _validation(

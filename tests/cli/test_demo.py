@@ -235,7 +235,7 @@ def test_axes_hold_every_value(most):
     x, y = map(float, svg.find("polyline").get("points").split(","))
     width, height = map(float, svg.get("viewBox").split()[2:])
     assert 0 < x <= width and 0 < y <= height
-    assert 3 <= len(svg.findall("line")) <= 8
+    assert 3 <= len(svg.findall("line")) <= 7
 
 
 # The training's comparison

@@ -1,0 +1,101 @@
+"""Compiling ahead: what is read off a plan by hand, and a small step compiled for four TPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import pytest
+
+from pixellm_jax import ahead
+from pixellm_jax.cli.bench_sizes import TINY
+from pixellm_jax.config import ModelConfig
+from pixellm_jax.errors import InputError
+from pixellm_jax.hlo import Array, collectives, traffic
+from pixellm_jax.sharding import make_mesh
+from pixellm_jax.train_config import MeshConfig, TrainConfig
+from pixellm_jax.train_state import Blueprint, make_blueprint
+
+CONFIG = dataclasses.replace(TINY, dtype="bfloat16", remat=True)
+
+
+def blueprint_of(config: ModelConfig = CONFIG) -> Blueprint:
+    return make_blueprint(config, TrainConfig(accumulation=2))
+
+
+def gather(shape: str, name: str) -> str:
+    return f'  %{name} = {shape}{{1,0}} all-gather(%x), metadata={{op_name="at/{name}"}}\n'
+
+
+def test_what_a_chip_holds_of_the_state():
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
+    found = ahead.shards(blueprint_of().state(mesh))
+    assert sum(shard.own.bytes for shard in found) > 0
+    assert [s.own.bytes for s in found] == sorted((s.own.bytes for s in found), reverse=True)
+    by_name = {shard.name: shard for shard in found}
+    # The head is trained, so float32: ids over `tensor`, width over `fsdp`. So are its moments.
+    head = by_name["trainable language_model.head"]
+    assert (head.whole, head.own) == (Array("f32", (512, 128)), Array("f32", (128, 64)))
+    moments = [s for name, s in by_name.items() if name.endswith("language_model.head")]
+    assert [(s.whole, s.own) for s in moments] == 3 * [(head.whole, head.own)]
+    up = by_name["frozen language_model.layers.up.weight"]
+    assert up.own == Array("bf16", (2, 64, 64))
+    assert by_name["step"].own == Array("s32", ())
+
+
+def test_gathered_parameters_are_known_by_their_shape():
+    # Large enough to be listed: the head, and a stack of two layers.
+    language = dataclasses.replace(CONFIG.language, vocabulary=4096, width=256, mlp=4096)
+    blueprint = blueprint_of(dataclasses.replace(CONFIG, language=language))
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    text = "ENTRY %main () -> f32[] {\n" + gather("bf16[256,4096]", "one") + "}\n"
+    found = ahead.gathered_parameters(text, blueprint, mesh)
+    # One layer of `up` has the shape of the head; alike shapes are not told apart.
+    assert {g.name for g in found} == {"language_model.embedding", "language_model.head"}
+    assert not any(g.stacked for g in found)
+    assert found[0].gather.origin == "at/one"
+    assert ahead.vocabulary_gathers(text, 4096) == [found[0].gather]
+    assert not ahead.vocabulary_gathers(text, 512)
+
+    text = text.replace("[256,4096]", "[2,4096,256]")
+    stacks = ahead.gathered_parameters(text, blueprint, mesh)
+    assert {g.name.split(".")[2] for g in stacks} == {"gate", "up", "down"}
+    assert all(g.stacked for g in stacks)
+    one = make_mesh(MeshConfig(), jax.devices()[:1])
+    assert ahead.gathered_parameters(text, blueprint, one) == []  # nothing lies spread
+
+
+@pytest.mark.tpu
+def test_a_step_compiles_for_four_chips_and_gathers_no_vocabulary():
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), ahead.describe("v5e:2x2"))
+    assert mesh.devices.flat[0].device_kind == "TPU v5 lite"
+    shape = {"batch": 8, "length": 64, "targets": 4, "masks": 28}
+    compiled = ahead.compile_step(blueprint_of(), mesh, **shape)
+    state = sum(s.own.bytes for s in ahead.shards(blueprint_of().state(mesh)))
+    # The state, padded to tiles, and the batch.
+    assert state < compiled.memory.arguments < 4 * state + (1 << 20)
+    assert compiled.memory.temporaries > 0
+    assert compiled.memory.peak < 16 << 30
+    found = traffic(collectives(compiled.text))
+    assert found["all-gather"].bytes > 0
+    assert ahead.vocabulary_gathers(compiled.text, CONFIG.language.vocabulary) == []
+    # Two layers of the language model in each of two micro-batches.
+    assert {each.times for each in collectives(compiled.text)} >= {2, 4}
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("topology", ["v5e:3x9", "nonsense"])
+def test_an_unknown_topology_is_refused(topology):
+    with pytest.raises(InputError, match=f"--topology {topology}: .*as in v5e:4x4"):
+        ahead.describe(topology)
+
+
+@pytest.mark.tpu
+def test_a_step_that_does_not_fit_says_by_how_much():
+    vision = dataclasses.replace(CONFIG.vision, canvas=112 * 8, taps=(-2, -3))
+    config = dataclasses.replace(CONFIG, vision=vision, remat=False)
+    mesh = make_mesh(MeshConfig(), ahead.describe("v5e:2x2")[:1])
+    with pytest.raises(InputError, match=r"does not fit: .*G.* of .*; more micro-batches"):
+        ahead.compile_step(
+            blueprint_of(config), mesh, batch=256, length=8192, targets=64, masks=896
+        )
