@@ -94,9 +94,9 @@ def compile_step(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")
         raise InputError(
-            f"does not fit: {reason}; more micro-batches (train.accumulation), more chips, or "
+            f"does not fit: {reason}; take more micro-batches (train.accumulation), more chips, or "
             "more of them along mesh.tensor"
         ) from None
     seconds, plan = time.perf_counter() - begin, compiled.memory_analysis()
@@ -124,8 +124,7 @@ def shards(state: Any) -> list[Shard]:
     found = []
     for path, leaf in jax.tree.leaves_with_path(state):
         name = jax.tree_util.keystr(path, simple=True, separator=" ")
-        kind, size = re.fullmatch(r"([a-z]+)(\d*)", leaf.dtype.name).groups()
-        dtype = XLA_NAMES[kind] + size
+        dtype = re.sub("^[a-z]+", lambda kind: XLA_NAMES[kind.group()], leaf.dtype.name)
         own = leaf.sharding.shard_shape(leaf.shape)
         found.append(Shard(name, Array(dtype, leaf.shape), Array(dtype, own)))
     return sorted(found, key=lambda shard: -shard.own.bytes)

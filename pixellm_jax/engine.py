@@ -172,7 +172,7 @@ class Engine:
             steps = np.int32(STREAM_STEPS if streams else self.config.steps)
             self._rows, passes = self.programs(
                 generate.decode,
-                self.model,
+                self.model.language_model,
                 self._rows,
                 steps,
                 np.bool_(len(self._waiting) > 0),
@@ -211,7 +211,7 @@ class Engine:
         self.passes += 1
         return self.programs(
             generate.prefill,
-            self.model,
+            self.model.language_model,
             tuple(slot.seen.prefix for slot in padded),
             tokens,
             lengths,

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Num
 
-from pixellm_jax.model.language_model import Cache
+from pixellm_jax.model.language_model import Cache, LanguageModel
 from pixellm_jax.model.pixellm import ImageFeatures, PixelLM
 from pixellm_jax.sampling import Sampling, choose
 
@@ -97,7 +97,7 @@ def apart(batch: Any) -> tuple[Any, ...]:
 
 @partial(jax.jit, static_argnames="room")
 def prefill(
-    model: PixelLM,
+    language: LanguageModel,
     prefixes: Sequence[Prefix],
     tokens: Int[Array, "b t"],
     length: Int[Array, "b"],
@@ -112,7 +112,7 @@ def prefill(
     room: largest budget.
     """
     prefix = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *prefixes)
-    (b, t), language = tokens.shape, model.language_model
+    b, t = tokens.shape
     cache = jax.tree.map(lambda leaf: _pad(leaf, 2, t), prefix.cache)
     valid = jnp.pad(prefix.valid, ((0, 0), (0, t)), constant_values=True)
     at = jnp.arange(t)
@@ -169,7 +169,7 @@ def keep(rows: Rows, row: Int[Array, ""], *, capacity: int) -> Prefix:
 
 @partial(jax.jit, static_argnames=("stop", "group"), donate_argnames="rows")
 def decode(
-    model: PixelLM,
+    language: LanguageModel,
     rows: Rows,
     steps: Int[Array, ""] | int,
     waiting: Bool[Array, ""] | bool,
@@ -206,7 +206,7 @@ def decode(
 
         def advance(carry: tuple[Rows, Array]) -> tuple[Rows, Array]:
             rows, step = carry
-            return _advance(model, rows, width, stop, group), step + 1
+            return _advance(language, rows, width, stop, group), step + 1
 
         return jax.lax.while_loop(fits, advance, carry)
 
@@ -218,7 +218,7 @@ def decode(
         return (rows.status == RUNNING) & (rows.said == 0)
 
     def start(rows: Rows) -> Rows:
-        return _append(model, rows, rows.states[:, 0], is_fresh(rows), stop, group)
+        return _append(language, rows, rows.states[:, 0], is_fresh(rows), stop, group)
 
     rows = jax.lax.while_loop(lambda rows: is_fresh(rows).any(), start, rows)
     carry = rows, jnp.int32(0)
@@ -261,12 +261,15 @@ def generate(
     b = len(tokens)
     sampling = Sampling(np.zeros(b, np.uint32), np.zeros(b, np.float32), np.ones(b, np.float32))
     own, budgets = tokens[:, start:], np.full(b, budget, np.int32)
-    rows = prefill(model, [prefix], own, length - start, budgets, sampling, room=budget)
+    language = model.language_model
+    rows = prefill(language, [prefix], own, length - start, budgets, sampling, room=budget)
     rows = resize(rows, np.arange(b), capacity=tokens.shape[1] + budget + len(group))
-    return decode(model, rows, budget, False, stop=stop, group=group)[0]
+    return decode(language, rows, budget, False, stop=stop, group=group)[0]
 
 
-def _advance(model: PixelLM, rows: Rows, width: int, stop: int, group: tuple[int, ...]) -> Rows:
+def _advance(
+    language: LanguageModel, rows: Rows, width: int, stop: int, group: tuple[int, ...]
+) -> Rows:
     """One pass over up to `width` tokens per row that are not in the cache, and what follows them.
 
     A row that does not run, and what a row has less than `width`, is written nowhere.
@@ -279,8 +282,8 @@ def _advance(model: PixelLM, rows: Rows, width: int, stop: int, group: tuple[int
     position = rows.prompt[:, None] + at
     visible = rows.valid[:, None] & (jnp.arange(capacity) <= position[..., None])
     place = jnp.where(live, position, capacity)
-    x = model.language_model.embed(tokens).astype(rows.states.dtype)
-    hidden, cache = model.language_model.extend(x, position, visible, rows.cache, place)
+    x = language.embed(tokens).astype(rows.states.dtype)
+    hidden, cache = language.extend(x, position, visible, rows.cache, place)
     row = jnp.arange(len(at))
     last = jnp.clip(rows.said - rows.fed - 1, 0, width - 1)
     rows = rows._replace(
@@ -289,11 +292,11 @@ def _advance(model: PixelLM, rows: Rows, width: int, stop: int, group: tuple[int
         fed=jnp.where(running, rows.said, rows.fed),
         passes=rows.passes + running,
     )
-    return _append(model, rows, hidden[row, last], running, stop, group)
+    return _append(language, rows, hidden[row, last], running, stop, group)
 
 
 def _append(
-    model: PixelLM,
+    language: LanguageModel,
     rows: Rows,
     state: Float[Array, "b d"],
     which: Bool[Array, "b"],
@@ -301,7 +304,7 @@ def _append(
     group: tuple[int, ...],
 ) -> Rows:
     """Chooses what follows on the last state of some rows, and ends those that are at an end."""
-    logits = model.language_model.logits(state[:, None])[:, 0]
+    logits = language.logits(state[:, None])[:, 0]
     room = rows.said < rows.budget
     sound = jnp.isfinite(logits).all(axis=-1)
     allowed = logits.at[:, jnp.asarray(group[1:], jnp.int32)].set(-jnp.inf) if group else logits

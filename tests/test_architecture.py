@@ -137,7 +137,8 @@ LAYERS = {
 }
 SEEN_BY_DATA_PIPELINE = 1  # the highest layer of pixellm_jax that data_pipeline may import
 BANNED = {"torch", "torchvision", "tensorflow"}
-EXTRAS = {"apache_beam", "matplotlib", "wandb"}  # optional packages that may be imported inside a function
+# Optional packages that may be imported inside a function.
+EXTRAS = {"apache_beam", "matplotlib", "wandb"}
 
 ANNOTATIONS = {
     name

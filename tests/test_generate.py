@@ -58,7 +58,12 @@ def test_a_step_moves_nothing_but_what_it_writes(model, varied, fast_forward):
     group = varied.vocabulary.group if fast_forward else ()
     rows = drawn(model, 0)
     compiled = generate.decode.lower(
-        model, rows, np.int32(4), np.bool_(False), stop=varied.vocabulary.eos, group=group
+        model.language_model,
+        rows,
+        np.int32(4),
+        np.bool_(False),
+        stop=varied.vocabulary.eos,
+        group=group,
     ).compile()
     memory = compiled.memory_analysis()
     cache = sum(leaf.nbytes for leaf in jax.tree.leaves(rows.cache))
@@ -80,7 +85,7 @@ def test_a_step_moves_nothing_but_what_it_writes(model, varied, fast_forward):
 def test_only_running_rows_change_and_only_at_their_places(model, varied):
     before = drawn(model, 1)
     after, passes = generate.decode(
-        model, copied(before), np.int32(1), np.bool_(False), stop=-1, group=()
+        model.language_model, copied(before), np.int32(1), np.bool_(False), stop=-1, group=()
     )
     assert int(passes) == 1
     assert after.said.tolist() == [3, 4, 1] and after.fed.tolist() == [2, 3, 0]
@@ -124,12 +129,20 @@ def test_decoding_stops_where_a_cache_is_full_and_where_somebody_waits(model, va
     rows = drawn(model, 5)._replace(budget=jnp.asarray([8, 4, 8]))
     stop = {"stop": -1, "group": ()}
     full = copied(rows)._replace(prompt=jnp.asarray([CAPACITY - 3, 17, 101]))
-    found, passes = generate.decode(model, full, np.int32(9), np.bool_(False), **stop)
+    found, passes = generate.decode(
+        model.language_model, full, np.int32(9), np.bool_(False), **stop
+    )
     assert int(passes) == 2 and found.fed.tolist() == [3, 3, 0]
     assert found.status[0] == RUNNING
-    found, passes = generate.decode(model, copied(rows), np.int32(9), np.bool_(True), **stop)
+    found, passes = generate.decode(
+        model.language_model, copied(rows), np.int32(9), np.bool_(True), **stop
+    )
     assert int(passes) == 1  # the second row is at its budget
-    found, passes = generate.decode(model, copied(rows), np.int32(9), np.bool_(False), **stop)
+    found, passes = generate.decode(
+        model.language_model, copied(rows), np.int32(9), np.bool_(False), **stop
+    )
     assert int(passes) == 6 and found.said.tolist() == [8, 4, 1]
-    found, passes = generate.decode(model, found, np.int32(9), np.bool_(False), **stop)
+    found, passes = generate.decode(
+        model.language_model, found, np.int32(9), np.bool_(False), **stop
+    )
     assert int(passes) == 0
