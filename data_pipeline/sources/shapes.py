@@ -3,7 +3,7 @@
 Two levels:
 
 simple  two to four shapes apart from each other; one to three of them asked for by name
-full    two to seven shapes that may hide parts of each other; all kinds of questions
+full    two to six shapes that may hide parts of each other; all kinds of questions
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from data_pipeline.sources.shapes_questions import KINDS, MOST_TARGETS, Question
 from data_pipeline.sources.shapes_scene import Scene, SceneSettings, draw_scene, paint
 from pixellm_jax.errors import InputError
 
-SPLITS = {"train": 1 << 20, "val": 1000, "test": 1250}
+SPLITS = {"train": 1 << 20, "val": 1000, "test": 1000}
 """Names and lengths; the pictures of a split are drawn from a seed of its own."""
 
 DATASETS = {"shapes": "full", "shapes_simple": "simple"}
@@ -58,7 +58,7 @@ class Shapes(Sequence[Example]):
     split: str = "train"
     level: str = "full"
     side: int = 96
-    questions: int = 4
+    questions: int = 5
 
     def __post_init__(self) -> None:
         for name, value, known in (("split", self.split, SPLITS), ("level", self.level, _SCENES)):

@@ -2,7 +2,8 @@
 
 A question is asked only where its answer is beyond doubt: what is compared differs by a margin. The
 form of an answer follows from that of its question, so that it can be learned exactly. It names
-every target with colour and shape, from left to right, each followed by `{seg}`.
+every target with colour and shape, each followed by `{seg}`: in the order of the question, or in
+that of `COLOURS` and then of `SHAPES`.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from data_pipeline.templates import enumerate_words
 T = TypeVar("T")
 
 KINDS = {
-    "names": 19,
+    "names": 14,
     "attribute": 15,
     "count": 12,
     "relation": 17,
     "superlative": 12,
     "all but": 9,
-    "everything": 4,
-    "absent": 12,
+    "everything": 9,
+    "absent": 16,
 }
 """What is asked, and how often it is tried; what a scene does not allow is drawn again.
 
@@ -58,15 +59,19 @@ TARGETS_PER_QUESTION = 3
 TRIES = 8
 """Questions of a kind that are tried before another kind is."""
 
-MARGIN = 8.0
+MARGIN = 16.0
 """By how much centres must differ along an axis to be compared, in pixels of `UNIT`."""
 
 RATIO = 1.25
 """By how much radii and areas must differ to be compared."""
 
 
+_ORDER = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+"""Of the targets in an answer, unless the question has one."""
+
+
 class Question(NamedTuple):
-    """kind: one of `KINDS`. targets: indices of things, from left to right, as in the answer."""
+    """kind: one of `KINDS`. targets: indices of things, in the order of the answer."""
 
     kind: str
     question: str
@@ -146,7 +151,9 @@ def _question(kind: str, scene: Scene, draws: Decisions, most: int) -> Question 
 
 
 def _write(kind: str, question: str, answer: str, asked: _Asked, scene: Scene) -> Question:
-    targets = sorted(asked.targets, key=lambda i: (scene.things[i].x, scene.things[i].y))
+    targets = list(asked.targets)
+    if kind != "names":
+        targets.sort(key=lambda i: _ORDER.index(scene.things[i].name))
     named = [f"the {scene.things[i].name} {SEG}" for i in targets]
     count = {"n": NUMBERS[len(targets)], "list": enumerate_words(named) if named else ""}
     words = VERBS[len(targets) > 1] | asked.words | count

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-COLOURS = "red|orange|yellow|green|cyan|blue|purple|black"
-SHAPES = "circle|square|triangle|star|cross|diamond"
+COLOURS = "red|yellow|green|blue|purple|black"
+SHAPES = "circle|square|triangle|cross"
 NAME = rf"the (?:{COLOURS}) (?:{SHAPES})"
 NOUN = rf"(?:small |large )?(?:(?:{COLOURS}) )?(?:{SHAPES}|object|thing|shape)"
 ONE, MANY = rf"({NOUN})", rf"({NOUN})(?:s|(?<=cross)es)"
-MARGIN, RATIO = 8.0, 1.25  # of 96 pixels
+MARGIN, RATIO = 16.0, 1.25  # of 96 pixels
 
 BEFORE = {  # what is smaller in this, with this sign, lies on that side
     "left of": (1, "x"),

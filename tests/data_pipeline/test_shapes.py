@@ -25,7 +25,7 @@ from data_pipeline.shapes_tokenizer import FOLDER, write
 from data_pipeline.sources.shapes import SPLITS, Shapes
 from data_pipeline.sources.shapes_phrases import NOTHING, NUMBERS
 from data_pipeline.sources.shapes_questions import KINDS
-from data_pipeline.sources.shapes_scene import COLOURS, HIDDEN, JITTER, NOISE
+from data_pipeline.sources.shapes_scene import COLOURS, GRID, HIDDEN, JITTER, NOISE, SHAPES
 from pixellm_jax.answer import read_answer
 from pixellm_jax.batch import check
 from pixellm_jax.config import CodebookConfig, LanguageConfig, ModelConfig, VisionConfig
@@ -43,9 +43,7 @@ AREAS = {
     "circle": math.pi,
     "square": (2 * 0.86) ** 2,
     "triangle": 3 * math.sqrt(3) / 4 * 1.38**2,
-    "star": 1.5**2 * 5 * math.sin(math.pi / 5) * math.cos(0.4 * math.pi) / math.cos(math.pi / 5),
     "cross": 4 * 1.12 * 0.72 - 0.72**2,
-    "diamond": 2 * 0.88 * 1.36,
 }
 
 
@@ -98,7 +96,7 @@ def test_splits_and_levels_have_pictures_of_their_own():
     sets = [Shapes(split=s, level=level) for s in SPLITS for level in ("full", "simple")]
     images = [shapes[i].image for shapes in sets for i in range(30)]
     assert len(set(images)) == len(images)
-    assert [len(shapes) for shapes in sets[::2]] == [1 << 20, 1000, 1250]
+    assert [len(shapes) for shapes in sets[::2]] == [1 << 20, 1000, 1000]
 
 
 @pytest.mark.parametrize("level", ["full", "simple"])
@@ -131,6 +129,7 @@ def test_things_are_what_their_names_say(drawn):
         for mask, thing in zip(scene.masks(), scene.things, strict=True):
             y, x = np.nonzero(mask)
             assert thing.visible == len(y) >= max(40, (1 - HIDDEN) * thing.area)
+            assert thing.x % (GRID * shapes.side / 96) == thing.y % (GRID * shapes.side / 96) == 0
             assert thing.box == (x.min(), y.min(), x.max() + 1, y.max() + 1)
             assert thing.area == pytest.approx(AREAS[thing.shape] * thing.radius**2, rel=0.12)
             assert (thing.radius > 11) == (thing.size == "large")
@@ -150,7 +149,7 @@ def test_numbers_of_things(drawn):
     shapes, examples = drawn
     counts = Counter(len(scene.things) for scene, _, _ in examples)
     hidden = [any(t.visible < t.area for t in scene.things) for scene, _, _ in examples]
-    assert set(counts) == set(range(2, 8 if shapes.level == "full" else 5))
+    assert set(counts) == set(range(2, 7 if shapes.level == "full" else 5))
     assert min(counts.values()) > SCENES / 12
     assert 0.5 < np.mean(hidden) < 0.9 if shapes.level == "full" else not any(hidden)
 
@@ -168,12 +167,15 @@ def test_questions_are_true(drawn):
             assert form == q.kind or (q.kind == "absent" and not targets), q
 
 
-def test_answers_name_their_targets_from_left_to_right(drawn):
+def test_answers_name_their_targets_in_order(drawn):
     _, examples = drawn
     for scene, questions, _ in examples:
         for q in questions:
             things = [scene.things[i] for i in q.targets]
-            assert things == sorted(things, key=lambda thing: thing.x)
+            places = [q.question.find(thing.name) for thing in things]
+            known = [(list(COLOURS).index(t.colour), SHAPES.index(t.shape)) for t in things]
+            order = places if q.kind == "names" else known
+            assert order == sorted(order)
             assert NAMED.findall(q.answer) == [thing.name for thing in things]
             assert q.answer.count(SEG) == len(things)
             assert (q.answer == NOTHING) == (q.kind == "absent") == (not things)
@@ -210,9 +212,9 @@ def test_shares_of_kinds_and_numbers_of_targets():
     shapes = Shapes()
     questions = [q for _, asked, _ in draw_many("full") for q in asked]
     kinds = Counter(q.kind for q in questions)
-    for kind, weight in KINDS.items():
+    for kind, weight in KINDS.items():  # many scenes allow no "relation": something is too close
         share = weight / sum(KINDS.values())
-        assert 0.7 * share < kinds[kind] / len(questions) < 1.3 * share, kind
+        assert 0.6 * share < kinds[kind] / len(questions) < 1.3 * share, kind
     counts = Counter(len(q.targets) for q in questions)
     assert set(counts) == set(range(7)) and min(counts.values()) > len(questions) / 100
     assert shapes.kinds(3) == tuple(q.kind for q in shapes.draw(3).questions)
@@ -269,8 +271,9 @@ def test_every_text_is_in_the_vocabulary_and_comes_back(drawn, vocabulary):
 
 def test_every_token_is_used(vocabulary):
     texts = [t for _, asked, _ in draw_many("full") for q in asked for t in q[1:3]]
-    used = set(re.findall(r"\w+|[^\w\s{}]", " ".join(texts).lower())) - {"seg"}
-    assert set(vocabulary.ids) - set(vocabulary.added) - used == {"<unk>", "<s>", "</s>", *LABELS}
+    used = {index for text in texts for index in vocabulary.encode(text.replace(SEG, ""))}
+    names = {token for token, index in vocabulary.ids.items() if index not in used}
+    assert names - set(vocabulary.added) == {"<unk>", "</s>", *LABELS}
 
 
 def test_capitals_and_unknown_words(vocabulary):
@@ -283,7 +286,9 @@ def test_capitals_and_unknown_words(vocabulary):
 
 MODEL = ModelConfig(
     vision=VisionConfig(canvas=96, patch=8, table=12),
-    language=LanguageConfig(vocabulary=113),
+    language=LanguageConfig(
+        vocabulary=Vocabulary.with_codebook(FOLDER, tokens_per_scale=2, scales=2).size
+    ),
     codebook=CodebookConfig(tokens_per_scale=2, scales=2),
     image_grid=6,
     template="plain",
@@ -294,20 +299,19 @@ DATA = DataConfig(
         FamilyConfig(weight=1.0, datasets=("shapes_simple/train",)),
     ),
     batch=16,
-    length=240,
-    targets=12,
+    length=288,
+    targets=15,
     masks=48,
 )
 
 
 def test_batches_drop_nothing(vocabulary):
-    assert vocabulary.size == MODEL.language.vocabulary
     loader = Loader(DATA, MODEL, vocabulary, open_datasets(DATA, None))
     start = time.perf_counter()
     for _ in range(12):
         batch = next(loader)
         check(batch, MODEL)
-        assert (batch.segment.max(axis=1) == 4).all()
+        assert (batch.segment.max(axis=1) == 5).all()
     loader.close()
     print(f"{12 * 16 / (time.perf_counter() - start):.0f} examples per second")
     assert loader.counts["examples"] == 12 * 16
