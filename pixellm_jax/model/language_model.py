@@ -83,7 +83,7 @@ class LanguageModel(nnx.Module):
         self.embedding = normal(next(keys), (v, d), "vocab embed", scale=1.0)
         self.layers = stack(lambda k: LanguageBlock(k, config), next(keys), config.layers)
         self.norm = RMSNorm(d, "embed", config.eps)
-        self.head = normal(next(keys), (v, d), "vocab embed", scale=0.02)
+        self.head = normal(next(keys), (v, d), "vocab embed", scale=d**-0.5)
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Embeddings of ids in the parameter's dtype; negative ids (image positions) give row 0."""
@@ -111,7 +111,10 @@ class LanguageModel(nnx.Module):
 
         keys = None if dropout is None else jax.random.split(dropout, self.config.layers)
         run = jax.checkpoint(run) if self.remat else run
-        return self.norm(jax.lax.scan(run, constrain(x, WIDTH), (self.layers, keys))[0])
+        steps = (self.layers, keys)
+        # What a scan keeps for the way back it copies; small models, without remat, need not scan.
+        x, _ = jax.lax.scan(run, constrain(x, WIDTH), steps, unroll=not self.remat)
+        return self.norm(x)
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
         """A cache of zeros for sequences of up to `length` positions."""

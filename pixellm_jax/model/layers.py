@@ -78,7 +78,9 @@ class Projection(nnx.Module):
 
     `shape` and `axes` list the input axes, then the output axes, so that heads keep an axis of
     their own: ("embed", "heads", "head") takes d to n h, ("heads", "head", "embed") with `inputs=2`
-    takes n h to d. `lora`: a low-rank pair that is added (see `lora.add_lora`).
+    takes n h to d.
+    `gain`: of the initial weights, which keep the variance of x at 1. `lora`: a low-rank pair that
+    is added (see `lora.add_lora`).
     """
 
     def __init__(
@@ -89,10 +91,11 @@ class Projection(nnx.Module):
         *,
         inputs: int = 1,
         bias: bool = True,
+        gain: float = 1.0,
     ) -> None:
         self.inputs = inputs
         fan_in = float(np.prod(shape[:inputs]))
-        self.weight = normal(key, shape, axes, scale=fan_in**-0.5)
+        self.weight = normal(key, shape, axes, scale=gain * fan_in**-0.5)
         names = " ".join(axes.split()[inputs:])
         self.bias = constant(0.0, shape[inputs:], names) if bias else None
         self.lora: nnx.Module | None = nnx.data(None)
@@ -138,7 +141,8 @@ class RMSNorm(nnx.Module):
 class MLP(nnx.Module):
     """Projections with an activation between them (none after the last).
 
-    `widths` and `axes` run from input to output, e.g. (1024, 8192, 4096), "vision mlp embed".
+    `widths` and `axes` run from input to output, e.g. (1024, 8192, 4096), "vision mlp embed". The
+    initial weights make up for the half of the variance that ReLU and its like take away.
     """
 
     def __init__(
@@ -153,7 +157,12 @@ class MLP(nnx.Module):
         keys = jax.random.split(key, len(widths) - 1)
         self.layers = nnx.List(
             [
-                Projection(keys[i], widths[i : i + 2], f"{names[i]} {names[i + 1]}")
+                Projection(
+                    keys[i],
+                    widths[i : i + 2],
+                    f"{names[i]} {names[i + 1]}",
+                    gain=2**0.5 if i < len(widths) - 2 else 1.0,
+                )
                 for i in range(len(widths) - 1)
             ]
         )

@@ -242,7 +242,7 @@ class PixelDecoder(nnx.Module):
         scales, c = config.codebook.scales, decoder.width
         keys = iter(jax.random.split(key, 7 + 3 * scales))
         self.neck = Neck(next(keys), config.language.width, c)
-        self.dense = normal(next(keys), (c,), "decoder", scale=1.0)
+        self.dense = normal(next(keys), (c,), "decoder", scale=TOKEN_SCALE)
         self.score_token = normal(next(keys), (c,), "decoder", scale=TOKEN_SCALE)
         self.mask_tokens = normal(
             next(keys), (decoder.mask_tokens, c), "query decoder", scale=TOKEN_SCALE

@@ -10,7 +10,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from pixellm_jax.config import VisionConfig
-from pixellm_jax.model.layers import LayerNorm, Projection, attend, normal, resize_bilinear, stack
+from pixellm_jax.model.layers import (
+    LayerNorm,
+    Projection,
+    attend,
+    normal,
+    parameter,
+    resize_bilinear,
+    stack,
+)
 from pixellm_jax.sharding import constrain
 
 WIDTH = "batch sequence vision"
@@ -51,6 +59,22 @@ def resize_positions(table: Float[Array, "position e"], config: VisionConfig) ->
     return jnp.concatenate([grid, own] if at_end else [own, grid])
 
 
+def initial_positions(config: VisionConfig) -> Float[Array, "position e"]:
+    """Sines and cosines of rows and columns, zero for the class token: trained from there.
+
+    Of the size of the patches' own features, or a model that nobody trained before would take long
+    to see where anything is: with a normal table of 1/sqrt(e), as CLIP began, it did not learn to
+    find shapes in the time in which it now does.
+    """
+    count = config.width // 4
+    frequency = 100.0 ** (-jnp.arange(count) / count)
+    angle = jnp.arange(config.table)[:, None] * frequency
+    code = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    rows, columns = jnp.broadcast_arrays(code[:, None], code[None, :])
+    grid = jnp.concatenate([rows, columns], axis=-1).reshape(config.table**2, 4 * count)
+    return jnp.pad(grid, ((1, 0), (0, config.width - 4 * count)))
+
+
 class VisionBlock(nnx.Module):
     """Pre-norm transformer layer."""
 
@@ -84,7 +108,7 @@ class VisionEncoder(nnx.Module):
 
     def __init__(self, key: Key[Array, ""], config: VisionConfig, *, remat: bool = True) -> None:
         self.config, self.remat = config, remat
-        keys = iter(jax.random.split(key, 4))
+        keys = iter(jax.random.split(key, 3))
         e, patch = config.width, config.patch
         self.patch = normal(
             next(keys),
@@ -93,9 +117,7 @@ class VisionEncoder(nnx.Module):
             scale=(3 * patch**2) ** -0.5,
         )
         self.class_token = normal(next(keys), (e,), "vision", scale=e**-0.5)
-        self.position = normal(
-            next(keys), (config.table**2 + 1, e), "position vision", scale=e**-0.5
-        )
+        self.position = parameter(initial_positions(config), "position vision")
         self.embedding_norm = LayerNorm(e, "vision", config.eps)
         self.layers = stack(lambda k: VisionBlock(k, config), next(keys), config.layers_used)
 
@@ -126,5 +148,5 @@ class VisionEncoder(nnx.Module):
         states = {0: x}
         for start, stop in pairwise([0, *sorted({*config.tap_layers} - {0})]):
             part = jax.tree.map(lambda leaf: leaf[start:stop], self.layers)  # noqa: B023
-            states[stop] = jax.lax.scan(run, states[start], part)[0]
+            states[stop] = jax.lax.scan(run, states[start], part, unroll=not self.remat)[0]
         return tuple(states[layer][:, 1:] for layer in config.tap_layers)
