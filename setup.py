@@ -67,6 +67,8 @@ setup(
         "beam": ["apache-beam>=2.77"],
         # The PyTorch oracles of tests/parity. One pinned release: newer ones pull in gigabytes.
         "parity": ['torch==2.13.0; python_version < "3.12"'],
+        # `pixellm bench generate --peer`: LLaVA of transformers, on a CPU.
+        "bench": ["torch==2.13.0"],
         "dev": ["ruff>=0.17,<0.18", "mypy>=2.0", "types-tqdm"],
     },
 )

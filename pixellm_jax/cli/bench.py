@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from pixellm_jax.cli import bench_train
+from pixellm_jax.cli import bench_generate, bench_train
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -16,7 +16,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         description="Measures with random weights and data; nothing is read or written.",
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    for module in (bench_train,):
+    for module in (bench_train, bench_generate):
         module.add_parser(kinds).set_defaults(measure=module.run)
     return parser
 

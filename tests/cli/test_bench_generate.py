@@ -1,0 +1,191 @@
+"""`pixellm bench generate`: answers of known length, times shared out, and a fair peer."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from data_pipeline.shapes_tokenizer import FOLDER
+from pixellm_jax import checkpoint
+from pixellm_jax.cli import bench_generate, bench_peer
+from pixellm_jax.cli.bench_recital import STRIDE, WORDS, random_model, recital, recite, sentence
+from pixellm_jax.cli.bench_sizes import TINY
+from pixellm_jax.cli.main import main
+from pixellm_jax.engine import Engine, EngineConfig
+from pixellm_jax.programs import Programs
+from pixellm_jax.quantize import GROUP
+from pixellm_jax.question import Question, Result
+from pixellm_jax.serving import serve
+from pixellm_jax.vocabulary import Vocabulary
+
+ROWS, SENTENCES = 2, 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling costs far more here than running: half as much without XLA's optimisations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Vocabulary:
+    return Vocabulary.with_codebook(FOLDER, **dataclasses.asdict(TINY.codebook))
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return random_model(TINY)
+
+
+# Weights four times as large make what the layers add a thousand times as large, as training may.
+@pytest.mark.parametrize(("forward", "size"), [(False, 1), (True, 1), (True, 4)])
+def test_answers_are_the_sentence_again_and_again(drawn, vocabulary, forward, size):
+    ids = sentence(vocabulary)
+    model = serve(recite(jax.tree.map(lambda leaf: size * leaf, drawn), ids))
+    config = EngineConfig(
+        rows=ROWS,
+        steps=bench_generate.LOOK,
+        max_new_tokens=SENTENCES * len(ids),
+        fast_forward=forward,
+    )
+    engine = Engine(model, vocabulary, config)
+    answers = dict(engine.answer(recital(TINY, ids, count=ROWS, sentences=SENTENCES)))
+    assert sorted(answers) == list(range(ROWS))
+    for row, result in answers.items():
+        start = STRIDE * row % WORDS + 1
+        wanted = np.roll(ids, -start)
+        np.testing.assert_array_equal(result.tokens, np.tile(wanted, SENTENCES))
+        assert result.reason == "length"
+        assert len(result.targets.mask_logits) == SENTENCES
+        assert (result.chance > 0.9).all()
+        # Of the last id no pass is needed, of the first the one that read the question.
+        a_sentence = WORDS + 1 if forward else WORDS + len(vocabulary.group)
+        assert result.passes == SENTENCES * a_sentence
+
+
+class Scripted(Engine):
+    """Needs so many seconds for so many passes at every look."""
+
+    def __init__(self, looks: list[tuple[float, int]]) -> None:
+        self.looks, self.now, self.passes, self.asked = looks, 0.0, 0, list[Question]()
+        self.programs = Programs()
+        self.programs.compiled.update(decode=2, encode=1)
+
+    @property
+    def idle(self) -> bool:
+        return not self.looks
+
+    def add(self, question: Question) -> int:
+        self.asked.append(question)
+        return len(self.asked)
+
+    def step(self) -> list[tuple[int, Result]]:
+        seconds, passes = self.looks.pop(0)
+        self.now, self.passes = self.now + seconds, self.passes + passes
+        return []
+
+
+def test_times_are_shared_out(monkeypatch):
+    """Looks of 1 + 8, 8, 4 and 2 passes at 0.1 s; 0.2 s for prompts, 2 s for masks."""
+    engine = Scripted([(1.0, 9), (0.8, 8), (0.4, 4), (2.2, 2)])
+    monkeypatch.setattr(bench_generate.time, "perf_counter", lambda: engine.now)
+    run = bench_generate.answer(engine, [Question(np.zeros(2, np.int32))] * 3)
+    assert (len(engine.asked), run.passes, run.compiled) == (3, 22, 3)
+    np.testing.assert_allclose(run[:4], [0.2, 0.1, 2.0, 4.4], rtol=1e-9)
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+def test_bytes_of_a_pass(drawn, weights):
+    language = TINY.language
+    d, f, v = language.width, language.mlp, language.vocabulary
+    matrices = language.layers * (4 * d * d + 3 * d * f)
+    scales = {
+        None: 0,
+        "int8": language.layers * (4 * d + 2 * f + d),
+        "int4": language.layers * (4 * d * (d // GROUP) + 2 * f * (d // GROUP) + d * (f // GROUP)),
+    }[weights]
+    stored = matrices * {None: 4, "int8": 1, "int4": 0.5}[weights] + 4 * scales
+    norms = (2 * language.layers + 1) * d
+    rows, positions = 3, 5
+    cache = rows * positions * language.layers * 2 * d
+    wanted = stored + 4 * (v * d + norms + rows * d + cache)
+    assert bench_generate.pass_bytes(serve(drawn, weights=weights), rows, positions) == wanted
+
+
+def rows_of(table: str) -> list[dict[str, str]]:
+    """The rows of a printed table, by the names in its head (two blanks stand between them)."""
+    head, *lines = [
+        [cell for cell in line.split("  ") if cell.strip()] for line in table.strip().splitlines()
+    ]
+    names = [name.strip() for name in head]
+    return [dict(zip(names, map(str.strip, line), strict=True)) for line in lines]
+
+
+@pytest.mark.torch
+def test_command(capsys, monkeypatch):
+    monkeypatch.setattr(bench_generate, "RECOMPUTED", 3)
+    command = f"bench generate --size tiny --batch {ROWS} --masks {SENTENCES} --repeat 2 --peer"
+    assert main(command.split()) == 0
+    heading, own, peers = capsys.readouterr().out.split("\n\n")
+    assert "1.0 M parameters" in heading and "GB/s copied" in heading
+    plain, forward = rows_of(own)
+    assert [plain["codes read"], forward["codes read"]] == ["one by one", "at once"]
+    assert (
+        int(plain["passes"]) == SENTENCES * 16 - 1 and int(forward["passes"]) == SENTENCES * 11 - 1
+    )
+    for row in (plain, forward):
+        made = ROWS * (SENTENCES * 16 - 1) / int(row["passes"])
+        assert float(row["tokens/s"]) == pytest.approx(
+            1e3 * made / float(row["ms a pass"]), rel=0.05
+        )
+        low, high = map(float, row["spread"].split("-"))
+        assert 0 < low <= float(row["ms a pass"]) <= high
+    cached, recomputed = rows_of(peers)
+    assert [cached["LLaVA"], recomputed["LLaVA"]] == ["cached", "recomputed"]
+    for row in (cached, recomputed):
+        for name, own_row in (("ours is faster by", plain), ("with codes at once", forward)):
+            ratio = float(own_row["tokens/s"]) / float(row["tokens/s"])
+            assert float(row[name]) == pytest.approx(ratio, rel=0.05)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("cache", [True, False])
+def test_the_peer_does_what_it_is_said_to_do(cache):
+    """Same weights as ours in number; CLIP and the prefix once, or again for every token."""
+    config = dataclasses.replace(TINY, dtype="bfloat16")
+    peer = bench_peer.make_peer(config)
+    assert {str(weight.dtype) for weight in peer.parameters()} == {"torch.bfloat16"}
+    ours = nnx.to_flat_state(nnx.state(checkpoint.abstract_model(config).language_model))
+    theirs = [*peer.model.language_model.parameters(), *peer.lm_head.parameters()]
+    assert sum(weight.numel() for weight in theirs) == sum(value.size for _, value in ours)
+    seen, lengths, tokens = [], [], 5
+    peer.model.vision_tower.register_forward_hook(lambda *_: seen.append(1))
+    layer = peer.model.language_model.layers[0]
+    layer.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
+    length = 70 + config.image_tokens
+    run = bench_peer.answer(peer, rows=2, length=length, tokens=tokens, cache=cache)
+    assert run.prompts > 0 and run.step > 0
+    assert len(seen) == (1 if cache else tokens)
+    later = [1] * (tokens - 1) if cache else [length + i for i in range(1, tokens)]
+    assert lengths == [length, *later]
+
+
+def test_the_peer_needs_torch(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["bench", "generate", "--size", "tiny", "--peer"]) == 2
+    error = capsys.readouterr().err
+    assert error == "pixellm bench: --peer needs PyTorch: pip install 'pixellm_jax[bench]'\n"
+
+
+@pytest.mark.parametrize("wrong", ["--batch 1 0", "--masks 2", "--repeat 0"])
+def test_too_small_numbers_are_refused(wrong, capsys):
+    assert main(f"bench generate --size tiny {wrong}".split()) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1 and "at least" in error
