@@ -51,15 +51,17 @@ def get_config() -> ml_collections.ConfigDict:
         image_grid=8,
         template="plain",
         dtype="float32",
+        remat=False,
     )
     data = DataConfig(
         families=(FamilyConfig(weight=1.0, datasets=("shapes/train",)),),
         batch=8,
-        length=256,
-        targets=12,
+        length=272,
+        targets=15,
+        masks=48,
     )
     train = TrainConfig(
-        steps=8500,
+        steps=14000,
         lora=None,
         trainable=(
             "vision_encoder",
@@ -70,11 +72,11 @@ def get_config() -> ml_collections.ConfigDict:
             "pixel_decoder",
         ),
         frozen=(),
-        optimizer=OptimizerConfig(learning_rate=5e-4, b2=0.98, schedule="cosine"),
+        optimizer=OptimizerConfig(learning_rate=1e-3, b2=0.98, schedule="cosine"),
         log_every=50,
-        evaluate_every=500,
+        evaluate_every=1000,
         evaluate_batches=16,
-        save_every=500,
+        save_every=1000,
     )
     validation = dataclasses.replace(
         data, families=(FamilyConfig(weight=1.0, datasets=("shapes/val",)),), seed=1

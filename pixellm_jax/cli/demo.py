@@ -188,7 +188,7 @@ def _print(scenes: Sequence[Scene], replies: Sequence[Sequence[Reply]]) -> None:
 
 
 def _numbered(reply: Reply) -> str:
-    """The answer with the numbers of its targets: "The red star [1]."."""
+    """The answer with the numbers of its targets: "The red cross [1]."."""
     texts = number_markers(reply.text, reply.answer.markers.tolist())
     return texts[0] + "".join(f"[{i + 1}]{text}" for i, text in enumerate(texts[1:]))
 

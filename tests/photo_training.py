@@ -1,0 +1,153 @@
+"""A small model that learns a few real photos by heart: does everything fit together?"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+from data_pipeline.config import DataConfig, FamilyConfig
+from data_pipeline.damage import Damaged
+from data_pipeline.example import Example
+from data_pipeline.loader import Loader
+from data_pipeline.masks import decode_many
+from data_pipeline.sources import SOURCES
+from pixellm_jax.config import (
+    CodebookConfig,
+    DecoderConfig,
+    LanguageConfig,
+    ModelConfig,
+    VisionConfig,
+)
+from pixellm_jax.evaluate import Evaluation, evaluate_given
+from pixellm_jax.sharding import make_mesh
+from pixellm_jax.train import Outcome, fit
+from pixellm_jax.train_config import MeshConfig, OptimizerConfig, TrainConfig
+from pixellm_jax.train_state import make_blueprint
+from pixellm_jax.vocabulary import Vocabulary
+from tests.small_training import EVERYTHING
+
+MUSE = "muse"
+SPLITS = ("train", "val", "test_less", "test_many")
+CODEBOOK = CodebookConfig(tokens_per_scale=2, scales=2)
+WORDS = r"\w+|[^\w\s]"
+
+
+def read_photos(root: Path, count: int) -> list[Example]:
+    """The photos of MUSE whose smallest object is largest, by its share of the picture."""
+    source = SOURCES[MUSE].source
+    found: list[tuple[float, Example]] = []
+    for split in SPLITS:
+        for entry in source.entries(root, split):
+            try:
+                example = source.read(entry).example
+            except Damaged:
+                continue
+            y, x = example.hw
+            shares = decode_many(example.masks).reshape(len(example.masks), -1).sum(1) / (y * x)
+            found.append((float(shares.min()), example))
+    found.sort(key=lambda pair: -pair[0])
+    return [example for _, example in found[:count]]
+
+
+def write_tokenizer(examples: Sequence[Example], folder: Path) -> None:
+    """One token per word of the photos' questions and answers; other words are `<unk>`."""
+    texts = [
+        f"{turn.question} {turn.answer or ''}" for e in examples for (turn,) in e.conversations
+    ]
+    texts += [phrase for e in examples for target in e.targets for phrase in target.phrases]
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    words = sorted({*re.findall(WORDS, " ".join(texts).lower()), *["user", "assistant", ":", "."]})
+    ids = {token: number for number, token in enumerate([*special.values(), *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocab=ids, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
+    tokenizer.add_special_tokens(list(special.values()))
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def learn_photos(root: Path, out: Path, *, photos: int, steps: int, evaluate_every: int) -> Outcome:
+    """Trains on the photos, and evaluates on the same ones, the words of the answers given."""
+    examples = read_photos(root, photos)
+    write_tokenizer(examples, out / "tokenizer")
+    vocabulary = Vocabulary.with_codebook(out / "tokenizer", **dataclasses.asdict(CODEBOOK))
+    config = photo_model(vocabulary.size)
+    train = TrainConfig(
+        steps=steps,
+        lora=None,
+        trainable=EVERYTHING,
+        frozen=(),
+        optimizer=OptimizerConfig(learning_rate=1e-3, b2=0.98, warmup=50, schedule="cosine"),
+        mesh=MeshConfig(fsdp=1),
+        log_every=10,
+        evaluate_every=evaluate_every,
+        save_every=steps,
+        keep_best=0,
+    )
+    data = DataConfig(
+        families=(FamilyConfig(weight=1.0, datasets=(MUSE,)),),
+        batch=4,
+        length=512,
+        targets=24,
+        masks=112,
+    )
+    seen = dataclasses.replace(data, masks=0)
+    mesh = make_mesh(train.mesh, jax.local_devices()[:1])
+    load = partial(Loader, model=config, vocabulary=vocabulary, datasets={MUSE: examples})
+
+    def evaluate(model: object) -> Evaluation:
+        batches = load(seen)
+        try:
+            once = itertools.islice(batches, photos // data.batch)
+            return evaluate_given(model, once, mesh, train.loss)
+        finally:
+            batches.close()
+
+    batches = load(data)
+    try:
+        return fit(make_blueprint(config, train), batches, run=out, mesh=mesh, evaluate=evaluate)
+    finally:
+        batches.close()
+
+
+def photo_model(vocabulary: int) -> ModelConfig:
+    """Two million parameters, masks of half the canvas."""
+    return ModelConfig(
+        vision=VisionConfig(
+            width=128,
+            layers=5,
+            heads=4,
+            mlp=512,
+            patch=8,
+            canvas=224,
+            table=28,
+            taps=(-2, -3),
+            position_resize="correct",
+        ),
+        language=LanguageConfig(
+            vocabulary=vocabulary,
+            width=128,
+            layers=2,
+            heads=4,
+            kv_heads=4,
+            head=32,
+            mlp=352,
+            max_positions=1024,
+        ),
+        codebook=CODEBOOK,
+        decoder=DecoderConfig(width=48, heads=4, mlp=96, depth=1, channels=16),
+        image_grid=8,
+        template="plain",
+        dtype="float32",
+        remat=False,
+    )
