@@ -1,8 +1,10 @@
 """The update: the same on every mesh and however it is cut into micro-batches; LoRA; bad steps.
 
-Tolerance: float32 sums in another order, 1e-4 for a whole model as everywhere. The first updates of
-Adam are signs of gradients times the learning rate, so parameters are compared after one update
-that is smooth (eps = 1), relative to the largest update.
+Tolerance: float32 sums in another order, 1e-4 for the losses of a whole model as everywhere. The
+first updates of Adam are signs of gradients times the learning rate, so parameters are compared after
+one update that is smooth (eps = 1), relative to the largest update. There 5e-4: to change every weight
+by one rounding (6e-8 of it) changes the update of this model by 1.5e-4, measured, for the layer norms
+of the decoder begin with small vectors; a mesh that left out one device would change it by 0.1.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pixellm_jax.train_state import TrainState, initial_state, make_blueprint
 from pixellm_jax.train_step import StepMetrics, make_step
 from tests.small_training import lora_train, small_batch, small_model, small_train
 
-TOLERANCE = 1e-4
+TOLERANCE, UPDATE_TOLERANCE = 1e-4, 5e-4
 SMOOTH = OptimizerConfig(warmup=0, learning_rate=1.0, eps=1.0, clip=1e9, schedule="constant")
 
 HIDDEN = jax.jit(lambda model, batch: model(batch).hidden)
@@ -63,7 +65,7 @@ def assert_same_update(one, other) -> None:
     largest = max(np.abs(update).max() for update in updates.values())
     for name, update in updates.items():
         other_update = np.asarray(after2.trainable[name]) - before.trainable[name]
-        assert np.abs(other_update - update).max() <= TOLERANCE * largest, name
+        assert np.abs(other_update - update).max() <= UPDATE_TOLERANCE * largest, name
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])

@@ -122,11 +122,12 @@ def _check(text: str, blueprint: Blueprint, mesh: Mesh) -> None:
     single = [f"{g.name} ({g.gather.bytes / 2**20:.0f} MiB)" for g in found if not g.stacked]
     print("whole on a chip, each in its turn:", ", ".join(single) or "no large parameter")
     faults = [f"all layers of {g.name} at {g.gather.origin}" for g in found if g.stacked]
-    if mesh.shape["tensor"] > 1:
+    shared = mesh.shape["tensor"] > 1
+    if shared:
         gathers = ahead.vocabulary_gathers(text, blueprint.config.language.vocabulary)
         faults += [f"the vocabulary, {g.arrays[0]}, at {g.origin}" for g in gathers]
-    else:
-        print("mesh.tensor is 1: the vocabulary is not shared out by ids")
     if faults:
         raise InputError(f"gathered whole on every chip: {'; '.join(faults)}")
-    print("gathered nowhere: the vocabulary, a stack of layers")
+    print("gathered nowhere: a stack of layers" + (", the vocabulary" if shared else ""))
+    if not shared:
+        print("mesh.tensor is 1: ids are not shared out, the head is whole where it is multiplied")

@@ -260,10 +260,11 @@ def test_demo_prints_and_writes(tiny, tmp_path, capfd):
     assert err == ""
     lines = printed.splitlines()
     questions = [line[5:] for line in lines if line.startswith("  Q  ")]
-    assert len(questions) == 8
-    assert printed.count("  A  It is [1].") == 8
+    count = 2 * Shapes().questions
+    assert len(questions) == count
+    assert printed.count("  A  It is [1].") == count
     assert lines[-1] == str(out / "index.html")
-    assert lines[-2].startswith("8 questions: gIoU 0.")
+    assert lines[-2].startswith(f"{count} questions: gIoU 0.")
 
     record = json.loads((out / "demo.json").read_text())
     assert [reply["question"] for reply in record["replies"]] == questions
@@ -271,7 +272,7 @@ def test_demo_prints_and_writes(tiny, tmp_path, capfd):
     ious = [iou for reply in record["replies"] for iou in reply["iou"]]
     assert record["giou"] == pytest.approx(np.mean(ious), abs=1e-9)
     page = Page((out / "index.html").read_text(encoding="utf-8"))
-    assert page.tags.count("section") == 8
+    assert page.tags.count("section") == count
     assert all(question in page.text for question in questions)
     assert sorted(path.name for path in out.iterdir()) == ["demo.json", "index.html"]
 
