@@ -29,7 +29,7 @@ import jax
 import jax.export  # not part of `import jax`
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32
+from jaxtyping import Int32
 
 from pixellm_jax import generate
 from pixellm_jax.config import ModelConfig
@@ -183,7 +183,7 @@ def programs(
         yield Program(f"masks_m{m}", {"targets": m}, MASKS, _masks, targets)
 
 
-def name_weights(model: PixelLM) -> dict[str, Array]:
+def name_weights(model: PixelLM) -> Arrays:
     """All arrays of a model by name: "language_model.layers.0.query.weight"."""
     return {name.removesuffix(".value"): leaf for name, leaf in name_leaves(model).items()}
 
@@ -341,12 +341,9 @@ def _prefix(config: ModelConfig, vocabulary: Vocabulary) -> Int32[np.ndarray, "t
 
 
 def _check(config: ModelConfig, buckets: Buckets, prefix: int) -> None:
-    longest, positions = prefix + buckets.question[-1], config.language.max_positions
-    if longest >= positions:
-        raise InputError(
-            f"questions of {buckets.question[-1]} tokens make prompts of {longest}, the model has "
-            f"{positions} positions, the answer included; ask for at most {positions - prefix - 1}"
-        )
+    longest, room = buckets.question[-1], config.language.max_positions - prefix - 1
+    if longest > room:
+        raise InputError(f"questions of {longest} tokens: the model has room for {room}; take less")
 
 
 def _describe(array: Any) -> dict[str, Any]:

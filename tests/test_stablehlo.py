@@ -168,10 +168,13 @@ def test_draws_are_those_of_the_predictor(outside, inside):
 
 def test_plain_decoding_says_the_same_in_more_passes(outside):
     fast, plain = read(outside, "fast"), read(outside, "plain")
+    complete = 0
     for one, other in zip(plain, fast, strict=False):
-        if len(other["masks"]) == len(one["masks"]):
+        if len(other["masks"]) == len(one["masks"]):  # not so where plain decoding breaks groups
             np.testing.assert_array_equal(one["ids"], other["ids"])
             assert one["passes"] >= other["passes"]
+            complete += len(one["masks"])
+    assert complete
     assert sum(int(a["passes"]) for a in plain) > sum(int(a["passes"]) for a in fast[:5])
 
 
@@ -309,7 +312,7 @@ def test_buckets_that_make_no_sense_are_refused(changes, message):
 
 
 def test_questions_longer_than_the_model_are_refused(varied, tmp_path):
-    with pytest.raises(InputError, match="2048 positions"):
+    with pytest.raises(InputError, match="has room for"):
         write_programs(
             varied.model, varied.vocabulary, tmp_path / "out", buckets=Buckets(question=(4000,))
         )
