@@ -146,7 +146,7 @@ class Runner:
         said, known = int(rows["said"][i]), int(rows["fed"][i]) + 1  # tokens; with their states
         ids, chance = np.asarray(rows["tokens"][i])[:said], np.asarray(rows["chance"][i])
         groups = self._groups(ids)
-        complete = groups[groups.reshape(len(groups), -1)[:, -1] < known]
+        complete = groups[groups[:, -1, -1] < known]
         logits = self._masks(rows, seen, i, complete)
         canvas, sound = self.manifest["image"]["canvas"], np.isfinite(logits)
         clean = np.where(sound.all(axis=(1, 2), keepdims=True), logits, -1)
@@ -325,6 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("question")
     parser.add_argument("--out", type=Path, help="for answer.json and mask_00.png, ...")
     options = parser.parse_args(arguments)
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         answer = Runner(Path(__file__).parent)(options.image, options.question)
         print(answer.text)
