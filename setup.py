@@ -32,6 +32,7 @@ setup(
     entry_points={"console_scripts": ["pixellm = pixellm_jax.cli.main:main"]},
     install_requires=[
         "jax>=0.10,<0.12",
+        "flatbuffers>=24",  # `jax.export` serializes with it
         "flax>=0.12.8,<0.13",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.12.8,<0.13",

@@ -65,7 +65,7 @@ def export(
         vocabulary.save(made)
         (made / VISION_FOLDER).mkdir()
         for kind, place in ((hf.MODEL, made), (hf.VISION, made / VISION_FOLDER)):
-            _write_shards(place, tensors[kind], lambda new: progress(new, total))
+            write_shards(place, tensors[kind], lambda new: progress(new, total))
         if "generation_config.json" in source:
             _write_json(made / "generation_config.json", source["generation_config.json"])
         _write_configs(made, config, source)
@@ -103,7 +103,7 @@ def _same(name: str, array: tensorstore.TensorStore) -> ExportedTensor:
     return ExportedTensor(name, nbytes, lambda: checkpoint.read(array))
 
 
-def _write_shards(
+def write_shards(
     folder: Path, tensors: list[ExportedTensor], progress: Callable[[int], None]
 ) -> None:
     """Files of about `SHARD_BYTES`, and an index if there are several."""

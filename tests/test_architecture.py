@@ -83,6 +83,8 @@ LAYERS = {
     "pixellm_jax.run_export": 6.3,
     "pixellm_jax.cli.recipe": 7.0,
     "pixellm_jax.export": 6.1,
+    "pixellm_jax.stablehlo": 6.2,
+    "pixellm_jax.stablehlo_runner": 0.0,
     "pixellm_jax.answer_record": 6.0,
     "pixellm_jax.predictor": 6.1,
     "pixellm_jax.train_state": 6.1,

@@ -1,4 +1,4 @@
-"""`pixellm export`: a checkpoint -> PyTorch folders."""
+"""`pixellm export`: a checkpoint -> PyTorch folders, or programs that need no model code."""
 
 from __future__ import annotations
 
@@ -6,11 +6,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from pixellm_jax import checkpoint
 from pixellm_jax.cli.progress import byte_bar
+from pixellm_jax.config import DTYPES
+from pixellm_jax.errors import InputError
 from pixellm_jax.export import VISION_FOLDER, export
+from pixellm_jax.stablehlo import PLATFORMS, RUN, Buckets, write_programs
 
 EXAMPLES = """examples:
   pixellm export --checkpoint pixellm-7b --hf PixelLM-7B-again
+  pixellm export --checkpoint pixellm-7b --stablehlo programs --batch 1 8 --question 64 256
+  python programs/run.py desk.jpg "Which things could be used to write?" --out answer
 """
 
 
@@ -18,19 +26,54 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Declares the options."""
     parser = commands.add_parser(
         "export",
-        help="a checkpoint -> PyTorch weights in the released layout",
-        description="Writes the released PyTorch layout as safetensors, and the CLIP folder beside "
-        f"it as {VISION_FOLDER}/; `pixellm convert` reads both back, bit for bit.",
+        help="a checkpoint -> PyTorch weights in the released layout, or StableHLO programs",
+        description="--hf writes the released PyTorch layout as safetensors, and the CLIP folder "
+        f"beside it as {VISION_FOLDER}/; `pixellm convert` reads both back, bit for bit. "
+        "--stablehlo writes programs for fixed shapes, their weights, and a runner that needs "
+        "nothing of this package.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--hf", type=Path, required=True, metavar="OUT", help="a new folder")
+    out = parser.add_mutually_exclusive_group(required=True)
+    out.add_argument("--hf", type=Path, metavar="OUT", help="a new folder")
+    out.add_argument("--stablehlo", type=Path, metavar="OUT", help="a new folder")
+    shapes = parser.add_argument_group("with --stablehlo, which shapes (several: buckets)")
+    for option, text in (
+        ("--batch", "questions answered together (1)"),
+        ("--question", "tokens of a prompt after the picture (64)"),
+        ("--targets", "masks decoded together (4)"),
+    ):
+        shapes.add_argument(option, type=int, nargs="+", metavar="N", help=text)
+    shapes.add_argument("--new-tokens", type=int, metavar="N", help="longest answer (256)")
+    shapes.add_argument("--platforms", nargs="+", choices=PLATFORMS, help="(all)")
+    shapes.add_argument("--dtype", choices=DTYPES, help="of the computation (the checkpoint's)")
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
     """Exports with a progress bar."""
+    names = ("batch", "question", "targets", "new_tokens", "platforms", "dtype")
+    given = {name: found for name in names if (found := getattr(options, name)) is not None}
+    if options.stablehlo is not None:
+        _write_programs(options.checkpoint, options.stablehlo, given)
+        return
+    if given:
+        option = next(iter(given)).replace("_", "-")
+        raise InputError(f"--{option} goes with --stablehlo only; leave it out")
     with byte_bar("exporting") as progress:
         export(options.checkpoint, options.hf, progress=progress)
     print(f"{options.hf} and {options.hf / VISION_FOLDER}")
+
+
+def _write_programs(folder: Path, out: Path, given: dict[str, Any]) -> None:
+    jax.config.update("jax_platforms", "cpu")  # where programs for every platform are made
+    dtype, platforms = given.pop("dtype", None), given.pop("platforms", PLATFORMS)
+    buckets = Buckets(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    model = checkpoint.load_model(folder, dtype=dtype)
+    vocabulary = checkpoint.read_vocabulary(folder, model.config)
+    with byte_bar("exporting") as progress:
+        names = write_programs(
+            model, vocabulary, out, buckets=buckets, platforms=platforms, progress=progress
+        )
+    print(f'{out}: {len(names)} programs; python {out / RUN} IMAGE "QUESTION"')

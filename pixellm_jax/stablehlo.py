@@ -1,0 +1,350 @@
+"""A model -> programs with their weights beside them, and a runner that needs no model code.
+
+    OUT/manifest.json      everything that a runner must know (see `_manifest`)
+    OUT/programs/*.jax     what `jax.export` serializes: StableHLO of a function, for fixed shapes
+    OUT/weights            every weight once, as safetensors; programs take them as arguments
+    OUT/tokenizer          as in a checkpoint
+    OUT/run.py             a copy of `stablehlo_runner.py`
+
+The functions are those of `generate.py`, so the answers are those of the engine:
+
+    encode_bB        pictures -> image tokens and feature maps
+    prefill_bB_tT    image tokens and prompts, of up to T tokens after the picture -> rows
+    decode_bB_tT     rows -> rows after up to `steps` passes; codebook tokens fast-forwarded
+    plain_bB_tT      the same, each token by a pass of its own
+    masks_mM         states and feature maps of M targets -> mask logits
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.export  # not part of `import jax`
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int32
+
+from pixellm_jax import generate
+from pixellm_jax.config import ModelConfig
+from pixellm_jax.errors import InputError
+from pixellm_jax.export import ExportedTensor, write_shards
+from pixellm_jax.folders import whole_folder
+from pixellm_jax.model.pixellm import PixelLM
+from pixellm_jax.prompt import IMAGE_TOKEN, TEMPLATES, question_ids
+from pixellm_jax.sampling import Sampling
+from pixellm_jax.serving import serve
+from pixellm_jax.tokenizer_files import SentencePieceChunks
+from pixellm_jax.vocabulary import IM_END, Vocabulary
+
+FORMAT = 1
+PLATFORMS = ("cpu", "cuda", "tpu")
+RUNNER = Path(__file__).with_name("stablehlo_runner.py")
+MANIFEST, RUN = "manifest.json", "run.py"
+PROGRAMS, WEIGHTS, TOKENIZER = "programs", "weights", "tokenizer"
+
+SPECIAL = ("bos", "eos", "unk", "pad", "im_start", "im_end")
+LANGUAGE = ("language_model",)
+VISION = ("vision_encoder", "image_projector", "mask_projector", "pixel_decoder")
+MASKS = ("codebook", "pixel_decoder")
+
+ROUND = 16
+"""The cache holds a multiple of so many positions."""
+
+Arrays = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buckets:
+    """The shapes for which programs are written; a runner pads to the next larger one.
+
+    batch: questions together. question: tokens of a prompt after the picture. targets: masks
+    decoded together. new_tokens: longest answer.
+    """
+
+    batch: tuple[int, ...] = (1,)
+    question: tuple[int, ...] = (64,)
+    targets: tuple[int, ...] = (4,)
+    new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "question", "targets"):
+            sizes = getattr(self, name)
+            if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
+                raise InputError(f"{name}={sizes}: expected rising numbers, from 1 on")
+        if self.new_tokens < 1:
+            raise InputError(f"new_tokens={self.new_tokens}: expected at least 1")
+
+
+class Program(NamedTuple):
+    """A function of a model and named arrays. `parts`: of the model, whose weights it takes.
+
+    sizes: the buckets it belongs to, for the manifest.
+    """
+
+    name: str
+    sizes: dict[str, int]
+    parts: tuple[str, ...]
+    function: Callable[[PixelLM, Arrays], Arrays]
+    inputs: Arrays
+
+
+def write_programs(
+    model: PixelLM,
+    vocabulary: Vocabulary,
+    out: Path,
+    *,
+    buckets: Buckets = Buckets(),
+    platforms: Sequence[str] = PLATFORMS,
+    progress: Callable[[int, int], None] = lambda new, total: None,
+) -> list[str]:
+    """Writes a model as the folder `out`; returns the names of the programs.
+
+    progress: is called with the bytes just written and the bytes of all weights.
+
+    Raises:
+        InputError: the buckets do not suit the model, JAX does not run on the CPU, or `out` is
+            taken or cannot be written.
+    """
+    if unknown := [name for name in platforms if name not in PLATFORMS]:
+        raise InputError(f"platforms {unknown}: choose from {', '.join(PLATFORMS)}")
+    if jax.default_backend() != "cpu":
+        # There, attention would be a call to a library that other platforms do not have.
+        raise InputError("programs are written on a CPU: set JAX_PLATFORMS=cpu")
+    prefix = _prefix(model.config, vocabulary)
+    _check(model.config, buckets, len(prefix))
+    model = serve(model)
+    tensors = [
+        ExportedTensor(name, array.nbytes, partial(np.asarray, array))
+        for name, array in name_weights(model).items()
+    ]
+    total = sum(tensor.nbytes for tensor in tensors)
+    with whole_folder(out) as made:
+        for name in (PROGRAMS, WEIGHTS):
+            (made / name).mkdir()
+        vocabulary.save(made / TOKENIZER)
+        entries = {}
+        for program in programs(model, vocabulary, buckets, len(prefix)):
+            file = made / PROGRAMS / f"{program.name}.jax"
+            entries[program.name] = _write(program, model, file, platforms)
+        write_shards(made / WEIGHTS, tensors, lambda new: progress(new, total))
+        manifest = _manifest(model, vocabulary, buckets, prefix, made)
+        manifest |= {"platforms": list(platforms), "programs": entries}
+        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        (made / MANIFEST).write_text(text, encoding="utf-8")
+        shutil.copyfile(RUNNER, made / RUN)
+    return list(entries)
+
+
+def programs(
+    model: PixelLM, vocabulary: Vocabulary, buckets: Buckets, prefix: int
+) -> Iterator[Program]:
+    """All programs; `prefix`: tokens of a prompt up to the one after the picture."""
+    config = model.config
+    side, positions = config.vision.canvas, config.language.max_positions
+    shape, stop, group = jax.ShapeDtypeStruct, vocabulary.eos, vocabulary.group
+    for b in buckets.batch:
+        picture = shape((b, side, side, 3), jnp.uint8)
+        images = {"image": picture, "image_hw": shape((b, 2), jnp.int32)}
+        yield Program(f"encode_b{b}", {"batch": b}, VISION, _encode, images)
+        seen = jax.eval_shape(_encode, model, images)
+        for t in buckets.question:
+            longest = min(prefix + t + buckets.new_tokens, positions) + len(group)
+            prompts = {
+                "image_tokens": seen["image_tokens"],
+                "image_valid": seen["image_valid"],
+                "tokens": shape((b, prefix + t), jnp.int32),
+                **{name: shape((b,), jnp.int32) for name in ("length", "budget")},
+                "seed": shape((b,), jnp.uint32),
+                "temperature": shape((b,), jnp.float32),
+                "top_p": shape((b,), jnp.float32),
+            }
+            sizes, capacity = {"batch": b, "question": t}, -(-longest // ROUND) * ROUND
+            read = partial(_read, prefix=prefix, room=buckets.new_tokens, capacity=capacity)
+            rows = jax.eval_shape(read, model, prompts)
+            prefill = partial(_prefill, read=read)
+            yield Program(f"prefill_b{b}_t{t}", sizes, LANGUAGE, prefill, prompts)
+            arrays = {"steps": shape((), jnp.int32), **name_leaves(rows)}
+            for kind, ids in (("decode", group), ("plain", ())):
+                decode = partial(_decode, like=rows, stop=stop, group=ids)
+                yield Program(f"{kind}_b{b}_t{t}", sizes, LANGUAGE, decode, arrays)
+    one = jax.eval_shape(_encode, model, {name: _rows(array, 1) for name, array in images.items()})
+    maps = {name: array for name, array in one.items() if name.startswith("maps.")}
+    shapes = (config.codebook.scales, config.codebook.tokens_per_scale, config.language.width)
+    for m in buckets.targets:
+        targets = {name: _rows(array, m) for name, array in maps.items()}
+        targets["states"] = shape((m, *shapes), jnp.dtype(config.dtype))
+        yield Program(f"masks_m{m}", {"targets": m}, MASKS, _masks, targets)
+
+
+def name_weights(model: PixelLM) -> Arrays:
+    """All arrays of a model by name: "language_model.layers.0.query.weight"."""
+    return {name.removesuffix(".value"): leaf for name, leaf in name_leaves(model).items()}
+
+
+def name_leaves(tree: Any) -> Arrays:
+    """The leaves of a tree, by their paths joined with dots."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _encode(model: PixelLM, inputs: Arrays) -> Arrays:
+    seen = generate.encode(model, inputs["image"], inputs["image_hw"])
+    maps = {f"maps.{scale}": features for scale, features in enumerate(seen.maps)}
+    return {"image_tokens": seen.tokens, "image_valid": seen.token_valid, **maps}
+
+
+def _read(
+    model: PixelLM, inputs: Arrays, *, prefix: int, room: int, capacity: int
+) -> generate.Rows:
+    """Rows ready for `generate.decode`, from whole prompts padded on the right."""
+    tokens, length = inputs["tokens"], inputs["length"]
+    shared = generate.read_prefix(
+        model, inputs["image_tokens"], inputs["image_valid"], tokens[:, :prefix]
+    )
+    rows = generate.prefill(
+        model.language_model,
+        [shared],
+        tokens[:, prefix:],
+        length - prefix,
+        inputs["budget"],
+        Sampling(inputs["seed"], inputs["temperature"], inputs["top_p"]),
+        room=room,
+    )
+    return generate.resize(rows, jnp.arange(len(length)), capacity=capacity)
+
+
+def _prefill(
+    model: PixelLM, inputs: Arrays, *, read: Callable[[PixelLM, Arrays], generate.Rows]
+) -> Arrays:
+    return name_leaves(read(model, inputs))
+
+
+def _decode(
+    model: PixelLM, inputs: Arrays, *, like: generate.Rows, stop: int, group: tuple[int, ...]
+) -> Arrays:
+    """`steps`: most passes in, passes made out. Rows that have ended stay as they are."""
+    leaves = [inputs[name] for name in name_leaves(like)]
+    rows = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    rows, passes = generate.decode(
+        model.language_model, rows, inputs["steps"], False, stop=stop, group=group
+    )
+    return {"steps": passes, **name_leaves(rows)}
+
+
+def _masks(model: PixelLM, inputs: Arrays) -> Arrays:
+    maps = tuple(inputs[f"maps.{scale}"] for scale in range(model.config.codebook.scales))
+    return {"mask_logits": generate.decode_masks(model, inputs["states"], [maps])}
+
+
+def _rows(array: jax.ShapeDtypeStruct, count: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((count, *array.shape[1:]), array.dtype)
+
+
+def _write(
+    program: Program, model: PixelLM, file: Path, platforms: Sequence[str]
+) -> dict[str, Any]:
+    """Serializes a program; returns its entry in the manifest."""
+    names, structure = list(name_weights(model)), jax.tree.structure(model)
+    used = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for name, leaf in name_weights(model).items()
+        if name.partition(".")[0] in program.parts
+    }
+
+    def run(weights: Arrays, inputs: Arrays) -> Arrays:
+        given = [weights.get(name) for name in names]  # None where the program has no use for it
+        return program.function(jax.tree.unflatten(structure, given), inputs)
+
+    exported = jax.export.export(jax.jit(run), platforms=platforms)(used, program.inputs)
+    file.write_bytes(exported.serialize())
+    outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    arguments = [*(f"weights {name}" for name in sorted(used)), *sorted(program.inputs)]
+    return {
+        "file": f"{PROGRAMS}/{file.name}",
+        **program.sizes,
+        "weights": sorted(used),
+        "inputs": {name: _describe(array) for name, array in sorted(program.inputs.items())},
+        "outputs": {name: _describe(array) for name, array in sorted(outputs.items())},
+        "arguments": [arguments[index] for index in exported.module_kept_var_idx],
+    }
+
+
+def _manifest(
+    model: PixelLM,
+    vocabulary: Vocabulary,
+    buckets: Buckets,
+    prefix: Int32[np.ndarray, "t"],
+    made: Path,
+) -> dict[str, Any]:
+    """Names, shapes and constants.
+
+    prompt: `prefix` ids begin every prompt; the ids of before + question + after, but for the first
+        one, which the prefix ends with, follow. image: `encode` itself takes mean and deviation.
+    """
+    config, template = model.config, TEMPLATES[model.config.template]
+    return {
+        "format": FORMAT,
+        "jax": jax.__version__,
+        "weights": {name: _describe(array) for name, array in name_weights(model).items()},
+        "image": {
+            "canvas": config.vision.canvas,
+            "mean": list(config.pixel_mean),
+            "std": list(config.pixel_std),
+        },
+        "buckets": {
+            name: list(getattr(buckets, name)) for name in ("batch", "question", "targets")
+        },
+        "limits": {"positions": config.language.max_positions, "new_tokens": buckets.new_tokens},
+        "prompt": {
+            "prefix": prefix.tolist(),
+            "before": f"{IM_END}\n",
+            "after": template.first_question[1] + template.assistant,
+        },
+        "ids": {
+            "image": IMAGE_TOKEN,
+            **{name: getattr(vocabulary, name) for name in SPECIAL},
+            "codebook": [list(scale) for scale in vocabulary.codebook],
+        },
+        "tokenizer": {
+            "files": sorted(f"{TOKENIZER}/{path.name}" for path in (made / TOKENIZER).iterdir()),
+            **describe_tokenizer(vocabulary),
+        },
+    }
+
+
+def describe_tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
+    """What the files of a tokenizer do not say by themselves.
+
+    marks: cut a text; those that are `keeping` leave the blanks around them. legacy: see
+        `SentencePieceChunks`.
+    """
+    ids, chunks = vocabulary.ids, vocabulary.chunks
+    return {
+        "marks": {token: index for token, index in ids.items() if index in vocabulary.marks},
+        "keeping": sorted(vocabulary.keeping),
+        "legacy": chunks.legacy if isinstance(chunks, SentencePieceChunks) else True,
+    }
+
+
+def _prefix(config: ModelConfig, vocabulary: Vocabulary) -> Int32[np.ndarray, "t"]:
+    """What every prompt about a picture begins with, the token after the picture included."""
+    template = TEMPLATES[config.template]
+    ids = question_ids(vocabulary, template, "?", image_tokens=config.image_tokens)
+    return ids[: int(np.flatnonzero(ids < 0)[-1]) + 2]
+
+
+def _check(config: ModelConfig, buckets: Buckets, prefix: int) -> None:
+    longest, room = buckets.question[-1], config.language.max_positions - prefix - 1
+    if longest > room:
+        raise InputError(f"questions of {longest} tokens: the model has room for {room}; take less")
+
+
+def _describe(array: Any) -> dict[str, Any]:
+    return {"shape": list(array.shape), "dtype": str(array.dtype)}
