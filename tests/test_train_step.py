@@ -3,8 +3,7 @@
 Tolerance: float32 sums in another order, 1e-4 for the losses of a whole model as everywhere. The
 first updates of Adam are signs of gradients times the learning rate, so parameters are compared after
 one update that is smooth (eps = 1), relative to the largest update. There 5e-4: to change every weight
-by one rounding (6e-8 of it) changes the update of this model by 1.5e-4, measured, for the layer norms
-of the decoder begin with small vectors; a mesh that left out one device would change it by 0.1.
+by one rounding (6e-8 of it) changes the update of this model by 1.5e-4, measured.
 """
 
 from __future__ import annotations
