@@ -1,9 +1,9 @@
 """The update: the same on every mesh and however it is cut into micro-batches; LoRA; bad steps.
 
 Tolerance: float32 sums in another order, 1e-4 for the losses of a whole model as everywhere. The
-first updates of Adam are signs of gradients times the learning rate, so parameters are compared after
-one update that is smooth (eps = 1), relative to the largest update. There 5e-4: to change every weight
-by one rounding (6e-8 of it) changes the update of this model by 1.5e-4, measured.
+first updates of Adam are signs of gradients times the learning rate, so parameters are compared
+after one update that is smooth (eps = 1), relative to the largest update. There 5e-4: to change
+every weight by one rounding (6e-8 of it) changes the update of this model by 1.5e-4, measured.
 """
 
 from __future__ import annotations
