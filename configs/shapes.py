@@ -5,10 +5,10 @@ python scripts/train.py --config=configs/shapes.py --out runs/shapes --model-dty
 The package ships what this made (`pixellm_jax/shapes_model`): 14,000 steps on 2 cores of a shared
 virtual machine, Python 3.11, jax 0.10.2, in 79 minutes while other work took a part of the cores
 (0.27 seconds per step where nothing else ran). Of 5,000 held-out questions (`pixellm evaluate
---benchmark shapes`, the words its own): gIoU 0.783, cIoU 0.784, the right number of targets in 89.7 %
-of the answers, 87.1 % of the questions about what is not there answered so. With the words given,
-gIoU is 0.971: what is left to learn is reasoning, above all superlatives (52 % right) and relations
-(70 %).
+--benchmark shapes`, the words its own): gIoU 0.783, cIoU 0.784, the right number of targets in
+89.7 % of the answers, 87.1 % of the questions about what is not there answered so. With the words
+given, gIoU is 0.971: what is left to learn is reasoning, above all superlatives (52 % right) and
+relations (70 %).
 """
 
 import dataclasses
