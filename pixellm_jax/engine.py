@@ -3,7 +3,7 @@
 It holds a batch of rows on the device (`generate.py`), one question each, and does three things in
 turn: it puts waiting questions into free rows, runs some passes, and hands out what has ended. So
 the batch is full as long as somebody waits. All shapes come from few buckets (1, 4, 16, ... rows,
-`_round_up` of positions), so few programs are ever compiled.
+`round_capacity` of positions), so few programs are ever compiled.
 """
 
 from __future__ import annotations
@@ -23,14 +23,11 @@ from pixellm_jax import generate
 from pixellm_jax.generate import DAMAGED, FREE, LENGTH, RUNNING, STOP, Rows
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.pictures import Pictures
-from pixellm_jax.programs import Programs, bucket
+from pixellm_jax.programs import Programs, bucket, round_capacity
 from pixellm_jax.question import Question, Result, Seen, Targets
 from pixellm_jax.sampling import Sampling
 from pixellm_jax.targets import Found, decode_targets, join, no_targets
 from pixellm_jax.vocabulary import Vocabulary
-
-CAPACITY = 128
-"""The cache holds a multiple of so many positions (see `_round_up`)."""
 
 AHEAD = 64
 """A row is given room for so many new tokens at a time."""
@@ -44,6 +41,9 @@ SHORTEST = 32
 STREAM_STEPS = 4
 """Passes between two looks of the host while somebody reads along."""
 
+AT_ONCE, AT_ONCE_ON_CPU = 256, 16
+"""Ids of all rows in a pass that take hardly longer than one: reading the weights takes longest."""
+
 REASONS = {STOP: "stop", LENGTH: "length", DAMAGED: "damaged", RUNNING: "running"}
 
 
@@ -53,7 +53,9 @@ class EngineConfig:
 
     rows: most questions under way. pictures: how many are kept for further questions.
     steps: passes between two looks of the host. encoded, masks: most pictures encoded, and targets
-    decoded, in one call. fast_forward: a target costs one pass (see `generate.decode`).
+    decoded, in one call. fast_forward: a codebook token is followed by the rest of its target (see
+    `generate.decode`). at_once: most ids of all rows in a pass for which a target costs a single
+    pass, else one per id (None: `AT_ONCE`, as the backend is).
     """
 
     rows: int = 16
@@ -63,6 +65,7 @@ class EngineConfig:
     masks: int = 16
     max_new_tokens: int = 512
     fast_forward: bool = True
+    at_once: int | None = None
 
 
 @dataclass
@@ -99,6 +102,8 @@ class Engine:
         group = vocabulary.group if config.fast_forward else ()
         self._ends: dict[str, Any] = {"stop": vocabulary.eos, "group": group}
         self._width = max(len(group), 1)
+        usual = AT_ONCE_ON_CPU if jax.default_backend() == "cpu" else AT_ONCE
+        self._at_once = usual if config.at_once is None else config.at_once
         self._tickets = itertools.count()
         self._waiting: deque[tuple[int, Question]] = deque()
         self._rows: Rows | None = None
@@ -177,6 +182,7 @@ class Engine:
                 steps,
                 np.bool_(len(self._waiting) > 0),
                 **self._ends,
+                together=len(self._slots) * self._width <= self._at_once,
             )
             self.passes += int(passes)
             return self._collect()
@@ -258,7 +264,7 @@ class Engine:
     def _needed(self, slots: Iterable[_Slot]) -> int:
         """Capacity for all that these rows may need for some time."""
         ends = [min(slot.limit, slot.prompt + slot.count + AHEAD) for slot in slots]
-        return _round_up(max(ends, default=0) + self._width)
+        return round_capacity(max(ends, default=0) + self._width)
 
     def _fit(self) -> None:
         """Gives more positions where a row has none left, and fewer rows where many stay free."""
@@ -300,7 +306,7 @@ class Engine:
         for number, slot in told.items():
             ended, seen = status[number] != RUNNING, None
             if ended and slot.question.keep:
-                length = _round_up(slot.prompt + int(fed[number]))
+                length = round_capacity(slot.prompt + int(fed[number]))
                 prefix = self.programs(generate.keep, rows, np.int32(number), capacity=length)
                 seen = Seen(prefix, slot.seen.maps)
             result = Result(
@@ -336,11 +342,3 @@ class Engine:
         )
         for number, targets in decoded.items():
             told[number].targets = join([told[number].targets, targets])
-
-
-def _round_up(positions: int) -> int:
-    """The least capacity that is enough: CAPACITY times 1 to 8, then 10, 12, 14, 16, 20, ..."""
-    step = CAPACITY
-    while positions > 8 * step:
-        step *= 2
-    return -(-positions // step) * step

@@ -167,7 +167,7 @@ def keep(rows: Rows, row: Int[Array, ""], *, capacity: int) -> Prefix:
     return Prefix(cache, own.valid[:, :capacity], own.prompt + own.fed)
 
 
-@partial(jax.jit, static_argnames=("stop", "group"), donate_argnames="rows")
+@partial(jax.jit, static_argnames=("stop", "group", "together"), donate_argnames="rows")
 def decode(
     language: LanguageModel,
     rows: Rows,
@@ -176,6 +176,7 @@ def decode(
     *,
     stop: int,
     group: tuple[int, ...] = (),
+    together: bool = True,
 ) -> tuple[Rows, Int32[Array, ""]]:
     """Starts fresh rows, then runs up to `steps` passes of all; returns the rows, and their number.
 
@@ -183,11 +184,11 @@ def decode(
     a slot, when a row has ended. A row ends at the id `stop` or at its budget.
 
     group: the ids of one target. With them, the first one of them is followed by all others without
-    asking the model, which is given them together: one pass per target instead of one per id, and
-    groups are always complete and in order. The others are never chosen by themselves.
+    asking the model: groups are always complete and in order. The others are never chosen by
+    themselves. together: the model is given the ids of a group in one pass, not one by one.
     """
     started = rows.status == RUNNING
-    most = max(len(group), 1)
+    most = max(len(group), 1) if together else 1
 
     def goes_on(carry: tuple[Rows, Array]) -> Array:
         rows, step = carry
@@ -202,7 +203,7 @@ def decode(
         def fits(carry: tuple[Rows, Array]) -> Array:
             rows, _ = carry
             widest = jnp.where(rows.status == RUNNING, rows.said - rows.fed, 0).max()
-            return goes_on(carry) & ((widest > 1) == (width > 1))
+            return goes_on(carry) & ((most == 1) | ((widest > 1) == (width > 1)))
 
         def advance(carry: tuple[Rows, Array]) -> tuple[Rows, Array]:
             rows, step = carry
@@ -272,7 +273,8 @@ def _advance(
 ) -> Rows:
     """One pass over up to `width` tokens per row that are not in the cache, and what follows them.
 
-    A row that does not run, and what a row has less than `width`, is written nowhere.
+    A row that does not run, and what a row has less than `width`, is written nowhere. Nothing
+    follows where a row has more than `width`.
     """
     capacity, room = rows.valid.shape[1], rows.tokens.shape[1]
     running = rows.status == RUNNING
@@ -286,13 +288,14 @@ def _advance(
     hidden, cache = language.extend(x, position, visible, rows.cache, place)
     row = jnp.arange(len(at))
     last = jnp.clip(rows.said - rows.fed - 1, 0, width - 1)
+    fed = jnp.minimum(rows.said, rows.fed + width)
     rows = rows._replace(
         cache=cache,
         states=rows.states.at[row[:, None], jnp.where(live, at + 1, room)].set(hidden, mode="drop"),
-        fed=jnp.where(running, rows.said, rows.fed),
+        fed=jnp.where(running, fed, rows.fed),
         passes=rows.passes + running,
     )
-    return _append(language, rows, hidden[row, last], running, stop, group)
+    return _append(language, rows, hidden[row, last], running & (fed == rows.said), stop, group)
 
 
 def _append(

@@ -8,6 +8,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+CAPACITY = 128
+"""A cache holds a multiple of so many positions (see `round_capacity`)."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -33,6 +36,14 @@ def bucket(count: int, least: int = 1, factor: int = 4) -> int:
     while least < count:
         least *= factor
     return least
+
+
+def round_capacity(positions: int) -> int:
+    """The least capacity that is enough: CAPACITY times 1 to 8, then 10, 12, 14, 16, 20, ..."""
+    step = CAPACITY
+    while positions > 8 * step:
+        step *= 2
+    return -(-positions // step) * step
 
 
 def _programs(function: Callable[..., Any]) -> int:

@@ -25,7 +25,7 @@ from pixellm_jax.serving import serve
 TOLERANCE = 2e-5
 
 WORDS = ("dog", "image", "segment", "is", "It", "this", "in", "Please", "the")
-CONFIG = EngineConfig(rows=4, max_new_tokens=40, masks=1)
+CONFIG = EngineConfig(rows=4, max_new_tokens=40, masks=1, at_once=100)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -162,13 +162,14 @@ def test_an_answer_is_what_the_whole_model_says_given_the_answer(varied, questio
 
 def test_batched_is_one_by_one_and_fast_forward_is_plain(engine, questions, alone):
     group = 6
-    for fast_forward in (False, True):
-        together = engine(fast_forward=fast_forward)
+    ways = {"plain": False, "one by one": True, "at once": True}
+    for way, fast_forward in ways.items():
+        together = engine(fast_forward=fast_forward, at_once=100 if way == "at once" else 0)
         results = dict(together.answer(questions))
         assert sorted(results) == list(range(len(questions)))  # none lost, none twice
         for number, wanted in enumerate(alone):
             assert_same(results[number], wanted)
-            saved = (group - 1) * len(wanted.targets.codebook_index) if fast_forward else 0
+            saved = (group - 1) * len(wanted.targets.codebook_index) if way == "at once" else 0
             if wanted.reason == "stop" or not fast_forward:  # else a group may have been cut off
                 assert results[number].passes == wanted.passes - saved
         # Rows are refilled: far fewer passes than one by one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -56,7 +57,7 @@ EXAMPLES = """examples:
 
 Prompts of 40 ids, the image and 30 ids, each about a picture of its own; an answer says one
 sentence (10 ids and the codebook tokens of a target, which a pass reads one by one, or at once)
-again and again. Prompts: pictures and
+again and again: an engine chooses, by the number of rows. Prompts: pictures and
 questions are read. A pass: of all rows through the language model; it reads the model's weights
 and the keys and values of what was read and said. Of the copy: the part of the bandwidth of a copy
 that this is. Tokens/s: while decoding, without prompts and masks. Answers: all of it.
@@ -160,8 +161,8 @@ def _measure(
     length = questions[0].length
     settings = EngineConfig(rows=rows, steps=LOOK, max_new_tokens=tokens)
     own, peers = dict[str, Callable[[], Run]](), dict[str, Callable[[], PeerRun]]()
-    for name, forward in (("one by one", False), ("at once", True)):
-        config = dataclasses.replace(settings, fast_forward=forward)
+    for name, at_once in (("one by one", 0), ("at once", sys.maxsize)):
+        config = dataclasses.replace(settings, at_once=at_once)
         own[name] = partial(_answer_anew, model, vocabulary, config, questions)
     if peer is not None:
         say = partial(bench_peer.answer, peer, rows=rows, length=length)

@@ -45,15 +45,15 @@ def drawn():
 
 
 # Weights four times as large make what the layers add a thousand times as large, as training may.
-@pytest.mark.parametrize(("forward", "size"), [(False, 1), (True, 1), (True, 4)])
-def test_answers_are_the_sentence_again_and_again(drawn, vocabulary, forward, size):
+@pytest.mark.parametrize(("at_once", "size"), [(0, 1), (100, 1), (100, 4)])
+def test_answers_are_the_sentence_again_and_again(drawn, vocabulary, at_once, size):
     ids = sentence(vocabulary)
     model = serve(recite(jax.tree.map(lambda leaf: size * leaf, drawn), ids))
     config = EngineConfig(
         rows=ROWS,
         steps=bench_generate.LOOK,
         max_new_tokens=SENTENCES * len(ids),
-        fast_forward=forward,
+        at_once=at_once,
     )
     engine = Engine(model, vocabulary, config)
     answers = dict(engine.answer(recital(TINY, ids, count=ROWS, sentences=SENTENCES)))
@@ -66,7 +66,7 @@ def test_answers_are_the_sentence_again_and_again(drawn, vocabulary, forward, si
         assert len(result.targets.mask_logits) == SENTENCES
         assert (result.chance > 0.9).all()
         # Of the last id no pass is needed, of the first the one that read the question.
-        a_sentence = WORDS + 1 if forward else WORDS + len(vocabulary.group)
+        a_sentence = WORDS + 1 if at_once else WORDS + len(vocabulary.group)
         assert result.passes == SENTENCES * a_sentence
 
 
