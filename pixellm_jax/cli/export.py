@@ -69,7 +69,8 @@ def run(options: argparse.Namespace) -> None:
 def _write_programs(folder: Path, out: Path, given: dict[str, Any]) -> None:
     jax.config.update("jax_platforms", "cpu")  # where programs for every platform are made
     dtype, platforms = given.pop("dtype", None), given.pop("platforms", PLATFORMS)
-    buckets = Buckets(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    sizes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    buckets = Buckets(**sizes)
     model = checkpoint.load_model(folder, dtype=dtype)
     vocabulary = checkpoint.read_vocabulary(folder, model.config)
     with byte_bar("exporting") as progress:
