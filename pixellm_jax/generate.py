@@ -184,8 +184,8 @@ def decode(
     a slot, when a row has ended. A row ends at the id `stop` or at its budget.
 
     group: the ids of one target. With them, the first one of them is followed by all others without
-    asking the model: groups are always complete and in order. The others are never chosen by
-    themselves. together: the model is given the ids of a group in one pass, not one by one.
+    asking the model: groups are complete and in order. The others are never chosen by themselves.
+    together: the model is given the ids of a group in one pass, not one by one.
     """
     started = rows.status == RUNNING
     most = max(len(group), 1) if together else 1
@@ -273,8 +273,7 @@ def _advance(
 ) -> Rows:
     """One pass over up to `width` tokens per row that are not in the cache, and what follows them.
 
-    A row that does not run, and what a row has less than `width`, is written nowhere. Nothing
-    follows where a row has more than `width`.
+    What does not run, or is not there, is written nowhere. After more than `width` nothing follows.
     """
     capacity, room = rows.valid.shape[1], rows.tokens.shape[1]
     running = rows.status == RUNNING

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import pixellm_jax.engine as module
-from pixellm_jax import generate
+from pixellm_jax import generate, programs
 from pixellm_jax.batch import Batch
 from pixellm_jax.engine import Engine, EngineConfig
 from pixellm_jax.geometry import fit
@@ -288,7 +288,7 @@ def test_dropping_everything_leaves_an_engine_that_works(engine, questions, alon
 
 
 def test_the_cache_grows_with_long_answers(engine, questions, alone, monkeypatch):
-    monkeypatch.setattr(module, "CAPACITY", 32)
+    monkeypatch.setattr(programs, "CAPACITY", 32)
     monkeypatch.setattr(module, "AHEAD", 8)
     number = max(range(len(alone)), key=lambda i: alone[i].passes)
     assert len(alone[number].tokens) == CONFIG.max_new_tokens
