@@ -74,6 +74,7 @@ LAYERS = {
     "pixellm_jax.sharding": 1.1,
     "pixellm_jax.metrics": 5.0,
     "pixellm_jax.released_metrics": 5.2,
+    "pixellm_jax.bootstrap": 5.1,
     "pixellm_jax.checkpoint": 6.0,
     "pixellm_jax.source_folders": 6.1,
     "pixellm_jax.convert": 6.2,
