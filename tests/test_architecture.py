@@ -93,6 +93,14 @@ LAYERS = {
     "pixellm_jax.cli.recipe": 7.0,
     "pixellm_jax.export": 6.1,
     "pixellm_jax.answer_record": 6.0,
+    "pixellm_jax.judge_question": 6.0,
+    "pixellm_jax.judge_request": 6.1,
+    "pixellm_jax.judge_cache": 6.2,
+    "pixellm_jax.judge_server": 6.3,
+    "pixellm_jax.judge_words": 6.1,
+    "pixellm_jax.judge": 6.1,
+    "pixellm_jax.judge_report": 6.2,
+    "pixellm_jax.text_scores": 5.0,
     "pixellm_jax.predictor": 6.1,
     "pixellm_jax.train_state": 6.1,
     "pixellm_jax.train_step": 6.2,
@@ -104,11 +112,20 @@ LAYERS = {
     "pixellm_jax.cli.page": 7.0,
     "pixellm_jax.cli.progress": 7.0,
     "pixellm_jax.cli.answer_files": 7.0,
+    "pixellm_jax.cli.question_log": 7.0,
+    "pixellm_jax.cli.processes": 7.0,
     "pixellm_jax.cli.table": 7.0,
     "pixellm_jax.cli.curves": 7.0,
     "pixellm_jax.cli.quiz": 7.0,
     "pixellm_jax.cli.demo_page": 7.05,
     "pixellm_jax.cli.demo_train": 7.05,
+    "pixellm_jax.cli.bars": 7.05,
+    "pixellm_jax.cli.published": 7.0,
+    "pixellm_jax.cli.report_numbers": 7.05,
+    "pixellm_jax.cli.report_pictures": 7.0,
+    "pixellm_jax.cli.report_tables": 7.06,
+    "pixellm_jax.cli.report_page": 7.07,
+    "pixellm_jax.cli.report": 7.08,
     "pixellm_jax.cli.ablation_grid": 7.06,
     "pixellm_jax.cli.ablation_report": 7.0,
     "pixellm_jax.cli.bench_parts": 7.0,
@@ -153,7 +170,7 @@ LAYERS = {
 SEEN_BY_DATA_PIPELINE = 1  # the highest layer of pixellm_jax that data_pipeline may import
 BANNED = {"torch", "torchvision", "tensorflow"}
 # Optional packages that may be imported inside a function.
-EXTRAS = {"apache_beam", "matplotlib", "wandb"}
+EXTRAS = {"apache_beam", "matplotlib", "openai", "rouge_score", "wandb"}
 # What one module compares with, where that is installed; also inside its functions alone.
 PEERS = {"pixellm_jax.cli.bench_peer": {"torch", "transformers"}}
 
