@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,7 +24,8 @@ from data_pipeline.damage import Damaged
 from pixellm_jax import __version__, checkpoint
 from pixellm_jax.benchmark_question import BenchmarkQuestion
 from pixellm_jax.cli.processes import HELP, join
-from pixellm_jax.cli.question_log import QUESTIONS, RUN, SETTINGS, QuestionLog
+from pixellm_jax.cli.question_log import QuestionLog
+from pixellm_jax.cli.report import JSON, PAGE, write_report
 from pixellm_jax.cli.table import format_table
 from pixellm_jax.engine import Engine, EngineConfig
 from pixellm_jax.errors import InputError
@@ -33,14 +33,13 @@ from pixellm_jax.evaluate_generated import answer_generated
 from pixellm_jax.evaluate_given import answer_given
 from pixellm_jax.json_files import read_json
 from pixellm_jax.metrics import Sums, merge, merge_hosts
-from pixellm_jax.question_record import GIVEN, QuestionRecord, read_records
+from pixellm_jax.question_record import GIVEN, QuestionRecord
 from pixellm_jax.question_scores import Summary, group_records, summarise, tally_record
 from pixellm_jax.question_scoring import Answered, make_record, make_released_line
 from pixellm_jax.serving import serve
 from pixellm_jax.stopwatch import Stopwatch
 
 GENERATED = "generated"
-REPORT = "report.json"
 EXAMPLES = """examples:
   pixellm evaluate --checkpoint runs/shapes/model --benchmark shapes --out report
   pixellm evaluate --checkpoint pixellm-7b --benchmark muse/test_many --data dataset --out many
@@ -79,7 +78,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="score a model on a benchmark",
         description="Asks a model the questions of a benchmark and compares its masks with the "
         "true ones, at the size of the annotation. OUT gets a line per question as it is scored, "
-        "and report.json.",
+        "and the report: report.json, report.md, index.html.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -135,7 +134,7 @@ def run(options: argparse.Namespace) -> None:
     sums = evaluate(share, log, _Asker(options))
     records = _merge(share, log, sums)
     if records is not None:
-        write_report(options.out)
+        write_report(options.out, options.data)
         _print(options.out, records)
 
 
@@ -184,26 +183,6 @@ def evaluate(share: Share, log: QuestionLog, ask: Ask) -> Sums:
     finally:
         log.close(watch.read(), len(sums), left_out)
     return merge(*sums)
-
-
-def write_report(out: Path) -> None:
-    """Makes report.json of what an evaluation left in its folder."""
-    settings, run = read_json(out / SETTINGS), read_json(out / RUN)
-    records = read_records(out / f"{QUESTIONS}.jsonl")
-    groups = {name: summarise(own) for name, own in group_records(records).items()}
-    seconds, timed = run["seconds"], run["questions"]
-    whole = sum(seconds.values())
-    report = {
-        **settings,
-        "scores": _plain(summarise(records)),
-        "groups": {name: _plain(own) for name, own in groups.items()},
-        "seconds_per_1000": 1000 * whole / timed if timed else None,
-        "shares": {name: own / whole for name, own in seconds.items()} if timed else {},
-        "left_out": run["left_out"],
-        "released": run["released"] and {**run["released"], "comparable": False},
-    }
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    (out / REPORT).write_text(text, encoding="utf-8", errors="replace")
 
 
 def _check(options: argparse.Namespace, benchmark: Benchmark) -> None:
@@ -264,13 +243,8 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _plain(summary: Summary) -> dict[str, float | None]:
-    """With null where there is nothing to divide by."""
-    return {name: None if math.isnan(own) else own for name, own in summary._asdict().items()}
-
-
 def _print(out: Path, records: Sequence[QuestionRecord]) -> None:
-    report = read_json(out / REPORT)
+    report = read_json(out / JSON)
     groups = {name: summarise(own) for name, own in group_records(records).items()}
     parts = [*groups.items(), ("all", summarise(records))]
     cells = {name: [_cell(value) for value in own] for name, own in parts}
@@ -285,7 +259,7 @@ def _print(out: Path, records: Sequence[QuestionRecord]) -> None:
     if report["released"]:
         giou, ciou = report["released"]["giou"], report["released"]["ciou"]
         print(f"as the released code counts, not comparable: gIoU {giou:.4f}, cIoU {ciou:.4f}")
-    print(out / REPORT)
+    print(f"{out / JSON}, {out / PAGE}")
 
 
 def _cell(value: float) -> str:
