@@ -97,7 +97,7 @@ def _names(layers: Sequence[Layer]) -> list[str]:
     parts, right = list[str](), WIDTH - RIGHT
     for layer in reversed(layers if len(layers) > 1 else ()):
         parts.append(draw_text(right, 16.0, layer.name, _faint("end")))
-        right -= 6.0 * len(layer.name) + 14
+        right -= 6.4 * len(layer.name) + 14
         parts.append(_box((right, 8.0, 9.0, 9.0), layer.colour, layer.name))
         right -= 10
     return parts

@@ -31,16 +31,16 @@ def read_published() -> list[Published]:
     text = resources.files(__package__).joinpath("published.json").read_text(encoding="utf-8")
     table = json.loads(text)
     sources = {
-        name: f"{about['paper']}, {about['table']}" for name, about in table["sources"].items()
+        name: f"{about['paper']}, {about['table']}"
+        + (f" ({about['note']})" if about["note"] else "")
+        for name, about in table["sources"].items()
     }
-    notes = {name: about["note"] for name, about in table["sources"].items()}
     return [
         Published(
             **row
             | {
-                "scores": {name: value / 100 for name, value in row["scores"].items()},
+                "scores": {name: round(value / 100, 6) for name, value in row["scores"].items()},
                 "source": sources[row["source"]],
-                "note": "; ".join(filter(None, (row["note"], notes[row["source"]]))),
             }
         )
         for row in table["results"]

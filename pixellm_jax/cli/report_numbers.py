@@ -32,6 +32,9 @@ ALL = "all"
 
 NO_JUDGE = "none"
 
+_JUDGED = {"questions", "masks", "giou", "ciou"}
+"""What of a `Summary` is still meant when a judge decided which targets count."""
+
 
 class Run(NamedTuple):
     """What an evaluation left: its settings, and its records in order.
@@ -157,9 +160,10 @@ def _parts(records: Sequence[QuestionRecord], judge: str) -> list[Part]:
 
 def _part(name: str, judge: str, records: Sequence[QuestionRecord]) -> Part:
     summary, found = summarise(records), intervals([tally_record(record) for record in records])
-    if judge != NO_JUDGE:  # says nothing on whether a target was found
+    if judge != NO_JUDGE:  # it decides which masks count, and nothing else
+        others = dict.fromkeys(set(Summary._fields) - _JUDGED, math.nan)
+        summary = summary._replace(**others)
         unknown = Interval(math.nan, math.nan, math.nan, 0)
-        summary = summary._replace(t_acc=math.nan, n_acc=math.nan)
         found = found._replace(t_acc=unknown, n_acc=unknown)
     return Part(name, judge, summary, found)
 

@@ -136,12 +136,16 @@ def published_rows(report: Report) -> tuple[list[list[str]], list[str]]:
     groups = [part for part in report.parts if any(_is_of(row, part) for row in same)]
     for part in groups:
         own = [cell(getattr(part.summary, name), None) for name in names]
-        rows.append(["this run", part.name, run.mode, part.judge, *own, "this report"])
+        rows.append(["this run", part.name, run.mode, part.judge, *own, ""])
+    sources = list(dict.fromkeys(row.source for row in same))
     for row in same:
-        cells = [cell(row.scores.get(name, math.nan), None) for name in names]
-        judge, source = row.judge or NO_JUDGE, row.source + (f" ({row.note})" if row.note else "")
-        rows.append([row.system, row.group or ALL, str(row.mode), judge, *cells, source])
-    words = []
+        cells = [_published_cell(row.scores.get(name)) for name in names]
+        number = f"({sources.index(row.source) + 1})"
+        rows.append(
+            [row.system, row.group or ALL, str(row.mode), row.judge or NO_JUDGE, *cells, number]
+        )
+    words = [f"({number}) {source}" for number, source in enumerate(sources, 1)]
+    words += dict.fromkeys(f"{row.system}: {row.note}" for row in same if row.note)
     if same and run.settings.get("limit") is not None:
         words.append("This run is of a part of the split, the published scores are of all of it.")
     if others:
@@ -158,6 +162,13 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return [lines[0], f"|{'---|' * len(cells[0])}", *lines[1:]]
+
+
+def _published_cell(score: float | None) -> str:
+    """With the digits that were published: three or four."""
+    if score is None:
+        return "–"
+    return f"{score:.3f}" if round(score, 3) == score else f"{score:.4f}"
 
 
 def _is_of(row: Published, part: Part) -> bool:
