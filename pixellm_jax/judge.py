@@ -8,9 +8,10 @@ reference.md 5.6).
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from pixellm_jax.judge_question import JudgeDownError, JudgeQuestion, NotJudgedError, put_in_words
@@ -77,24 +78,23 @@ def judge_records(
         else:
             asked.append((number, question))
     stopped, in_a_row = None, 0
-    for (number, question), found in _ask_all(judge, asked):
-        record = records[number]
-        advance()
-        if isinstance(found, JudgeDownError):
-            stopped = stopped or str(found)
-            failures[record.id] = f"not asked: {found}"
-        elif isinstance(found, NotJudgedError):
-            failures[record.id] = str(found)
-            in_a_row += 1
-            if in_a_row == FAILURES_IN_A_ROW and stopped is None:
-                stopped = f"{in_a_row} questions failed one after the other, the last with: {found}"
-        else:
-            in_a_row = 0
-            scored[number] = _with_scores(
-                record, judge.name, dict(zip(question.truths, found, strict=True))
-            )
-        if stopped is not None:
-            break
+    with contextlib.closing(_ask_all(judge, asked)) as answers:
+        for (number, question), found in answers:
+            record = records[number]
+            advance()
+            if isinstance(found, JudgeDownError):
+                stopped = str(found)
+            elif isinstance(found, NotJudgedError):
+                failures[record.id] = str(found)
+                in_a_row += 1
+                if in_a_row == FAILURES_IN_A_ROW:
+                    stopped = f"{in_a_row} questions failed in a row, the last with: {found}"
+            else:
+                in_a_row = 0
+                scores = dict(zip(question.truths, found, strict=True))
+                scored[number] = _with_scores(record, judge.name, scores)
+            if stopped is not None:
+                break
     for number, _ in asked if stopped is not None else ():
         if number not in scored:
             failures.setdefault(records[number].id, f"not asked: {stopped}")
@@ -148,45 +148,43 @@ _Item = tuple[int, JudgeQuestion]
 
 def _ask_all(
     judge: Judge, asked: Sequence[_Item]
-) -> Iterator[tuple[_Item, list[int] | NotJudgedError | JudgeDownError]]:
+) -> Generator[tuple[_Item, list[int] | NotJudgedError | JudgeDownError], None, None]:
     """Scores or what went wrong, as they come.
 
-    The threads end with the caller's loop; one that is waiting for a server does not hold up the
-    end of the program.
+    The threads ask nothing more once it is closed; one that waits for a server then does not hold
+    up the end of the program.
     """
     if judge.workers == 1:
         for item in asked:
             yield item, _ask(judge, item)
         return
-    waiting: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[_Item, object]] = queue.SimpleQueue()
-    ended = threading.Event()
-    for item in asked:
-        waiting.put(item)
+    workers = min(judge.workers, len(asked))
 
     def work() -> None:
-        while not ended.is_set():
-            try:
-                item = waiting.get_nowait()
-            except queue.Empty:
-                return
+        while (item := waiting.get()) is not None:
             try:
                 done.put((item, _ask(judge, item)))
             except BaseException as error:  # not the server's fault: the caller's thread raises it
                 done.put((item, error))
 
-    for _ in range(min(judge.workers, len(asked))):
+    for item in asked[:workers]:
+        waiting.put(item)
         threading.Thread(target=work, daemon=True).start()
     try:
-        for _ in asked:
+        for place in range(len(asked)):
             item, found = done.get()
             if isinstance(found, BaseException) and not isinstance(
                 found, NotJudgedError | JudgeDownError
             ):
                 raise found
             yield item, found  # type: ignore[misc]
+            if place + workers < len(asked):
+                waiting.put(asked[place + workers])
     finally:
-        ended.set()
+        for _ in range(workers):
+            waiting.put(None)
 
 
 def _ask(judge: Judge, item: _Item) -> list[int] | NotJudgedError | JudgeDownError:

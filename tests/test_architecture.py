@@ -126,6 +126,7 @@ LAYERS = {
     "pixellm_jax.cli.report_tables": 7.06,
     "pixellm_jax.cli.report_page": 7.07,
     "pixellm_jax.cli.report": 7.08,
+    "pixellm_jax.cli.judge_options": 7.05,
     "pixellm_jax.cli.ablation_grid": 7.06,
     "pixellm_jax.cli.ablation_report": 7.0,
     "pixellm_jax.cli.bench_parts": 7.0,

@@ -17,7 +17,8 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     lines = [record(n).to_json() + "\n" for n in range(5)]
     (tmp_path / "questions.jsonl").write_text("".join(lines))
-    (tmp_path / "settings.json").write_text('{"mode": "generated"}')
+    settings = {"benchmark": "muse", "split": "val", "mode": "generated"}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
     return tmp_path
 
 
@@ -40,7 +41,8 @@ def test_server(folder, capsys):
     assert said[1].split() == row
     stored = json.loads((folder / "judge.json").read_text())
     assert f"judge: {stored['judge']}; targets below 4" in "\n".join(said)
-    assert said[-1] == "cost: 0.0003 now, 0.0014 for all scores"
+    assert said[-2] == "cost: 0.0003 now, 0.0014 for all scores"
+    assert stored["judge"] in (folder / "report.md").read_text()
 
 
 def test_offline(folder, capsys):
