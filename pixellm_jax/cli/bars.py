@@ -30,7 +30,7 @@ class Layer(NamedTuple):
 def draw_bars(title: str, layers: Sequence[Layer], edges: Sequence[float], *, across: str) -> str:
     """Stacked counts of bins with these equally spaced edges. `across`: what the edges are."""
     totals = [sum(column) for column in zip(*(layer.counts for layer in layers), strict=True)]
-    ticks = find_ticks(max(totals, default=0))
+    ticks = find_ticks(float(max(totals, default=0)))
     wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     step = wide / len(totals)
     parts = [draw_text(12.0, 16.0, title, "font-weight='600' font-size='14'")]
@@ -78,9 +78,9 @@ def draw_grid(
     parts = [draw_text(12.0, 16.0, title, "font-weight='600' font-size='14'")]
     parts.append(draw_text(WIDTH - RIGHT, top - 6, f"{across} →", _faint("end")))
     parts.append(draw_text(left, top - 6, f"{down} ↓", _faint("start")))
-    for place, name in enumerate(names):
-        parts.append(draw_text(left + wide * (place + 0.5), HEIGHT - 4, name, _faint("middle")))
-        middle = top + high * (place + 0.5) + 4
+    for value, name in enumerate(names):
+        parts.append(draw_text(left + wide * (value + 0.5), HEIGHT - 4, name, _faint("middle")))
+        middle = top + high * (value + 0.5) + 4
         parts.append(draw_text(left - 6, middle, name, _faint("end")))
     for (x, y), count in sorted(cells.items()):
         box = left + wide * x + 1, top + high * y + 1, wide - 2, high - 2

@@ -22,6 +22,9 @@ from pixellm_jax.question_scores import group_records, tally_record
 CHANGES = 10
 """Questions on the page that gained most, and that lost most."""
 
+_EXPECTED = {"checkpoint", "checkpoint_hash", "mode", "limit"}
+"""Settings that a comparison is of, or that are told in another way."""
+
 EXAMPLES = """example:
   pixellm compare runs/7b/muse runs/13b/muse --out muse.html
 """
@@ -199,6 +202,11 @@ def _notes(first: Run, second: Run, pairs: Pairs) -> list[str]:
             f"NOT THE SAME JUDGE: A has {_judge(first)}, B has {_judge(second)}. Only what masks "
             "alone decide is compared."
         )
+    others = sorted((first.settings.keys() | second.settings.keys()) - _EXPECTED)
+    values = [(key, first.settings.get(key), second.settings.get(key)) for key in others]
+    changed = [f"{key} {a!r} in A, {b!r} in B" for key, a, b in values if a != b]
+    if changed:
+        notes.append(f"Other settings: {'; '.join(changed)}.")
     reworded = sum(a.question != b.question for a, b in pairs)
     if reworded:
         notes.append(f"{reworded} of the questions are worded differently in the two runs.")

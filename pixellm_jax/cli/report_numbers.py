@@ -32,9 +32,6 @@ ALL = "all"
 
 NO_JUDGE = "none"
 
-_JUDGED = {"questions", "masks", "giou", "ciou"}
-"""What of a `Summary` is still meant when a judge decided which targets count."""
-
 
 class Run(NamedTuple):
     """What an evaluation left: its settings, and its records in order.
@@ -161,10 +158,11 @@ def _parts(records: Sequence[QuestionRecord], judge: str) -> list[Part]:
 def _part(name: str, judge: str, records: Sequence[QuestionRecord]) -> Part:
     summary, found = summarise(records), intervals([tally_record(record) for record in records])
     if judge != NO_JUDGE:  # it decides which masks count, and nothing else
-        others = dict.fromkeys(set(Summary._fields) - _JUDGED, math.nan)
-        summary = summary._replace(**others)
-        unknown = Interval(math.nan, math.nan, math.nan, 0)
-        found = found._replace(t_acc=unknown, n_acc=unknown)
+        nan = math.nan
+        summary = summary._replace(
+            t_acc=nan, n_acc=nan, right_count=nan, empty_right=nan, same_text=nan
+        )
+        found = found._replace(t_acc=Interval(nan, nan, nan, 0), n_acc=Interval(nan, nan, nan, 0))
     return Part(name, judge, summary, found)
 
 

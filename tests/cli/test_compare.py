@@ -86,6 +86,14 @@ def test_other_modes_are_named(tmp_path):
     assert "| all | generated / given |" in text
 
 
+def test_other_settings_are_named(tmp_path):
+    records = random_questions(5, 1)
+    same = as_markdown(compare(*runs(tmp_path, records, records, checkpoint="other", limit=5)))
+    assert "Other settings" not in same
+    text = as_markdown(compare(*runs(tmp_path, records, records, max_new_tokens=64)))
+    assert "Other settings: max_new_tokens None in A, 64 in B." in text
+
+
 def test_judged_rows_need_the_same_judge(tmp_path):
     bare = [question(n, [(MASK, MASK)]) for n in range(4)]
     first = [judged(record, [9]) for record in bare]

@@ -315,7 +315,7 @@ def test_published_scores_are_whole():
 
 
 def test_bars_are_as_high_as_their_counts():
-    drawn = draw_bars("a < b", [Layer("x", [4, 0, 2], "red")], [0, 1, 2, 3], across="y")
+    drawn = draw_bars("a < b", [Layer("x", [4, 0, 2], "red")], [0.0, 1.0, 2.0, 3.0], across="y")
     svg = ElementTree.fromstring(drawn)
     heights = [float(r.get("height")) for r in svg.iter("rect")]
     assert len(heights) == 2 and heights[0] == pytest.approx(2 * heights[1], abs=0.2)
