@@ -132,8 +132,8 @@ def serve(server: Server) -> Iterator[Server]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
-        server.url = f"http://127.0.0.1:{listener.server_port}/v1"
+    with ThreadingHTTPServer(("localhost", 0), Handler) as listener:
+        server.url = f"http://localhost:{listener.server_port}/v1"
         thread = threading.Thread(target=listener.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         try:

@@ -218,8 +218,8 @@ def test_the_key_is_written_nowhere(tmp_path):
 
 def test_no_server(tmp_path):
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+        free.bind(("localhost", 0))
+        url = f"http://localhost:{free.getsockname()[1]}/v1"
         config = ServerConfig(url=url, model="m", tries=2, first_pause=0.01)
         judge = ServerJudge(config, tmp_path)
         with pytest.raises(NotJudgedError, match="no connection"):
