@@ -79,8 +79,8 @@ def questions(name: str, split: str, root: Path) -> tuple[BenchmarkQuestion, ...
     for entry in list_pictures(benchmark, root, split)[:PICTURES]:
         try:
             found += read_questions(benchmark, root, split, entry).questions
-        except Damaged:  # the small data root has two such items, of MUSE
-            assert name == "muse"
+        except Damaged:  # items of MUSE without questions, and what `people` spoils
+            assert name in ("muse", "jsonl")
     return tuple(found)
 
 
@@ -137,7 +137,8 @@ def run(out: Path, name: str, root: Path, answer, hosts: int = 1, **options) -> 
 def test_right_and_empty_answers(name, split, data_root):
     asked = questions(name, split, data_root)
     assert asked and len({question.id for question in asked}) == len(asked)
-    assert all((data_root / question.picture).is_file() for question in asked)
+    drawn = name == "shapes"
+    assert all((data_root / question.picture).is_file() != drawn for question in asked)
     for given in (True, False):
         found = summarise(make_record(right(question), given=given) for question in asked)
         assert found.giou == found.ciou == found.t_acc == 1.0
@@ -370,7 +371,7 @@ def test_command(name, mode, tiny, data_root, people, tmp_path, capfd):
     lines = (tmp_path / "out/questions.jsonl").read_text().splitlines()
     assert report["scores"]["questions"] == len(lines) > 0
     assert sum(report["shares"].values()) == pytest.approx(1) and report["seconds_per_1000"] > 0
-    assert report["data"] == data.resolve().name and str(data) not in json.dumps(report["scores"])
+    assert report["data"] == data.resolve().name
     assert set(report["left_out"]) == ({"line 3"} if name == "jsonl" else set())
 
 

@@ -176,9 +176,9 @@ def evaluate(share: Share, log: QuestionLog, ask: Ask) -> Sums:
                     with watch("matching"):
                         record = make_record(answered, given=given)
                         line = make_released_line(answered, given=given) if compat else None
+                        sums.append(tally_record(record))
                     with watch("io"):
                         log.write(record, line)
-                    sums.append(tally_record(record))
                     bar.set_postfix(questions=len(sums), refresh=False)
     finally:
         log.close(watch.read(), len(sums), left_out)

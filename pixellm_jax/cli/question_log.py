@@ -76,7 +76,8 @@ class QuestionLog:
             if file is not None:
                 file.close()
         path = self.out / f"run{self._ending}.json"
-        own = {"questions": questions, "seconds": dict(seconds), "left_out": dict(left_out)}
+        spent = dict(seconds) if questions else {}
+        own = {"questions": questions, "seconds": spent, "left_out": dict(left_out)}
         _write(path, _add([read_optional_json(path), own]))
 
     def merge(self) -> list[QuestionRecord]:
