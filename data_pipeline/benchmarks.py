@@ -59,7 +59,7 @@ class DrawnScene(NamedTuple):
 
     key: str
     split: str
-    index: int
+    number: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class DrawnShapes:
         return [DrawnScene(f"{split}/{i}", split, i) for i in range(len(Shapes(split=split)))]
 
     def read(self, entry: DrawnScene) -> Reading:
-        return Reading(Shapes(split=entry.split)[entry.index])
+        return Reading(Shapes(split=entry.split)[entry.number])
 
     def picture(self, entry: DrawnScene) -> None:
         """There is no file."""
@@ -215,8 +215,8 @@ def _groups(
             return [(example.kind,) for _ in counts]
         case "grefcoco":
             named = [[i for i in target.ids[1:-1] if i >= 0] for target in example.targets]
-            kinds = ("no target", "one target", "several targets")
-            return [(kinds[min(len(ids), 2)],) for ids in named]
+            sizes = ("no target", "one target", "several targets")
+            return [(sizes[min(len(ids), 2)],) for ids in named]
         case "shapes":
             kinds = Shapes(split=example.split).kinds(int(example.key))
             return [(f"kind: {kind}",) for kind in kinds]

@@ -35,11 +35,11 @@ SHORTEST, FEWEST = 128, 8
 
 
 class _Asked(NamedTuple):
-    """A question whose targets are the last `count` ones of its conversation."""
+    """A question whose targets are the last `targets` ones of its conversation."""
 
     question: BenchmarkQuestion
     conversation: Conversation
-    count: int
+    targets: int
 
 
 class _Row(NamedTuple):
@@ -134,7 +134,7 @@ def _decode(
     for own, (row, asked) in zip(logits, waiting, strict=False):
         for number, each in enumerate(asked, 1):
             slots = np.flatnonzero(row.target_valid & (row.target_conversation == number))
-            found, reason = sound(own[slots[-each.count :]], GIVEN)
+            found, reason = sound(own[slots[-each.targets :]], GIVEN)
             masks = unfit(found, each.question.hw, model.config.vision.canvas)
             yield Answered(each.question, masks, each.question.given, reason)
 

@@ -138,11 +138,13 @@ def _read(values: object) -> QuestionRecord:
         raise ValueError("another number of descriptions than of true masks")
     pairs = tuple(map(_pair, lists["pairs"]))
     for place, key in enumerate(("predicted", "truth")):
-        found = sorted(pair[place] for pair in pairs if pair[place] is not None)  # type: ignore[type-var]
-        if found != list(range(len(lists[key]))):
+        numbers = [pair[:2][place] for pair in pairs]
+        if sorted(number for number in numbers if number is not None) != list(
+            range(len(lists[key]))
+        ):
             raise ValueError(f"pairs do not name each of the {len(lists[key])} {key} masks once")
     _check_judge(values["judge"], len(lists["truth"]))
-    own = {key: tuple(value) for key, value in lists.items()}
+    own: dict[str, Any] = {key: tuple(value) for key, value in lists.items()}
     return QuestionRecord(**{**values, **own, "hw": (hw[0], hw[1]), "pairs": pairs})
 
 
