@@ -262,7 +262,7 @@ def _print(out: Path, records: Sequence[QuestionRecord]) -> None:
     print(f"{out / JSON}, {out / PAGE}")
 
 
-def _cell(value: float) -> str:
+def _cell(value: float | int) -> str:
     if isinstance(value, int):
         return str(value)
     return "-" if math.isnan(value) else f"{value:.4f}"
