@@ -107,5 +107,5 @@ def print_report(report: JudgeReport) -> None:
         print(f"cost: {report.cost['run']:.4f} now, {report.cost['scores']:.4f} for all scores")
 
 
-def _cell(value: float) -> str:
+def _cell(value: int | float) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
