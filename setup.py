@@ -57,7 +57,18 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8.3", "beartype>=0.20", "hypothesis>=6.100", "matplotlib>=3.9"],
+        "test": [
+            "pytest>=8.3",
+            "beartype>=0.20",
+            "hypothesis>=6.100",
+            "matplotlib>=3.9",
+            "openai>=3",
+            "rouge-score>=0.1.2",
+        ],
+        # `pixellm judge` with a language model.
+        "judge": ["openai>=3"],
+        # Scores of answers in words (`pixellm_jax.text_scores`).
+        "text": ["rouge-score>=0.1.2"],
         # `pixellm data-stats --out`.
         "figures": ["matplotlib>=3.9"],
         # `pixellm train --wandb`.

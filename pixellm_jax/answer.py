@@ -62,7 +62,7 @@ def read_answer(vocabulary: Vocabulary, ids: Sequence[int] | Int[np.ndarray, "t"
         text += addition
         if target:
             markers.append((len(text) - len(MARKER), len(text)))
-    phrases = _phrases(text, markers)
+    phrases = find_phrases(text, markers)
     spans = [np.asarray(found, np.int32).reshape(-1, 2) for found in (markers, phrases)]
     return AnswerText(text.rstrip(), codebook, *spans)
 
@@ -85,7 +85,7 @@ _NAMELESS = re.compile(rf"(?i:|it|they|them|this|that|these|those|he|she|here|th
 _COMMA, _AND = r",(?!\s*which\b)\s*(?:and\s+)?", r"\s+and\s+"
 
 
-def _phrases(text: str, markers: Sequence[_Span]) -> list[_Span]:
+def find_phrases(text: str, markers: Sequence[_Span]) -> list[_Span]:
     """The words that name each target, from the answer templates and the habits of free text."""
     runs: list[list[_Span]] = []  # markers with nothing but commas and "and" between
     for marker in markers:

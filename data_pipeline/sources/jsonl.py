@@ -114,6 +114,11 @@ class Jsonl:
         )
         return Reading(example, problems)
 
+    def picture(self, entry: JsonlEntry) -> Path:
+        """The file of the entry's picture. Raises `Damaged` as `read`."""
+        line = _keys(fetch(entry.file, entry.span), LINE_KEYS, "the line")
+        return below(entry.file.parent, line.get("image"))
+
 
 def _heading(line: bytes, number: int, splits: Sequence[str]) -> tuple[str, str, str]:
     """Key and split of a line, and why it cannot be read ("" if it can)."""

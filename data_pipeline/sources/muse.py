@@ -24,6 +24,7 @@ from data_pipeline.sources.reading import (
     check_text,
     coco_candidates,
     find_index,
+    find_picture,
     read_picture,
 )
 
@@ -123,6 +124,10 @@ class Muse:
             conversations=tuple(conversations),
         )
         return Reading(example, tuple(problems))
+
+    def picture(self, entry: Entry) -> Path:
+        """The file of the entry's picture. Raises `Damaged` as `read`."""
+        return find_picture(_pictures(entry.root, fetch(entry.path, entry.span)))
 
 
 def _pictures(root: Path, item: dict[str, Any]) -> list[Path]:

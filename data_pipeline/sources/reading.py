@@ -105,6 +105,19 @@ def read_picture(candidates: Iterable[Path], hw: tuple[int, int] | None = None) 
     raise Damaged(f"no picture {' or '.join(map(str, paths))}")
 
 
+def find_picture(candidates: Iterable[Path]) -> Path:
+    """The file that `read_picture` takes.
+
+    Raises:
+        Damaged: none of them is there.
+    """
+    paths = list(candidates)
+    for path in paths:
+        if path.is_file():
+            return path
+    raise Damaged(f"no picture {' or '.join(map(str, paths))}")
+
+
 def _checked(picture: Picture, name: str, hw: tuple[int, int] | None) -> Picture:
     if hw is not None and picture.hw != tuple(hw):
         found = " x ".join(map(str, picture.hw))

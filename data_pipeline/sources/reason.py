@@ -121,6 +121,10 @@ class ReasonSeg:
         )
         return Reading(example, tuple(problems))
 
+    def picture(self, entry: ReasonEntry) -> Path:
+        """The file of the entry's picture."""
+        return entry.picture
+
 
 def _explanations(file: Path) -> dict[str, object]:
     """Explanations, not checked yet, by the name of the picture; none without the file."""

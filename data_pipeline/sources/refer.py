@@ -25,6 +25,7 @@ from data_pipeline.sources.reading import (
     check_text,
     coco_candidates,
     find_index,
+    find_picture,
     read_picture,
 )
 from pixellm_jax.errors import InputError
@@ -164,6 +165,13 @@ class Refer:
             targets=tuple(targets),
         )
         return Reading(example, tuple(problems))
+
+    def picture(self, entry: Entry) -> Path:
+        """The file of the entry's picture. Raises `Damaged` as `read`."""
+        if entry.image is None:
+            raise Damaged(f"no image {entry.key!r} in {entry.path.name!r}")
+        name = fetch(entry.path, entry.image).get("file_name")
+        return find_picture(self._pictures(entry.root, name))
 
     def _pictures(self, root: Path, name: Any) -> list[Path]:
         if self.dataset == "refclef":

@@ -44,31 +44,33 @@ def draw_chart(
     Text is in the colour of the page's text, lines of the grid in CSS variable `--edge`.
     """
     points = [point for curve in curves for point in curve.points]
-    x_ticks = _ticks(max((x for x, _ in points), default=1.0))
-    y_ticks = _ticks(max([top, *(y for _, y in points), *(level.y for level in levels)]))
+    x_ticks = find_ticks(max((x for x, _ in points), default=1.0))
+    y_ticks = find_ticks(max([top, *(y for _, y in points), *(level.y for level in levels)]))
 
     def place(x: float, y: float) -> tuple[float, float]:
         right = LEFT + (WIDTH - LEFT - RIGHT) * x / x_ticks[-1]
         down = HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * y / y_ticks[-1]
         return round(right, 1), round(down, 1)
 
-    parts = [_text(12.0, 16.0, title, "font-weight='600' font-size='14'")]
+    parts = [draw_text(12.0, 16.0, title, "font-weight='600' font-size='14'")]
     for y in y_ticks:
         left, down = place(0.0, y)
-        parts.append(_line(left, down, WIDTH - RIGHT, down, "var(--edge, #ddd)"))
-        parts.append(_text(left - 6, down + 4, f"{y:g}", "text-anchor='end' opacity='.65'"))
+        parts.append(draw_line(left, down, WIDTH - RIGHT, down, "var(--edge, #ddd)"))
+        parts.append(draw_text(left - 6, down + 4, f"{y:g}", "text-anchor='end' opacity='.65'"))
     for x in x_ticks:
         right, bottom = place(x, 0.0)
         anchor = "end" if x == x_ticks[-1] else "middle"
-        parts.append(_text(right, bottom + 16, f"{x:g}", f"text-anchor='{anchor}' opacity='.65'"))
-    parts.append(_text(WIDTH - RIGHT, HEIGHT - 3, across, "text-anchor='end' opacity='.65'"))
+        parts.append(
+            draw_text(right, bottom + 16, f"{x:g}", f"text-anchor='{anchor}' opacity='.65'")
+        )
+    parts.append(draw_text(WIDTH - RIGHT, HEIGHT - 3, across, "text-anchor='end' opacity='.65'"))
     for level in levels:
         left, down = place(0.0, level.y)
         parts.append(
-            _line(left, down, WIDTH - RIGHT, down, "currentColor", "stroke-dasharray='4 4'")
+            draw_line(left, down, WIDTH - RIGHT, down, "currentColor", "stroke-dasharray='4 4'")
         )
         label = f"{level.name} {level.y:.2f}"
-        parts.append(_text(WIDTH - RIGHT, down - 4, label, "text-anchor='end' opacity='.8'"))
+        parts.append(draw_text(WIDTH - RIGHT, down - 4, label, "text-anchor='end' opacity='.8'"))
     for curve in curves:
         parts += _curve([place(x, y) for x, y in curve.points], curve)
     return (
@@ -86,16 +88,18 @@ def _curve(places: Sequence[tuple[float, float]], curve: Curve) -> list[str]:
     return parts
 
 
-def _line(x: float, y: float, to_x: float, to_y: float, colour: str, more: str = "") -> str:
+def draw_line(x: float, y: float, to_x: float, to_y: float, colour: str, more: str = "") -> str:
+    """A line; `colour`: of CSS."""
     place = f'x1="{x}" y1="{y}" x2="{to_x}" y2="{to_y}"'
     return f'<line {place} style="stroke:{colour}" opacity=".8" {more}/>'
 
 
-def _text(x: float, y: float, text: str, more: str) -> str:
+def draw_text(x: float, y: float, text: str, more: str) -> str:
+    """Text, escaped; `more`: attributes."""
     return f'<text x="{x}" y="{y}" {more}>{html.escape(text)}</text>'
 
 
-def _ticks(most: float) -> list[float]:
+def find_ticks(most: float) -> list[float]:
     """Round numbers from 0 to one that is not below `most`: 0.83 -> 0, 0.2, ..., 1."""
     most = most if most > 0 else 1.0
     size = 10.0 ** math.floor(math.log10(most))

@@ -25,7 +25,7 @@ GOOD, FAIR = 0.75, 0.5
 _PALE = 0.45
 """How far the picture under masks is bleached towards white."""
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1b2130; --soft: #667085; --page: #f4f5f8;
   --card: #fff; --edge: #e1e5ec; --ask: #e8eefb; --good: #1a7f4b; --fair: #a86400; --bad: #c03030;
   --line: #2c6fdb; }
@@ -71,6 +71,7 @@ figure { margin: 0; } figcaption { color: var(--soft); font-size: .74rem; text-a
 footer { color: var(--soft); font-size: .8rem; margin-top: 1.6rem; }
 footer code { font-size: .95em; }
 """
+"""Colours, letters and boxes of a page; light and dark."""
 
 
 class Tile(NamedTuple):
@@ -100,7 +101,7 @@ def write_page(
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f'<h1>{html.escape(title)}</h1>\n<p class="lead">{html.escape(lead)}</p>\n'
         f'<div class="tiles">{numbers}</div>\n'
         + (f'<div class="plots">{drawn}</div>\n' if drawn else "")
@@ -122,7 +123,7 @@ def _article(scene: Scene, replies: Sequence[Reply]) -> str:
 def _section(scene: Scene, reply: Reply) -> str:
     texts = number_markers(reply.text, reply.answer.markers.tolist())
     answer = html.escape(texts[0]) + "".join(
-        _chip(number) + html.escape(text) for number, text in enumerate(texts[1:])
+        draw_chip(number) + html.escape(text) for number, text in enumerate(texts[1:])
     )
     wanted = ""
     if not reply.same_words:
@@ -143,7 +144,7 @@ def _marks(reply: Reply) -> str:
     items = []
     for number, mark in enumerate(reply.marks):
         kind = "good" if mark.iou >= GOOD else "fair" if mark.iou >= FAIR else "bad"
-        items.append(f'<li>{_chip(number)} <span class="{kind}">{mark.note}</span></li>')
+        items.append(f'<li>{draw_chip(number)} <span class="{kind}">{mark.note}</span></li>')
     return "".join(items)
 
 
@@ -159,7 +160,8 @@ def _pair(scene: Scene, reply: Reply) -> str:
     return f'<div class="pair">{"".join(figures)}</div>'
 
 
-def _chip(number: int) -> str:
+def draw_chip(number: int) -> str:
+    """A target's number, from 0, as a plate of its colour."""
     red, green, blue = (int(value) for value in colours(number + 1)[number])
     luminance = (np.array([red, green, blue]) / 255) ** 2.2 @ (0.2126, 0.7152, 0.0722)
     ink = "#000" if luminance > 0.179 else "#fff"

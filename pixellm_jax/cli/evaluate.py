@@ -3,32 +3,72 @@
 from __future__ import annotations
 
 import argparse
-import io
-import json
-import time
-from collections.abc import Iterator
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image
+import jax
 from tqdm import tqdm
 
-from data_pipeline.example import SEG
-from data_pipeline.masks import decode_many
-from data_pipeline.sources.shapes import Shapes
-from pixellm_jax import checkpoint
+from data_pipeline.benchmarks import (
+    BENCHMARKS,
+    Benchmark,
+    find_benchmark,
+    list_pictures,
+    read_questions,
+)
+from data_pipeline.damage import Damaged
+from pixellm_jax import __version__, checkpoint
+from pixellm_jax.benchmark_question import BenchmarkQuestion
+from pixellm_jax.cli.processes import HELP, join
+from pixellm_jax.cli.question_log import QuestionLog
+from pixellm_jax.cli.report import JSON, PAGE, write_report
 from pixellm_jax.cli.table import format_table
 from pixellm_jax.engine import Engine, EngineConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.evaluate_generated import Asked, Scored, Summary, score_answers, summarise
-from pixellm_jax.image import read_image
+from pixellm_jax.evaluate_generated import answer_generated
+from pixellm_jax.evaluate_given import answer_given
+from pixellm_jax.json_files import read_json
+from pixellm_jax.metrics import Sums, merge, merge_hosts
+from pixellm_jax.question_record import GIVEN, QuestionRecord
+from pixellm_jax.question_scores import Summary, group_records, summarise, tally_record
+from pixellm_jax.question_scoring import Answered, make_record, make_released_line
 from pixellm_jax.serving import serve
+from pixellm_jax.stopwatch import Stopwatch
 
-BENCHMARKS = ("shapes",)
-REPORT = "report.json"
-EXAMPLES = """example:
+GENERATED = "generated"
+EXAMPLES = """examples:
   pixellm evaluate --checkpoint runs/shapes/model --benchmark shapes --out report
+  pixellm evaluate --checkpoint pixellm-7b --benchmark muse/test_many --data dataset --out many
+  pixellm evaluate --checkpoint pixellm-7b --benchmark refcoco/testA --data dataset --out testA \\
+      --mode given
+
+In mode "generated" the model writes its answers, codebook tokens included. In mode "given" the
+tokens stand in the prompt, as they did for the referring numbers of the paper: masks alone count.
+Numbers of the two modes cannot be compared. The same command goes on where it was stopped.
 """
+
+
+Ask = Callable[[Iterable[BenchmarkQuestion], Stopwatch, dict[str, str]], Iterator[Answered]]
+"""Answers questions in any order, and tells of pictures that cannot be used."""
+
+
+class Share(NamedTuple):
+    """What one of `hosts` evaluates: pictures number host, host + hosts, ... of `entries`."""
+
+    benchmark: Benchmark
+    split: str
+    root: Path
+    entries: Sequence[Any]
+    host: int = 0
+    hosts: int = 1
+
+    @property
+    def own(self) -> Sequence[Any]:
+        return self.entries[self.host :: self.hosts]
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -36,76 +76,193 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "evaluate",
         help="score a model on a benchmark",
-        description="Asks a model the questions of a benchmark; it writes its answers itself. "
-        "Scores are printed and written to OUT/report.json.",
+        description="Asks a model the questions of a benchmark and compares its masks with the "
+        "true ones, at the size of the annotation. OUT gets a line per question as it is scored, "
+        "and the report: report.json, report.md, index.html.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--benchmark", choices=BENCHMARKS, required=True)
-    parser.add_argument("--split", default="test", help="of the benchmark (test)")
+    parser.add_argument(
+        "--benchmark", required=True, metavar="NAME[/SPLIT]", help=", ".join(BENCHMARKS)
+    )
+    parser.add_argument("--split", help="of the benchmark (val; of shapes: test)")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder of all datasets (shapes need none)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--mode", choices=(GENERATED, GIVEN), default=GENERATED, help="(generated)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N pictures")
-    parser.add_argument("--rows", type=int, default=32, help="questions answered together (32)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write report.json")
+    parser.add_argument(
+        "--rows", type=int, default=32, metavar="N", help="questions answered together (32)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="(512)")
+    parser.add_argument(
+        "--reference-compat",
+        action="store_true",
+        help="also what the released code would print; not comparable with anything else",
+    )
+    parser.add_argument("--distributed", action="store_true", help=HELP)
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluates, prints a table by kind of question, writes the report."""
-    if options.limit is not None and options.limit < 1:
-        raise InputError(f"--limit {options.limit}: expected at least 1")
-    model = checkpoint.load_model(options.checkpoint)
-    vocabulary = checkpoint.read_vocabulary(options.checkpoint, model.config)
-    engine = Engine(serve(model), vocabulary, EngineConfig(rows=options.rows, max_new_tokens=96))
-    shapes = Shapes(split=options.split)
-    count = min(len(shapes), options.limit or len(shapes))
-    begin = time.perf_counter()
-    scored: list[Scored] = []
-    with tqdm(desc="evaluating", unit="question", disable=None) as bar:
-        for row in score_answers(engine, vocabulary, _shapes(shapes, count)):
-            scored.append(row)
-            bar.update()
-    seconds = time.perf_counter() - begin
-    kinds = sorted({row.kind for row in scored})
-    parts = {kind: summarise(row for row in scored if row.kind == kind) for kind in kinds}
-    whole = summarise(scored)
-    rows = [[name, *_cells(part)] for name, part in [*parts.items(), ("all", whole)]]
-    print(format_table([["kind", *Summary._fields], *rows], names=1))
-    print(f"benchmark {options.benchmark}/{options.split}, mode generated, {seconds:.0f} s")
-    if options.out is not None:
-        _write(options.out, options, whole, parts)
-
-
-def _cells(part: Summary) -> list[str]:
-    return [f"{value:.4f}" if isinstance(value, float) else str(value) for value in part]
-
-
-def _shapes(shapes: Shapes, count: int) -> Iterator[Asked]:
-    for index in range(count):
-        example = shapes[index]
-        image = read_image(Image.open(io.BytesIO(example.image)), upright=False)
-        for kind, (turn,) in zip(shapes.kinds(index), example.conversations, strict=True):
-            masks = [example.masks[example.targets[t].mask] for t in turn.targets]
-            truth = decode_many(masks) if masks else np.zeros((0, *example.hw), np.uint8)
-            answer = (turn.answer or "").replace(SEG, "[SEG]")
-            yield Asked(image, turn.question, truth, kind, answer)
-
-
-def _write(
-    out: Path, options: argparse.Namespace, whole: Summary, parts: dict[str, Summary]
-) -> None:
-    report = {
-        "benchmark": options.benchmark,
-        "split": options.split,
-        "mode": "generated",
-        "checkpoint": str(options.checkpoint),
-        "scores": whole._asdict(),
-        "kinds": {kind: part._asdict() for kind, part in parts.items()},
+    """Evaluates, prints a table by group of questions, writes the report."""
+    options.when_interrupted = "the same command goes on where it was stopped"
+    benchmark, split = find_benchmark(options.benchmark, options.split)
+    _check(options, benchmark)
+    checkpoint.read_config(options.checkpoint)  # refuses what is no checkpoint
+    if options.distributed:
+        join()
+    root = options.data or Path()
+    entries = list_pictures(benchmark, root, split)[: options.limit]
+    share = Share(benchmark, split, root, entries, jax.process_index(), jax.process_count())
+    given = options.mode == GIVEN
+    settings = {
+        "benchmark": benchmark.name,
+        "split": split,
+        "mode": options.mode,
+        "data": options.data.resolve().name if options.data else "",
+        "checkpoint": options.checkpoint.resolve().name,
+        "checkpoint_hash": _digest(options.checkpoint),
+        "limit": options.limit,
+        "max_new_tokens": None if given else options.max_new_tokens,
+        "reference_compat": options.reference_compat,
+        "version": __version__,
     }
+    log = QuestionLog(options.out, settings, host=share.host, hosts=share.hosts)
+    sums = evaluate(share, log, _Asker(options))
+    records = _merge(share, log, sums)
+    if records is not None:
+        write_report(options.out, options.data)
+        _print(options.out, records)
+
+
+class _Asker:
+    """Loads the model when there is something to ask, and asks."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+
+    def __call__(
+        self, asked: Iterable[BenchmarkQuestion], watch: Stopwatch, left_out: dict[str, str]
+    ) -> Iterator[Answered]:
+        options = self.options
+        own = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        model = checkpoint.load_model(options.checkpoint, sharding=own)
+        vocabulary = checkpoint.read_vocabulary(options.checkpoint, model.config)
+        if options.mode == GIVEN:
+            return answer_given(model, vocabulary, asked, watch, left_out, rows=options.rows)
+        settings = EngineConfig(rows=options.rows, max_new_tokens=options.max_new_tokens)
+        engine = Engine(serve(model), vocabulary, settings)
+        return answer_generated(engine, vocabulary, asked, watch, left_out)
+
+
+def evaluate(share: Share, log: QuestionLog, ask: Ask) -> Sums:
+    """Asks what is not in the log yet, and logs it; returns the sums of these questions.
+
+    ask: gives the answers to questions in any order; it is not called if there are none.
+    """
+    given, compat = log.settings["mode"] == GIVEN, log.settings["reference_compat"]
+    watch, left_out, sums = Stopwatch(), dict[str, str](), list[Sums]()
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
+        with tqdm(total=len(share.own), desc="evaluating", unit="picture", disable=None) as bar:
+            asked = _questions(share, log.done, watch, left_out, bar)
+            first = next(asked, None)
+            if first is not None:
+                answers = ask(itertools.chain([first], asked), watch, left_out)
+                watch.restart()  # what took long was to load the model
+                for answered in answers:
+                    with watch("matching"):
+                        record = make_record(answered, given=given)
+                        line = make_released_line(answered, given=given) if compat else None
+                        sums.append(tally_record(record))
+                    with watch("io"):
+                        log.write(record, line)
+                    bar.set_postfix(questions=len(sums), refresh=False)
+    finally:
+        log.close(watch.read(), len(sums), left_out)
+    return merge(*sums)
+
+
+def _check(options: argparse.Namespace, benchmark: Benchmark) -> None:
+    for name in ("limit", "rows", "max_new_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if options.data is None and benchmark.name != "shapes":
+        raise InputError(f"--benchmark {benchmark.name}: name the folder of its files with --data")
+    if options.data is not None and not options.data.is_dir():
+        raise InputError(f"{options.data}: no such folder; check --data")
+    if options.reference_compat and options.mode != benchmark.released:
+        known = f"--mode {benchmark.released}" if benchmark.released else "other benchmarks"
         raise InputError(
-            f"{out}: cannot write here ({error.strerror or error}); choose another --out"
-        ) from None
+            f"--reference-compat: the released code has no numbers of {benchmark.name} in mode "
+            f"{options.mode}, only of {known}"
+        )
+
+
+def _questions(
+    share: Share, done: set[str], watch: Stopwatch, left_out: dict[str, str], bar: tqdm
+) -> Iterator[BenchmarkQuestion]:
+    """This host's questions that are not done; what is left out is told, with the reason."""
+    for entry in share.own:
+        with watch("io"):
+            try:
+                found = read_questions(share.benchmark, share.root, share.split, entry)
+            except Damaged as reason:
+                left_out[entry.key] = str(reason)
+                bar.update()
+                continue
+            if found.problems:
+                left_out[entry.key] = "; ".join(found.problems)
+        yield from (question for question in found.questions if question.id not in done)
+        bar.update()
+
+
+def _merge(share: Share, log: QuestionLog, own: Sums) -> list[QuestionRecord] | None:
+    """The records of all hosts, on the first of them."""
+    everything = merge_hosts(own) if share.hosts > 1 else own  # waits for all of them
+    if share.host:
+        return None
+    records = log.merge()
+    found = merge(*(tally_record(record) for record in records if record.id not in log.done))
+    if found != everything:
+        raise InputError(
+            f"{log.out}: questions of other hosts are missing; --out must be a folder that all "
+            "hosts share"
+        )
+    return records
+
+
+def _digest(folder: Path) -> str:
+    """Of the config, and of the names and sizes of all files of a checkpoint."""
+    digest = hashlib.sha256((folder / checkpoint.CONFIG).read_bytes())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _print(out: Path, records: Sequence[QuestionRecord]) -> None:
+    report = read_json(out / JSON)
+    groups = {name: summarise(own) for name, own in group_records(records).items()}
+    parts = [*groups.items(), ("all", summarise(records))]
+    cells = {name: [_cell(value) for value in own] for name, own in parts}
+    shown = [i for i in range(len(Summary._fields)) if any(c[i] != "-" for c in cells.values())]
+    rows = [[name, *(own[i] for i in shown)] for name, own in cells.items()]
+    print(format_table([["group", *(Summary._fields[i] for i in shown)], *rows], names=1))
+    left_out = len(report["left_out"])
+    print(
+        f"benchmark {report['benchmark']}/{report['split']}, mode {report['mode']}"
+        + (f", {left_out} pictures with something left out" if left_out else "")
+    )
+    if report["released"]:
+        giou, ciou = report["released"]["giou"], report["released"]["ciou"]
+        print(f"as the released code counts, not comparable: gIoU {giou:.4f}, cIoU {ciou:.4f}")
+    print(f"{out / JSON}, {out / PAGE}")
+
+
+def _cell(value: float | int) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return "-" if math.isnan(value) else f"{value:.4f}"

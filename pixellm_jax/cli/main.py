@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pixellm_jax import __version__
 from pixellm_jax.cli import (
     bench,
+    compare,
     compile_step,
     convert,
     data_stats,
@@ -20,7 +21,9 @@ from pixellm_jax.cli import (
     demo,
     evaluate,
     export,
+    judge,
     prepare,
+    report,
     segment,
     train,
 )
@@ -45,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         segment,
         train,
         evaluate,
+        report,
+        compare,
+        judge,
         bench,
         compile_step,
     ):

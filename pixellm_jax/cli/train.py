@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,9 +14,9 @@ import jax
 
 from data_pipeline.loader import Loader, open_datasets
 from pixellm_jax.checkpoint import read_config
+from pixellm_jax.cli.processes import HELP, join
 from pixellm_jax.cli.recipe import Recipe, read_recipe
 from pixellm_jax.config import DTYPES
-from pixellm_jax.errors import InputError
 from pixellm_jax.evaluate import Evaluation, evaluate_given
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.run_export import MODEL, write_model
@@ -25,8 +24,6 @@ from pixellm_jax.sharding import make_mesh
 from pixellm_jax.train import fit
 from pixellm_jax.train_state import make_blueprint
 from pixellm_jax.vocabulary import Vocabulary
-
-JOINING = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 EXAMPLES = """examples:
   pixellm train --config configs/shapes.py --out runs/shapes
@@ -66,8 +63,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument(
         "--distributed",
         action="store_true",
-        help="one of several processes: on TPU pods and SLURM all is found; elsewhere set "
-        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+        help=HELP,
     )
     parser.set_defaults(takes_changes=True)
     return parser
@@ -82,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
         model = dataclasses.replace(found, dtype=own.dtype, remat=own.remat)
         recipe = dataclasses.replace(recipe, model=model)
     if options.distributed:
-        _join()
+        join()
     vocabulary = recipe.vocabulary(options.init)
     blueprint = make_blueprint(recipe.model, recipe.train)
     mesh = make_mesh(recipe.train.mesh)
@@ -143,18 +139,3 @@ def _validation(
 
 def _text(path: Path | None) -> str:
     return "" if path is None else str(path)
-
-
-def _join() -> None:
-    """Meets the other processes."""
-    address, count, number = map(os.environ.get, JOINING)
-    try:
-        jax.distributed.initialize(
-            address,
-            num_processes=None if count is None else int(count),
-            process_id=None if number is None else int(number),
-        )
-    except (ValueError, RuntimeError) as error:
-        raise InputError(
-            f"--distributed: the processes did not meet ({error}); set {', '.join(JOINING)} in each"
-        ) from None

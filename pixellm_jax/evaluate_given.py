@@ -1,0 +1,150 @@
+"""Questions of a benchmark with their answers in the prompt (mode `given`): masks alone count.
+
+So the referring numbers of the paper were made (reference.md 4.7). The questions about a picture
+share a sequence (`prompt.pack`), which changes no number, and many pictures share a batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from pixellm_jax.batch import Batch
+from pixellm_jax.benchmark_question import BenchmarkQuestion
+from pixellm_jax.config import ModelConfig
+from pixellm_jax.geometry import unfit
+from pixellm_jax.model.pixellm import PixelLM
+from pixellm_jax.programs import Programs, bucket
+from pixellm_jax.prompt import TEMPLATES, Conversation, pack
+from pixellm_jax.question_prompt import Canvases, encode_question
+from pixellm_jax.question_record import GIVEN
+from pixellm_jax.question_scoring import TOO_LONG, Answered, no_masks, sound
+from pixellm_jax.stopwatch import Stopwatch
+from pixellm_jax.vocabulary import Vocabulary
+
+LENGTH, TARGETS = 1024, 32
+"""Positions and targets of a row, if no single question needs more."""
+
+SHORTEST, FEWEST = 128, 8
+"""The least buckets of both."""
+
+
+class _Asked(NamedTuple):
+    """A question whose targets are the last `targets` ones of its conversation."""
+
+    question: BenchmarkQuestion
+    conversation: Conversation
+    targets: int
+
+
+class _Row(NamedTuple):
+    """A packed row (every array without its batch axis), and the questions in it."""
+
+    row: Batch
+    asked: tuple[_Asked, ...]
+
+
+def answer_given(
+    model: PixelLM,
+    vocabulary: Vocabulary,
+    asked: Iterable[BenchmarkQuestion],
+    watch: Stopwatch,
+    left_out: dict[str, str],
+    *,
+    rows: int,
+) -> Iterator[Answered]:
+    """Masks of all targets, `rows` pictures at once; what fills up the last batch is dropped.
+
+    Questions without a given answer have no masks. `left_out`: as of `answer_generated`.
+    """
+    config, programs = model.config, Programs()
+    canvases = Canvases(config.vision.canvas, left_out)
+    waiting: dict[tuple[int, int], list[_Row]] = {}  # by length and targets
+    for _, own in itertools.groupby(asked, lambda question: question.about):
+        ready = list[_Asked]()
+        for question in own:
+            with watch("io"):
+                if canvases(question) is None:
+                    continue
+                template = TEMPLATES[config.template]
+                conversation = encode_question(vocabulary, template, question, question.given)
+                count = len(question.truth) if question.given else 0
+                length = len(conversation.ids) - 1 + config.image_tokens
+            if count and length <= config.language.max_positions:
+                ready.append(_Asked(question, conversation, count))
+                continue
+            reason = TOO_LONG if count else GIVEN
+            yield Answered(question, no_masks(question), question.given, reason)
+        while ready:
+            with watch("io"):
+                laid = canvases(ready[0].question)
+                assert laid is not None
+                row, ready = _pack(ready, config, laid)
+            shape = len(row.row.tokens), len(row.row.target_valid)
+            waiting.setdefault(shape, []).append(row)
+            if len(waiting[shape]) == rows:
+                yield from _decode(model, programs, waiting.pop(shape), rows)
+    for rest in waiting.values():
+        yield from _decode(model, programs, rest, rows)
+
+
+def _pack(
+    asked: Sequence[_Asked], config: ModelConfig, laid: tuple[np.ndarray, tuple[int, int]]
+) -> tuple[_Row, list[_Asked]]:
+    """A row of as many questions about a picture as it holds, and the others."""
+    first = asked[0].conversation
+    packed = pack(
+        [each.conversation for each in asked],
+        image_tokens=config.image_tokens,
+        length=max(LENGTH, len(first.ids) - 1 + config.image_tokens),
+        targets=max(TARGETS, len(first.codebook)),
+    )
+    length = bucket(int((packed.segment >= 0).sum()), SHORTEST, 2)
+    targets = bucket(int(packed.target_valid.sum()), FEWEST, 2)
+    image, hw = laid
+    row = Batch(
+        image=image,
+        image_hw=np.asarray(hw, np.int32),
+        tokens=_resize(packed.tokens, length, 0),
+        segment=_resize(packed.segment, length, -1),
+        position=_resize(packed.position, length, 0),
+        loss_mask=_resize(packed.loss_mask, length, 0),
+        codebook_index=_resize(packed.codebook_index, targets, 0),
+        masks=np.zeros((targets, 1, 1), np.uint8),  # the model does not look at them
+        target_valid=_resize(packed.target_valid, targets, 0),
+        target_conversation=_resize(packed.target_conversation, targets, 0),
+    )
+    kept = set(packed.kept)
+    own = tuple(asked[number] for number in packed.kept)
+    return _Row(row, own), [each for number, each in enumerate(asked) if number not in kept]
+
+
+def _decode(
+    model: PixelLM, programs: Programs, waiting: Sequence[_Row], rows: int
+) -> Iterator[Answered]:
+    """Runs one batch; the last row stands in for those that are missing."""
+    padded = [*waiting, *[waiting[-1]] * (rows - len(waiting))]
+    batch = Batch(*map(np.stack, zip(*(each.row for each in padded), strict=True)))
+    logits = np.asarray(programs(_mask_logits, model, batch))
+    for own, (row, asked) in zip(logits, waiting, strict=False):
+        for number, each in enumerate(asked, 1):
+            slots = np.flatnonzero(row.target_valid & (row.target_conversation == number))
+            found, reason = sound(own[slots[-each.targets :]], GIVEN)
+            masks = unfit(found, each.question.hw, model.config.vision.canvas)
+            yield Answered(each.question, masks, each.question.given, reason)
+
+
+@jax.jit
+def _mask_logits(model: PixelLM, batch: Batch) -> Float[Array, "b m Y X"]:
+    return model(batch).mask_logits
+
+
+def _resize(array: np.ndarray, size: int, fill: int) -> np.ndarray:
+    """Cuts padding off the first axis, or adds some."""
+    pads = [(0, max(size - len(array), 0))] + [(0, 0)] * (array.ndim - 1)
+    return np.pad(array[:size], pads, constant_values=fill)
