@@ -18,7 +18,7 @@ from pixellm_jax.stablehlo import PLATFORMS, RUN, Buckets, write_programs
 EXAMPLES = """examples:
   pixellm export --checkpoint pixellm-7b --hf PixelLM-7B-again
   pixellm export --checkpoint pixellm-7b --stablehlo programs --batch 1 8 --question 64 256
-  python programs/run.py desk.jpg "Which things could be used to write?" --out answer
+  python programs/run.py desk.jpg "Which things could be used to write?"
 """
 
 
