@@ -168,9 +168,10 @@ class Engine:
     def step(self) -> list[tuple[int, Result]]:
         """Admits questions, runs some passes, and returns what ended (and what streams said)."""
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            if not self._running():  # a lone question shall not pay for the rows of a former batch
+                self._rows, self._slots = None, []
             self._admit()
             if not self._running():
-                self._rows, self._slots = None, []
                 return []
             self._fit()
             streams = any(slot.question.stream for _, slot in self._running())

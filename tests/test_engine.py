@@ -287,6 +287,16 @@ def test_dropping_everything_leaves_an_engine_that_works(engine, questions, alon
     assert_same(result, alone[0])
 
 
+def test_a_lone_question_after_a_batch_does_not_pay_for_the_batch(engine, questions):
+    """There is room in a pass for the ids of one row's target, not for those of four rows."""
+    fresh, used = engine(at_once=6), engine(at_once=6)
+    list(used.answer(questions))
+    ((_, wanted),) = fresh.answer(questions[:1])
+    ((_, found),) = used.answer(questions[:1])
+    assert len(wanted.targets.codebook_index) > 0
+    assert found.passes == wanted.passes
+
+
 def test_the_cache_grows_with_long_answers(engine, questions, alone, monkeypatch):
     monkeypatch.setattr(programs, "CAPACITY", 32)
     monkeypatch.setattr(module, "AHEAD", 8)
