@@ -2,11 +2,6 @@
 
 pycocotools encodes, decodes and fills polygons. It trusts its input down to the C code, so nothing
 gets there unchecked: what it would crash on, hang on or misread raises `Damaged` here.
-
-A run-length encoding counts pixels column by column, first those outside the mask, then those
-inside, and so on. In the compressed form the counts are text: each count (from the third on its
-difference to the count two before) is written in groups of 5 bits, lowest first, as characters from
-"0" to "o" (`maskApi.c` of https://github.com/cocodataset/cocoapi).
 """
 
 from __future__ import annotations
@@ -21,15 +16,13 @@ from pycocotools import mask as coco
 from data_pipeline.damage import Damaged
 from data_pipeline.example import Rle
 from pixellm_jax.image import PIXEL_LIMIT
+from pixellm_jax.rle import read_counts
 
 COORDINATE_LIMIT = 2**20
 """Largest distance of a polygon's corner from the origin, in pixels."""
 
 OUTLINE_LIMIT = 2**21
 """Most pixels that the outlines of one mask may be long: pycocotools takes 80 bytes for each."""
-
-_LONGEST_COUNT = 7
-"""Characters of a compressed count: 35 bits, more than any mask needs."""
 
 
 def check_size(height: object, width: object) -> tuple[int, int]:
@@ -184,22 +177,10 @@ def _runs(rle: object, hw: tuple[int, int] | None = None) -> np.ndarray:
 def _from_text(counts: str | bytes) -> np.ndarray:
     """Run lengths of the compressed form, not yet checked against the size."""
     text = counts if isinstance(counts, bytes) else counts.encode("utf-8", "surrogatepass")
-    digits = np.frombuffer(text, np.uint8).astype(np.int64) - ord("0")
-    if not ((digits >= 0) & (digits < 64)).all():
-        raise Damaged("compressed run lengths with characters other than '0' to 'o'")
-    last = np.flatnonzero(digits & 32 == 0)  # the last character of every count
-    if not len(last) or last[-1] != len(digits) - 1:
-        raise Damaged("compressed run lengths that end inside a count")
-    first = np.concatenate([[0], last[:-1] + 1])
-    length = last - first + 1
-    if length.max() > _LONGEST_COUNT:
-        raise Damaged(f"compressed run lengths with a count of {length.max()} characters")
-    place = np.arange(len(digits)) - np.repeat(first, length)
-    runs = np.add.reduceat((digits & 31) << 5 * place, first)
-    runs = np.where(digits[last] & 16, runs - (1 << 5 * length), runs)
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    return runs
+    try:
+        return read_counts(text)
+    except ValueError as error:
+        raise Damaged(str(error)) from None
 
 
 def _from_runs(runs: np.ndarray, hw: tuple[int, int]) -> Rle:

@@ -1,4 +1,10 @@
-"""Masks as COCO run lengths: {"size": [height, width], "counts": compressed text}."""
+"""Masks as COCO run lengths: {"size": [height, width], "counts": compressed text}.
+
+A run-length encoding counts pixels column by column, first those outside the mask, then those
+inside, and so on. In the compressed form the counts are text: each count (from the third on its
+difference to the count two before) is written in groups of 5 bits, lowest first, as characters from
+"0" to "o" (`maskApi.c` of https://github.com/cocodataset/cocoapi).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Int64, UInt8
 from pycocotools import mask as coco
 
 Rle = dict[str, Any]
@@ -34,13 +40,6 @@ def area(rle: Rle) -> int:
     return int(coco.area(_to_bytes(rle)))
 
 
-def subtract(rle: Rle, other: Rle) -> Rle:
-    """The pixels of the first mask that are not in the second one."""
-    hw = rle["size"][0], rle["size"][1]
-    first, second = decode([rle, other], hw)
-    return encode(first & (1 - second))
-
-
 def check(rle: object) -> Rle:
     """The value, if it is a mask.
 
@@ -55,27 +54,34 @@ def check(rle: object) -> Rle:
         raise ValueError("a mask whose size is not [height, width]")
     if not isinstance(counts, str) or not counts.isascii():
         raise ValueError("a mask whose counts are no text")
-    if _pixels(counts) != size[0] * size[1]:
+    runs = read_counts(counts.encode("ascii"))
+    if (runs < 0).any() or runs.sum() != size[0] * size[1]:
         raise ValueError(f"a mask whose run lengths do not fill {size[0]} x {size[1]} pixels")
     return rle
 
 
-def _pixels(counts: str) -> int:
-    """Sum of the run lengths; -1 of text that is not made of them."""
-    digits = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - ord("0")
+def read_counts(text: bytes) -> Int64[np.ndarray, "n"]:
+    """Run lengths of the compressed form, not yet checked against a size; some may be negative.
+
+    Raises:
+        ValueError: text that is not made of them.
+    """
+    digits = np.frombuffer(text, np.uint8).astype(np.int64) - ord("0")
+    if not ((digits >= 0) & (digits < 64)).all():
+        raise ValueError("compressed run lengths with characters other than '0' to 'o'")
     last = np.flatnonzero(digits & 32 == 0)  # the last character of every count
-    if not ((digits >= 0) & (digits < 64)).all() or not len(last) or last[-1] != len(digits) - 1:
-        return -1
+    if not len(last) or last[-1] != len(digits) - 1:
+        raise ValueError("compressed run lengths that end inside a count")
     first = np.concatenate([[0], last[:-1] + 1])
     length = last - first + 1
     if length.max() > _LONGEST_COUNT:
-        return -1
+        raise ValueError(f"compressed run lengths with a count of {length.max()} characters")
     place = np.arange(len(digits)) - np.repeat(first, length)
     runs = np.add.reduceat((digits & 31) << 5 * place, first)
     runs = np.where(digits[last] & 16, runs - (1 << 5 * length), runs)
     runs[1::2] = np.cumsum(runs[1::2])  # stored as differences from two counts before
     runs[2::2] = np.cumsum(runs[2::2])
-    return int(runs.sum()) if (runs >= 0).all() else -1
+    return runs
 
 
 def _to_bytes(rle: Rle) -> dict[str, Any]:

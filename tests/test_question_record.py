@@ -71,7 +71,7 @@ DAMAGES = [
     ({"hw": [5, 3]}, "a mask of [3, 5]"),
     ({"truth": [None] * 2}, "without size and counts"),
     ({"void": {"size": [3, 5], "counts": "4"}}, "do not fill 3 x 5"),
-    ({"void": {"size": [3, 5], "counts": "`"}}, "do not fill"),
+    ({"void": {"size": [3, 5], "counts": "`"}}, "end inside a count"),
     ({"void": {"size": [3, 5], "counts": "é"}}, "no text"),
     ({"void": {"size": [0, 5], "counts": ""}}, "not [height, width]"),
     ({"descriptions": ["a"]}, "another number of descriptions"),
