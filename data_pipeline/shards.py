@@ -18,7 +18,6 @@ import math
 import os
 import signal
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -35,6 +34,7 @@ from data_pipeline.sources.reading import Source
 from data_pipeline.stored import VERSION, to_record
 from pixellm_jax import __version__
 from pixellm_jax.errors import InputError
+from pixellm_jax.folders import whole_file
 from pixellm_jax.image import read_image
 
 RUN, MOST_RUNS = 256, 4096
@@ -166,7 +166,7 @@ def _write_run(plan: Plan, job: tuple[int, Sequence[Any]]) -> Report:
     """Writes one shard, then its report."""
     number, entries = job
     skips, examples = list[Skip](), list[tuple[int, int]]()
-    with _whole_file(plan.shard(number)) as path, _record_writer(path) as write:
+    with whole_file(plan.shard(number)) as path, _record_writer(path) as write:
         for entry in entries:
             try:
                 example, problems = plan.source.read(entry)
@@ -179,7 +179,7 @@ def _write_run(plan: Plan, job: tuple[int, Sequence[Any]]) -> Report:
             write(to_record(example))
     turns, targets = map(sum, zip(*examples, strict=True)) if examples else (0, 0)
     report = Report(len(entries), len(examples), turns, targets, tuple(skips))
-    with _whole_file(plan.report(number)) as path:
+    with whole_file(plan.report(number)) as path:
         path.write_text(json.dumps(report._asdict()), encoding="ascii")
     return report
 
@@ -213,17 +213,6 @@ def _as_os_error() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise OSError(str(error)) from None
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` if all goes well."""
-    made = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        yield made
-        os.replace(made, path)
-    finally:
-        made.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

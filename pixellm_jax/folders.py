@@ -1,4 +1,4 @@
-"""Output folders appear whole or not at all."""
+"""Output folders and files appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import fnmatch
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -53,6 +54,33 @@ def whole_folder(out: Path, *, replaces: Sequence[str] = ()) -> Iterator[Path]:
         for parent in new_parents:  # stays where something is in it
             with contextlib.suppress(OSError):
                 parent.rmdir()
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to: it becomes `path` if the block ends without an error.
+
+    What was at `path` is replaced. Several threads and processes may do so at once. Errors of the
+    system come as they are.
+    """
+    made = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield made
+        os.replace(made, path)
+    finally:
+        with contextlib.suppress(OSError):
+            made.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file as `whole_file` does; it outlives a loss of power.
+
+    A half of a surrogate pair, which a model may say, is written as a question mark.
+    """
+    with whole_file(path) as made, made.open("x", encoding="utf-8", errors="replace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _may_replace(place: Path, patterns: Sequence[str]) -> bool:

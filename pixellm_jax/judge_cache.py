@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from pixellm_jax.folders import write_whole
 from pixellm_jax.judge_question import JudgeDownError
 from pixellm_jax.judge_request import Reply
 
@@ -48,15 +46,7 @@ class ReplyCache:
         entry = {"url": self._url, "request": request, "reply": reply._asdict()}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, new = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".new")
-            try:
-                with os.fdopen(handle, "w", encoding="ascii") as file:
-                    json.dump(entry, file)
-                os.replace(new, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(new)
-                raise
+            write_whole(path, json.dumps(entry))
         except OSError as error:
             reason = error.strerror or error
             raise JudgeDownError(f"{path.parent}: a reply cannot be kept ({reason})") from None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pixellm_jax.errors import InputError
+from pixellm_jax.folders import write_whole
 from pixellm_jax.json_files import read_json
 from pixellm_jax.judge import (
     HIGHEST,
@@ -20,11 +20,9 @@ from pixellm_jax.judge import (
     judge_records,
     target_scores,
 )
-from pixellm_jax.question_record import GIVEN, QuestionRecord, read_records
+from pixellm_jax.question_record import GIVEN, QUESTIONS, SETTINGS, QuestionRecord, read_records
 from pixellm_jax.question_scores import group_records, summarise
 
-RECORDS = "questions.jsonl"
-SETTINGS = "settings.json"
 JUDGE = "judge.json"
 CACHE = "judge_cache"
 ALL = "all"
@@ -110,7 +108,7 @@ def judge_folder(
         raise InputError(
             f"threshold {threshold}: expected {LOWEST} to {HIGHEST}, the scores' range"
         )
-    path = folder / RECORDS
+    path = folder / f"{QUESTIONS}.jsonl"
     before = _stamp(path)
     records = read_records(path)
     _check(folder, records)
@@ -187,14 +185,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """The file is the old one or the new one, never a part."""
-    new = path.with_name(f".{path.name}.new")
     try:
-        with new.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
+        write_whole(path, text)
     except OSError as error:
-        new.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None

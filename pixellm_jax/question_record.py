@@ -20,6 +20,9 @@ from typing import Any, NamedTuple
 from pixellm_jax.errors import InputError
 from pixellm_jax.rle import Rle, check
 
+QUESTIONS, SETTINGS = "questions", "settings.json"
+"""Files in the folder of an evaluation; the first has the ending .jsonl."""
+
 GIVEN = "given"
 """Mode and `reason` of an answer that was put into the prompt, codebook tokens included."""
 

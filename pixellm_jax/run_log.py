@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -17,6 +16,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from pixellm_jax.errors import InputError
+from pixellm_jax.folders import write_whole
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
@@ -143,9 +143,7 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    new = path.with_name(f".{path.name}.new")
-    new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(new, path)
+    write_whole(path, "".join(f"{line}\n" for line in kept))
 
 
 def _start_wandb(project: str, folder: Path, recipe: Mapping[str, Any]) -> Any:

@@ -11,10 +11,8 @@ and the tensors without gaps: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -24,6 +22,7 @@ import safetensors.numpy
 
 from pixellm_jax import safetensors_archive, torch_archive
 from pixellm_jax.errors import InputError
+from pixellm_jax.folders import whole_file
 from pixellm_jax.safetensors_archive import (
     AGAIN,
     MAX_HEADER_BYTES,
@@ -140,23 +139,19 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     The file appears under its name only when it is whole: a reader never meets half of it.
     Raises `InputError` if it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     # save_file takes the memory as it lies, so anything else than C order would be scrambled.
     ordered = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # of any new file; save_file shuts others out
-        safetensors.numpy.save_file(ordered, temporary, metadata={"format": "pt"})
-        temporary.chmod(mode)
-        os.replace(temporary, path)
+        with whole_file(path) as made:
+            made.touch()
+            mode = made.stat().st_mode  # of any new file; save_file shuts others out
+            safetensors.numpy.save_file(ordered, made, metadata={"format": "pt"})
+            made.chmod(mode)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(
             f"{path}: cannot be written ({error}); check that its folder exists, may be written to "
             "and has space"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 @dataclass(frozen=True)

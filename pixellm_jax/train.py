@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from pixellm_jax import flops
 from pixellm_jax.batch import Batch
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluate import Evaluation
+from pixellm_jax.folders import write_whole
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.run_checkpoints import RunCheckpoints
 from pixellm_jax.run_log import RunLog, Stopwatch, memory_bytes
@@ -309,9 +309,7 @@ def _keep_recipe(run: Path, recipe: Mapping[str, Any]) -> None:
     path = run / RECIPE
     try:
         run.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f".{RECIPE}.new")
-        new.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-        os.replace(new, path)
+        write_whole(path, json.dumps(recipe, indent=2) + "\n")
     except OSError as error:
         raise InputError(
             f"{run}: cannot write here ({error.strerror or error}); choose another --out"

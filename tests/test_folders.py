@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.folders import whole_folder
+from pixellm_jax.folders import whole_file, whole_folder, write_whole
 
 RESULTS = ("answer.json", "mask_*.png")
 
@@ -176,3 +176,32 @@ def test_place_that_cannot_be_written_is_one_line(tmp_path, case):
 def test_a_name_with_a_zero_byte():
     with pytest.raises(InputError, match="cannot write here"), whole_folder(Path("a\0b")):
         pass
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
+    path = tmp_path / "report.json"
+    write_whole(path, "old\n")
+    with pytest.raises(KeyError), whole_file(path) as made:
+        made.write_text("half of the n")
+        assert path.read_text() == "old\n"
+        raise KeyError
+    assert path.read_text() == "old\n"
+    write_whole(path, "new \ud83d\n")
+    assert path.read_bytes() == b"new ?\n"
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_whole(tmp_path / "nowhere" / "report.json", "")
+    (tmp_path / "report.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_whole(tmp_path / "report.json", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def umask() -> int:
+    own = os.umask(0)
+    os.umask(own)
+    return own

@@ -8,7 +8,6 @@ import fcntl
 import itertools
 import json
 import math
-import os
 import shutil
 import statistics
 import sys
@@ -43,6 +42,7 @@ from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluate import Evaluation, evaluate_given
 from pixellm_jax.flops import train_flops
+from pixellm_jax.folders import write_whole
 from pixellm_jax.json_files import read_optional_json
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.run_log import METRICS
@@ -304,11 +304,9 @@ def _check_grid(base: Recipe, out: Path) -> None:
 def _keep_grid(base: Recipe, out: Path) -> None:
     """Marks `out` as a folder of this recipe."""
     _check_grid(base, out)
-    new = out / f".{GRID}.{os.getpid()}"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        new.write_text(json.dumps(_plain(base), indent=2) + "\n", encoding="utf-8")
-        os.replace(new, out / GRID)
+        write_whole(out / GRID, json.dumps(_plain(base), indent=2) + "\n")
     except OSError as error:
         raise InputError(
             f"{out}: cannot write here ({error.strerror or error}); choose another --out"

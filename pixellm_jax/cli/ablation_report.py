@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pixellm_jax.errors import InputError
+from pixellm_jax.folders import whole_file, write_whole
 from pixellm_jax.overlay import colours
 
 RESULTS, TABLE, PLOT = "ablations.jsonl", "ablations.md", "ablations.png"
@@ -97,11 +97,9 @@ def write_report(folder: Path) -> None:
     groups = group_results(read_results(folder))
     if not groups:
         return
-    table, plot = (folder / f".{name}.{os.getpid()}" for name in (TABLE, PLOT))
-    table.write_text(format_groups(groups), encoding="utf-8")
-    draw_groups(groups).savefig(plot, format="png", dpi=150)
-    os.replace(table, folder / TABLE)
-    os.replace(plot, folder / PLOT)
+    write_whole(folder / TABLE, format_groups(groups))
+    with whole_file(folder / PLOT) as made:
+        draw_groups(groups).savefig(made, format="png", dpi=150)
 
 
 def format_groups(groups: Sequence[Group]) -> str:

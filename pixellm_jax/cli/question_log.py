@@ -10,19 +10,24 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pixellm_jax.errors import InputError
+from pixellm_jax.folders import write_whole
 from pixellm_jax.json_files import read_json, read_optional_json
-from pixellm_jax.question_record import QuestionRecord, natural_order, read_records
+from pixellm_jax.question_record import (
+    QUESTIONS,
+    SETTINGS,
+    QuestionRecord,
+    natural_order,
+    read_records,
+)
 from pixellm_jax.question_scoring import ReleasedLine, released_scores
 
-SETTINGS, RUN = "settings.json", "run.json"
-QUESTIONS, RELEASED = "questions", "released"
+RUN, RELEASED = "run.json", "released"
 _OURS = (SETTINGS, f"{QUESTIONS}-", f"{RELEASED}-", "run-", f".{SETTINGS}")
 
 
@@ -189,11 +194,8 @@ def _write(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Writes a file that appears whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(part, path)
+        write_whole(path, text)
     except OSError as error:
         raise InputError(
             f"{path}: writing failed ({error.strerror or error}); free some space, then the same "

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pixellm_jax.bootstrap import Interval, Intervals, intervals
-from pixellm_jax.cli.question_log import QUESTIONS, RUN, SETTINGS
+from pixellm_jax.cli.question_log import RUN
 from pixellm_jax.errors import InputError
 from pixellm_jax.json_files import read_json, read_optional_json
 from pixellm_jax.judge import THRESHOLD, apply_judge
 from pixellm_jax.judge_report import JUDGE
 from pixellm_jax.metrics import IOU_UNIT
-from pixellm_jax.question_record import GIVEN, QuestionRecord, read_records
+from pixellm_jax.question_record import GIVEN, QUESTIONS, SETTINGS, QuestionRecord, read_records
 from pixellm_jax.question_scores import (
     Summary,
     count_targets,
