@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from data_pipeline.example import SEG, Example, Rle
 from data_pipeline.masks import decode_many, encode
+from data_pipeline.sources.instruct import LlavaInstruct
 from data_pipeline.sources.jsonl import Jsonl
 from data_pipeline.sources.muse import Muse
 from data_pipeline.sources.reading import Reading, Source
@@ -44,6 +45,7 @@ class Benchmark:
 
     group: sentences that are asked for at once. united: every question asks for one region (see
     `BenchmarkQuestion`). released: the mode in which the released code has numbers; "" if none.
+    words: the answers are words alone, without masks.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Benchmark:
     group: tuple[int, ...] | None = None
     united: bool = False
     released: str = ""
+    words: bool = False
 
 
 class DrawnScene(NamedTuple):
@@ -94,6 +97,7 @@ BENCHMARKS = {
         Benchmark(name="grefcoco", source=GREFCOCO, united=True),
         Benchmark(name="muse", source=Muse(), released="generated"),
         Benchmark(name="shapes", source=DrawnShapes(), split="test"),
+        Benchmark(name="llava", source=LlavaInstruct(), split="train", words=True),
         Benchmark(name="jsonl", source=Jsonl()),
     )
 }

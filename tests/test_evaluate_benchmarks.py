@@ -44,7 +44,12 @@ PICTURES = 6
 # Logits of a tiny float32 network, in another order of summation.
 TOLERANCE = 1e-4
 
-PUBLISHED = [(b.name, s) for b in BENCHMARKS.values() if b.name != "jsonl" for s in b.source.splits]
+PUBLISHED = [
+    (b.name, split)
+    for b in BENCHMARKS.values()
+    if b.name != "jsonl" and not b.words
+    for split in b.source.splits
+]
 
 
 @pytest.fixture
@@ -374,6 +379,46 @@ def test_command(name, mode, tiny, data_root, people, tmp_path, capfd):
     assert sum(report["shares"].values()) == pytest.approx(1) and report["seconds_per_1000"] > 0
     assert report["data"] == data.resolve().name
     assert set(report["left_out"]) == ({"line 3"} if name == "jsonl" else set())
+    assert (report["text"] is not None) == ("words: answers" in out) == BENCHMARKS[name].words
+
+
+def test_text_scores_of_answers_in_words(data_root, tmp_path):
+    """Right answers, but for one that says nothing of the expected and points at a target."""
+    benchmark, split = find_benchmark("llava")
+    entries = list_pictures(benchmark, data_root, split)[:2]
+    log = QuestionLog(tmp_path, settings() | {"benchmark": "llava", "split": split})
+    first: list[str] = []
+
+    def answer(question):
+        first.append(question.id)
+        said = question.expected if len(first) > 1 else "[SEG]!"
+        logits = np.ones((int(len(first) == 1), *question.hw), np.float32)
+        return Answered(question, logits, said, "stop")
+
+    evaluate(Share(benchmark, split, data_root, entries), log, asking(answer))
+    log.merge()
+    write_report(tmp_path, data_root)
+    count = len(first)
+    assert count > 2
+    text = json.loads((tmp_path / "report.json").read_text())["text"]
+    assert text["answers"] == count
+    for name, right in (("exact", count - 1), ("rouge_l", count - 1), ("marked", 1)):
+        assert text[name] == pytest.approx(right / count), name
+    assert f"Words of {count} answers" in (tmp_path / "report.md").read_text()
+    assert f"Words of {count} answers" in (tmp_path / "index.html").read_text()
+
+
+def test_answers_are_judged_at_once(tiny, data_root, tmp_path, capfd):
+    """As `evaluate`, then `judge`; and the judge's scores outlive the same command."""
+    more = ["--data", str(data_root), "--limit", "1", "--judge-offline"]
+    assert main(command(tiny, tmp_path / "out", "muse/test_less", *more)) == 0
+    out, err = capfd.readouterr()
+    assert err == "" and "judge: shared words (offline" in out
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["judged"]["questions_without_scores"] == 0
+    assert main(command(tiny, tmp_path / "out", "muse/test_less", *more[:-1])) == 0
+    again = json.loads((tmp_path / "out/report.json").read_text())
+    assert again["judged"] == report["judged"]
 
 
 @pytest.mark.parametrize(
@@ -388,6 +433,9 @@ def test_command(name, mode, tiny, data_root, people, tmp_path, capfd):
         ("shapes", ["--reference-compat"], "no numbers of shapes in mode generated"),
         ("muse", ["--data", ".", "--mode", "given", "--reference-compat"], "only of --mode gen"),
         ("muse", ["--data", "."], "muse_val.json"),
+        ("muse", ["--data", ".", "--judge-model", "m"], "which judge?"),
+        ("muse", ["--data", ".", "--judge-offline", "--mode", "given"], "nothing to read"),
+        ("llava", ["--data", ".", "--mode", "given"], "llava asks for words"),
     ],
 )
 def test_bad_input_is_one_line(name, more, message, tiny, tmp_path, capfd, monkeypatch):

@@ -67,11 +67,7 @@ class LlavaInstruct:
         return entries
 
     def read(self, entry: InstructEntry) -> Reading:
-        value = fetch(entry.file, entry.span)
-        if not isinstance(value, dict):
-            raise Damaged(f"a {type(value).__name__}, expected an object with a conversation")
-        if "image" not in value:
-            raise Damaged("a conversation without a picture")
+        value = _fetch(entry)
         turns, problems = _turns(_messages(value.get("conversations")))
         image, hw = read_picture([below(entry.pictures, value["image"])])
         example = Example(
@@ -84,6 +80,19 @@ class LlavaInstruct:
             conversations=(turns,),
         )
         return Reading(example, problems)
+
+    def picture(self, entry: InstructEntry) -> Path:
+        """Where the picture of an entry lies."""
+        return below(entry.pictures, _fetch(entry)["image"])
+
+
+def _fetch(entry: InstructEntry) -> dict[str, Any]:
+    value = fetch(entry.file, entry.span)
+    if not isinstance(value, dict):
+        raise Damaged(f"a {type(value).__name__}, expected an object with a conversation")
+    if "image" not in value:
+        raise Damaged("a conversation without a picture")
+    return value
 
 
 def _messages(conversation: object) -> list[tuple[str, str]]:

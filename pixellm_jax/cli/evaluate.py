@@ -23,6 +23,14 @@ from data_pipeline.benchmarks import (
 from data_pipeline.damage import Damaged
 from pixellm_jax import __version__, checkpoint
 from pixellm_jax.benchmark_question import BenchmarkQuestion
+from pixellm_jax.cli.judge_options import (
+    add_judge_options,
+    judge_report,
+    make_judge,
+    names_judge,
+    print_report,
+    refuse_failures,
+)
 from pixellm_jax.cli.processes import HELP, join
 from pixellm_jax.cli.question_log import QuestionLog
 from pixellm_jax.cli.report import JSON, PAGE, write_report
@@ -38,11 +46,14 @@ from pixellm_jax.question_scores import Summary, group_records, summarise, tally
 from pixellm_jax.question_scoring import Answered, make_record, make_released_line
 from pixellm_jax.serving import serve
 from pixellm_jax.stopwatch import Stopwatch
+from pixellm_jax.text_scores import TextScorer
 
 GENERATED = "generated"
 EXAMPLES = """examples:
   pixellm evaluate --checkpoint runs/shapes/model --benchmark shapes --out report
   pixellm evaluate --checkpoint pixellm-7b --benchmark muse/test_many --data dataset --out many
+  pixellm evaluate --checkpoint pixellm-7b --benchmark muse --data dataset --out muse \\
+      --judge-url http://localhost:8000/v1 --judge-model NAME
   pixellm evaluate --checkpoint pixellm-7b --benchmark refcoco/testA --data dataset --out testA \\
       --mode given
 
@@ -103,6 +114,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="also what the released code would print; not comparable with anything else",
     )
     parser.add_argument("--distributed", action="store_true", help=HELP)
+    add_judge_options(parser)
     return parser
 
 
@@ -133,9 +145,14 @@ def run(options: argparse.Namespace) -> None:
     log = QuestionLog(options.out, settings, host=share.host, hosts=share.hosts)
     sums = evaluate(share, log, _Asker(options))
     records = _merge(share, log, sums)
-    if records is not None:
-        write_report(options.out, options.data)
-        _print(options.out, records)
+    if records is None:
+        return
+    judged = judge_report(options, options.out) if names_judge(options) else None
+    write_report(options.out, options.data)
+    _print(options.out, records)
+    if judged is not None:
+        print_report(judged)
+        refuse_failures(judged)
 
 
 class _Asker:
@@ -194,6 +211,14 @@ def _check(options: argparse.Namespace, benchmark: Benchmark) -> None:
         raise InputError(f"--benchmark {benchmark.name}: name the folder of its files with --data")
     if options.data is not None and not options.data.is_dir():
         raise InputError(f"{options.data}: no such folder; check --data")
+    if names_judge(options):
+        make_judge(options, options.out)  # refuses options that do not go together
+        if options.mode == GIVEN:
+            raise InputError(f"--mode {GIVEN}: a judge has nothing to read where answers are given")
+    if benchmark.words:
+        if options.mode == GIVEN:
+            raise InputError(f"--mode {GIVEN}: {benchmark.name} asks for words and has no masks")
+        TextScorer()  # refuses where its package is not there
     if options.reference_compat and options.mode != benchmark.released:
         known = f"--mode {benchmark.released}" if benchmark.released else "other benchmarks"
         raise InputError(
@@ -256,6 +281,8 @@ def _print(out: Path, records: Sequence[QuestionRecord]) -> None:
         f"benchmark {report['benchmark']}/{report['split']}, mode {report['mode']}"
         + (f", {left_out} pictures with something left out" if left_out else "")
     )
+    if text := report["text"]:
+        print("words: " + ", ".join(f"{name} {_cell(value)}" for name, value in text.items()))
     if report["released"]:
         giou, ciou = report["released"]["giou"], report["released"]["ciou"]
         print(f"as the released code counts, not comparable: gIoU {giou:.4f}, cIoU {ciou:.4f}")

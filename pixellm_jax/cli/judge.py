@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pixellm_jax.cli.judge_options import add_judge_options, judge_report, print_report
+from pixellm_jax.cli.judge_options import (
+    add_judge_options,
+    judge_report,
+    print_report,
+    refuse_failures,
+)
 from pixellm_jax.cli.report import PAGE, write_report
-from pixellm_jax.errors import InputError
-from pixellm_jax.judge_report import JudgeReport
 from pixellm_jax.judge_server import KEY
 
 EXAMPLES = f"""examples:
@@ -48,13 +51,4 @@ def run(options: argparse.Namespace) -> None:
     write_report(options.report, options.data)
     print_report(report)
     print(options.report / PAGE)
-    if report.failures:
-        raise InputError(
-            f"{len(report.failures)} of {report.questions} questions have no score and are in no "
-            f"number above; {_first_failure(report)}; run the same command again"
-        )
-
-
-def _first_failure(report: JudgeReport) -> str:
-    name, reason = next(iter(report.failures.items()))
-    return report.stopped or f"the first is {name}: {reason}"
+    refuse_failures(report)

@@ -16,8 +16,9 @@ from pixellm_jax.judge_server import ServerConfig, ServerJudge
 from pixellm_jax.judge_words import WordJudge
 
 
-def add_judge_options(parser: argparse.ArgumentParser) -> None:
+def add_judge_options(parser: argparse._ActionsContainer) -> None:
     """Which judge, and how it is asked."""
+    parser = parser.add_argument_group("judge of the answers' words")
     parser.add_argument("--judge-url", metavar="URL", help="server that speaks the OpenAI protocol")
     parser.add_argument("--judge-model", metavar="NAME", help="the model that judges")
     parser.add_argument(
@@ -68,6 +69,23 @@ def judge_report(options: argparse.Namespace, folder: Path) -> JudgeReport:
             return bar.update
 
         return judge_folder(folder, judge, options.threshold, price=price, start=start)
+
+
+def names_judge(options: argparse.Namespace) -> bool:
+    """Whether a judge is asked for at all."""
+    return bool(options.judge_offline or options.judge_url or options.judge_model)
+
+
+def refuse_failures(report: JudgeReport) -> None:
+    """Raises `InputError` where a question has no score."""
+    if not report.failures:
+        return
+    name, reason = next(iter(report.failures.items()))
+    first = report.stopped or f"the first is {name}: {reason}"
+    raise InputError(
+        f"{len(report.failures)} of {report.questions} questions have no score and are in no "
+        f"number above; {first}; run the same command again"
+    )
 
 
 def make_judge(options: argparse.Namespace, folder: Path) -> Judge:

@@ -23,6 +23,7 @@ from pixellm_jax.question_scores import (
     summarise,
     tally_record,
 )
+from pixellm_jax.text_scores import TextScorer, TextSummary, summarise_texts
 
 BINS = 20
 """Of IoU, from 0 to 1."""
@@ -86,7 +87,8 @@ class Report(NamedTuple):
     parts: everything, then its groups; judged ones after those that masks alone decide. unjudged:
     questions that have no judge's scores, None where nothing was judged. iou: masks in each of
     `BINS` bins, for matched, missed and extra ones. counts: questions by (true, written) number of
-    targets, empty where the answers were given. reasons: why answers ended.
+    targets, empty where the answers were given. reasons: why answers ended. text: scores of the
+    words, where nothing but words is asked for.
     """
 
     run: Run
@@ -95,6 +97,7 @@ class Report(NamedTuple):
     iou: dict[str, list[int]]
     counts: dict[tuple[int, int], int]
     reasons: dict[str, int]
+    text: TextSummary | None
 
 
 def read_run(folder: Path) -> Run:
@@ -118,7 +121,11 @@ def read_run(folder: Path) -> Run:
 
 
 def make_report(run: Run) -> Report:
-    """Counts everything."""
+    """Counts everything.
+
+    Raises:
+        InputError: words alone were asked for, and the package that scores them is not there.
+    """
     parts = _parts(run.records, NO_JUDGE)
     unjudged = None
     if run.judge != NO_JUDGE:
@@ -133,6 +140,7 @@ def make_report(run: Run) -> Report:
         iou=_count_ious(run.records),
         counts=dict(sorted(Counter((len(r.truth), count_targets(r)) for r in written).items())),
         reasons=dict(Counter(record.reason for record in run.records).most_common()),
+        text=_score_words(run.records),
     )
 
 
@@ -164,6 +172,13 @@ def _part(name: str, judge: str, records: Sequence[QuestionRecord]) -> Part:
         )
         found = found._replace(t_acc=Interval(nan, nan, nan, 0), n_acc=Interval(nan, nan, nan, 0))
     return Part(name, judge, summary, found)
+
+
+def _score_words(records: Sequence[QuestionRecord]) -> TextSummary | None:
+    pairs = [(r.expected, r.answer) for r in records if r.expected and r.reason != GIVEN]
+    if not pairs or any(record.truth for record in records):
+        return None
+    return summarise_texts(TextScorer().score_all(pairs))
 
 
 def _count_ious(records: Sequence[QuestionRecord]) -> dict[str, list[int]]:

@@ -54,6 +54,7 @@ def as_json(report: Report) -> dict[str, Any]:
             for (true, written), count in report.counts.items()
         ],
         "reasons": report.reasons,
+        "text": report.text and report.text._asdict(),
         "published": [row._asdict() for row in same],
         "published_in_another_mode": [row._asdict() for row in others],
         "seconds_per_1000": 1000 * whole / timed if timed else None,
@@ -102,6 +103,12 @@ def notes(report: Report) -> list[str]:
         )
     if run.mode == GIVEN:
         lines.append("The answers were given; only the masks are the model's.")
+    if text := report.text:
+        lines.append(
+            f"Words of {text.answers} answers: exact match {text.exact:.4f}, ROUGE-L "
+            f"{text.rouge_l:.4f}, {text.length:.2f} times as long as the expected ones; "
+            f"{text.marked:.4f} of them point at a target where none is expected."
+        )
     if left_out := run.work.get("left_out"):
         name, reason = next(iter(left_out.items()))
         lines.append(
