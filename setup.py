@@ -59,6 +59,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=8.3",
+            "pytest-xdist>=3.6",
             "beartype>=0.20",
             "hypothesis>=6.100",
             "matplotlib>=3.9",
