@@ -9,10 +9,12 @@ RUN/checkpoints/<step>/
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy
@@ -96,12 +98,15 @@ class RunCheckpoints:
         """
         if self.latest() == step:
             return
+        part = saved_part(state, whole=self.whole)
+        self.wait()
+        self._refuse_full_disk(part)
         try:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     **{
-                        STATE: ocp.args.StandardSave(saved_part(state, whole=self.whole)),
+                        STATE: ocp.args.StandardSave(part),
                         DATA: ocp.args.JsonSave(dict(data)),
                         NOTES: ocp.args.JsonSave(dict(notes)),
                     }
@@ -166,6 +171,20 @@ class RunCheckpoints:
     def close(self) -> None:
         """Waits and ends."""
         self._manager.close()
+
+    def _refuse_full_disk(self, part: Mapping[str, Any]) -> None:
+        """Before Orbax finds out, which prints hundreds of lines about it."""
+        needed = sum(
+            shard.data.nbytes
+            for array in jax.tree.leaves(part)
+            for shard in array.addressable_shards
+            if shard.replica_id == 0
+        )
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise self._failure(
+                OSError(f"it takes up to {needed / 2**20:.1f} MiB, {free / 2**20:.1f} are free")
+            )
 
     def _failure(self, error: Exception) -> InputError:
         line = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -222,6 +223,20 @@ def test_an_unwritable_folder_is_one_line(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(InputError, match="cannot write here|writing a checkpoint failed"):
         train(tmp_path / "taken", small_train(steps=1))
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, monkeypatch, capfd):
+    """Full from step 4 on; the same command goes on where there is space again."""
+    usage, free = shutil.disk_usage, [10**9, 1000]
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage(path)._replace(free=free.pop(0) if free else 10**9)
+    )
+    with pytest.raises(InputError, match=r"up to .* MiB, 0\.0 are free\); the last good one is as"):
+        train(tmp_path, small_train(steps=6, save_every=2))
+    assert "Traceback" not in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["2"]
+    assert train(tmp_path, small_train(steps=6, save_every=2)).finished
+    assert records(tmp_path)[-1]["step"] == 6
 
 
 def test_two_processes_train_and_save_as_one_does(tmp_path, cache):
