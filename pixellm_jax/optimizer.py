@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
+from pixellm_jax.axes import logical_axes
 from pixellm_jax.errors import InputError
 from pixellm_jax.model.lora import LORA
 from pixellm_jax.train_config import OptimizerConfig, TrainConfig
+
+HIDDEN = frozenset(("embed", "vision", "mlp", "heads", "kv_heads", "head"))
+"""Axes between which a matrix is one of Muon's; tables of ids, places and patches are not."""
+
+MUON_RMS = 0.4
+"""Of the entries of Muon's updates, before the learning rate; those of AdamW are about as large."""
 
 
 def trainable_names(
@@ -74,31 +82,60 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rising, after], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW with `schedule`."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(
-            schedule(config, steps),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
+def make_optimizer(
+    config: OptimizerConfig, steps: int, axes: Mapping[str, str]
+) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW or Muon with `schedule`.
+
+    axes: logical axes of every parameter that is trained, by its dotted name.
+    """
+    rate = schedule(config, steps)
+    if config.method == "adamw":
+        update = optax.adamw(
+            rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay
+        )
+    else:
+        update = muon(
+            rate,
+            consistent_rms=MUON_RMS,
+            muon_weight_dimension_numbers={name: _matrix(own) for name, own in axes.items()},
             weight_decay=config.weight_decay,
-        ),
-    )
+            adam_learning_rate=rate,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_weight_decay=config.weight_decay,
+            eps=config.eps,
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip), update)
+
+
+def _matrix(axes: str) -> MuonDimensionNumbers | None:
+    """Which axes are the rows and the columns of a matrix of `HIDDEN`; None: it is none.
+
+    "layer embed heads head" is one matrix of (1) x (2, 3) for every layer.
+    """
+    names = logical_axes(axes)
+    sides: list[list[int]] = []
+    for i, name in enumerate(names):
+        if name == "head" and i and names[i - 1] in ("heads", "kv_heads"):
+            sides[-1].append(i)
+        elif name != "layer":
+            sides.append([i])
+    if len(sides) != 2 or set(names) - HIDDEN - {"layer"}:
+        return None
+    return MuonDimensionNumbers(tuple(sides[0]), tuple(sides[1]))
 
 
 def state_shardings(
     optimizer: optax.GradientTransformation,
-    trainable: dict[str, jax.ShapeDtypeStruct],
-    shardings: dict[str, jax.sharding.Sharding],
+    trainable: Mapping[str, jax.ShapeDtypeStruct],
+    shardings: Mapping[str, jax.sharding.Sharding],
     other: jax.sharding.Sharding,
 ) -> optax.OptState:
-    """Moments lie where their parameters lie; counters at `other`."""
-    return optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, trainable),
-        shardings,
-        transform_non_params=lambda _: other,
-    )
+    """Moments, under the names of their parameters, lie where these do; the rest at `other`."""
+
+    def place(path: tuple, _: object) -> jax.sharding.Sharding:
+        name = getattr(path[-1], "key", None) if path else None
+        return shardings.get(name, other) if isinstance(name, str) else other
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, dict(trainable)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from pixellm_jax.errors import InputError
 
+METHODS = ("adamw", "muon")
 SCHEDULES = ("linear", "cosine", "constant")
 
 TRAINABLE = (
@@ -72,9 +73,12 @@ class LossConfig:
 class OptimizerConfig:
     """AdamW with a linear warm-up, then `schedule` down to 0 at the last step (reference.md 4.1).
 
-    `clip`: largest global norm of the gradient.
+    `method`: "adamw", or "muon" for models that nobody trained before: Muon (Jordan 2024; as in
+    arXiv 2502.16982) for the matrices of vision encoder, projectors and language model, NAdamW for
+    the rest. `clip`: largest global norm of the gradient.
     """
 
+    method: str = "adamw"
     learning_rate: float = 3e-4
     b1: float = 0.9
     b2: float = 0.95
@@ -85,6 +89,7 @@ class OptimizerConfig:
     schedule: str = "linear"
 
     def __post_init__(self) -> None:
+        _require(self.method in METHODS, f"optimizer.method={self.method!r}: choose from {METHODS}")
         _require(
             0 < self.learning_rate < math.inf,
             f"optimizer.learning_rate={self.learning_rate} must be above 0",

@@ -16,12 +16,13 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Int
 
-from pixellm_jax import checkpoint, optimizer
+from pixellm_jax import checkpoint
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.model.layers import Constant
 from pixellm_jax.model.lora import LORA, add_lora
 from pixellm_jax.model.pixellm import PixelLM
+from pixellm_jax.optimizer import make_optimizer, state_shardings, trainable_names
 from pixellm_jax.sharding import replicated, weight_sharding
 from pixellm_jax.train_config import TrainConfig
 
@@ -66,6 +67,12 @@ class Blueprint:
         """The model of a state."""
         return self.assemble(state.trainable | state.frozen)
 
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """What makes updates of gradients, and its state."""
+        axes = {name: self.axes[name] for name in sorted(self.trainable)}
+        return make_optimizer(self.train.optimizer, self.train.steps, axes)
+
     def shardings(self, mesh: Mesh) -> dict[str, Sharding]:
         """Where every parameter lies."""
         return {
@@ -82,12 +89,11 @@ class Blueprint:
             part[name] = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=places[name])
         trainable, frozen = parts
         whole = replicated(mesh)
-        update = optimizer.make_optimizer(self.train.optimizer, self.train.steps)
         own = {name: places[name] for name in trainable}
         moments = jax.tree.map(
             lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
-            jax.eval_shape(update.init, trainable),
-            optimizer.state_shardings(update, trainable, own, whole),
+            jax.eval_shape(self.optimizer.init, trainable),
+            state_shardings(self.optimizer, trainable, own, whole),
         )
         count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
         return TrainState(count, trainable, frozen, moments, count, count)
@@ -103,7 +109,7 @@ def make_blueprint(config: ModelConfig, train: TrainConfig) -> Blueprint:
     variables = nnx.to_flat_state(state)
     constants = {_name(path) for path, variable in variables if isinstance(variable, Constant)}
     names = {_name(path) for path, _ in variables}
-    trainable = optimizer.trainable_names(sorted(names - constants), sorted(constants), train)
+    trainable = trainable_names(sorted(names - constants), sorted(constants), train)
     shapes, axes = {}, {}
     for path, variable in variables:
         name = _name(path)
@@ -147,9 +153,8 @@ def initial_state(blueprint: Blueprint, mesh: Mesh, init: Path | None) -> TrainS
                 )
             values[name] = checkpoint.restore(arrays[name], want.sharding, want.dtype)
     trainable = {name: values[name] for name in wanted.trainable}
-    update = optimizer.make_optimizer(blueprint.train.optimizer, blueprint.train.steps)
     places = jax.tree.map(lambda leaf: leaf.sharding, wanted.optimizer)
-    moments = jax.jit(update.init, out_shardings=places)(trainable)
+    moments = jax.jit(blueprint.optimizer.init, out_shardings=places)(trainable)
     zero = [jax.device_put(jnp.int32(0), wanted.step.sharding) for _ in range(3)]
     frozen = {name: values[name] for name in wanted.frozen}
     return TrainState(zero[0], trainable, frozen, moments, zero[1], zero[2])

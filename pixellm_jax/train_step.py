@@ -15,7 +15,7 @@ from pixellm_jax import batch as batches
 from pixellm_jax.batch import Batch
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.losses import Losses, count, losses
-from pixellm_jax.optimizer import make_optimizer, schedule
+from pixellm_jax.optimizer import schedule
 from pixellm_jax.sharding import batch_sharding, replicated
 from pixellm_jax.train_state import Blueprint, TrainState
 
@@ -44,7 +44,7 @@ def make_step(blueprint: Blueprint, mesh: Mesh) -> Step:
     Gradients that are not finite leave weights and moments as they were.
     """
     train = blueprint.train
-    optimizer = make_optimizer(train.optimizer, train.steps)
+    optimizer = blueprint.optimizer
     rate = schedule(train.optimizer, train.steps)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:

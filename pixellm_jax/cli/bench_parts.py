@@ -14,7 +14,6 @@ from pixellm_jax import flops
 from pixellm_jax.batch import Batch
 from pixellm_jax.losses import losses, mask_sums, text_sum
 from pixellm_jax.model.pixellm import PixelLM, gather_states, visibility
-from pixellm_jax.optimizer import make_optimizer
 from pixellm_jax.sharding import make_mesh
 from pixellm_jax.train_config import MeshConfig
 from pixellm_jax.train_state import Blueprint, initial_state
@@ -128,7 +127,7 @@ def parts_of_a_step(blueprint: Blueprint, batch: Batch) -> Iterator[Part]:
         "forward and backward", lambda: gradient(state.trainable, state.frozen, batch), sum(work)
     )
 
-    update = make_optimizer(blueprint.train.optimizer, blueprint.train.steps)
+    update = blueprint.optimizer
     slopes = jax.tree.map(jnp.ones_like, state.trainable)
 
     def apply(slopes: Any, moments: Any, trainable: Any) -> Any:
