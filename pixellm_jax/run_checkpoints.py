@@ -180,7 +180,10 @@ class RunCheckpoints:
             for shard in array.addressable_shards
             if shard.replica_id == 0
         )
-        free = shutil.disk_usage(self.folder).free
+        try:
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise self._failure(error) from None
         if free < needed:
             raise self._failure(
                 OSError(f"it takes up to {needed / 2**20:.1f} MiB, {free / 2**20:.1f} are free")

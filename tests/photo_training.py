@@ -13,12 +13,14 @@ from pathlib import Path
 import jax
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
+from data_pipeline.benchmarks import BENCHMARKS, list_pictures, read_questions
 from data_pipeline.config import DataConfig, FamilyConfig
 from data_pipeline.damage import Damaged
 from data_pipeline.example import Example
 from data_pipeline.loader import Loader
 from data_pipeline.masks import decode_many
 from data_pipeline.sources import SOURCES
+from pixellm_jax import checkpoint
 from pixellm_jax.config import (
     CodebookConfig,
     DecoderConfig,
@@ -26,8 +28,16 @@ from pixellm_jax.config import (
     ModelConfig,
     VisionConfig,
 )
+from pixellm_jax.engine import Engine, EngineConfig
 from pixellm_jax.evaluate import Evaluation, evaluate_given
+from pixellm_jax.evaluate_generated import answer_generated
+from pixellm_jax.question_scores import Summary, summarise
+from pixellm_jax.question_scoring import make_record
+from pixellm_jax.run_checkpoints import CHECKPOINTS
+from pixellm_jax.run_export import write_model
+from pixellm_jax.serving import serve
 from pixellm_jax.sharding import make_mesh
+from pixellm_jax.stopwatch import Stopwatch
 from pixellm_jax.train import Outcome, fit
 from pixellm_jax.train_config import MeshConfig, OptimizerConfig, TrainConfig
 from pixellm_jax.train_state import make_blueprint
@@ -76,30 +86,37 @@ def write_tokenizer(examples: Sequence[Example], folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
+def photo_train() -> TrainConfig:
+    """The training, but for its length."""
+    return TrainConfig(
+        lora=None,
+        trainable=EVERYTHING,
+        frozen=(),
+        optimizer=OptimizerConfig(
+            method="muon", learning_rate=1e-3, b2=0.98, warmup=50, schedule="cosine"
+        ),
+        mesh=MeshConfig(fsdp=1),
+        log_every=10,
+        keep_last=1,
+        keep_best=0,
+    )
+
+
 def learn_photos(root: Path, out: Path, *, photos: int, steps: int, evaluate_every: int) -> Outcome:
     """Trains on the photos, and evaluates on the same ones, the words of the answers given."""
     examples = read_photos(root, photos)
     write_tokenizer(examples, out / "tokenizer")
     vocabulary = Vocabulary.with_codebook(out / "tokenizer", **dataclasses.asdict(CODEBOOK))
     config = photo_model(vocabulary.size)
-    train = TrainConfig(
-        steps=steps,
-        lora=None,
-        trainable=EVERYTHING,
-        frozen=(),
-        optimizer=OptimizerConfig(learning_rate=1e-3, b2=0.98, warmup=50, schedule="cosine"),
-        mesh=MeshConfig(fsdp=1),
-        log_every=10,
-        evaluate_every=evaluate_every,
-        save_every=steps,
-        keep_best=0,
+    train = dataclasses.replace(
+        photo_train(), steps=steps, evaluate_every=evaluate_every, save_every=steps
     )
     data = DataConfig(
         families=(FamilyConfig(weight=1.0, datasets=(MUSE,)),),
         batch=4,
         length=512,
         targets=24,
-        masks=112,
+        masks=64,
     )
     seen = dataclasses.replace(data, masks=0)
     mesh = make_mesh(train.mesh, jax.local_devices()[:1])
@@ -120,17 +137,41 @@ def learn_photos(root: Path, out: Path, *, photos: int, steps: int, evaluate_eve
         batches.close()
 
 
+def answer_photos(root: Path, run: Path, *, photos: int) -> Summary:
+    """What the model of a finished run says of its own photos, in its own words."""
+    vocabulary = Vocabulary.with_codebook(run / "tokenizer", **dataclasses.asdict(CODEBOOK))
+    blueprint = make_blueprint(photo_model(vocabulary.size), photo_train())
+    (last,) = (run / CHECKPOINTS).iterdir()
+    write_model(run, int(last.name), run / "model", blueprint, vocabulary)
+    model = serve(checkpoint.load_model(run / "model"))
+    engine = Engine(model, vocabulary, EngineConfig(rows=16, max_new_tokens=256))
+    wanted = {(example.split, example.key) for example in read_photos(root, photos)}
+    asked = [
+        question
+        for split in SPLITS
+        for entry in list_pictures(BENCHMARKS[MUSE], root, split)
+        if (split, entry.key) in wanted
+        for question in read_questions(BENCHMARKS[MUSE], root, split, entry).questions
+    ]
+    assert len({question.picture for question in asked}) == photos
+    left_out: dict[str, str] = {}
+    answers = answer_generated(engine, vocabulary, asked, Stopwatch(), left_out)
+    records = [make_record(answer, given=False) for answer in answers]
+    assert len(records) == len(asked) and not left_out
+    return summarise(records)
+
+
 def photo_model(vocabulary: int) -> ModelConfig:
-    """Two million parameters, masks of half the canvas."""
+    """Two million parameters, masks of a quarter of the canvas."""
     return ModelConfig(
         vision=VisionConfig(
             width=128,
             layers=5,
             heads=4,
             mlp=512,
-            patch=8,
+            patch=14,
             canvas=224,
-            table=28,
+            table=16,
             taps=(-2, -3),
             position_resize="correct",
         ),

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pixellm_jax.run_log import METRICS
-from tests.photo_training import learn_photos
+from tests.photo_training import answer_photos, learn_photos
 
 
 def curve(run, name):
@@ -24,5 +24,6 @@ def test_four_photos_are_begun(data_root, tmp_path):
 
 @pytest.mark.long
 def test_sixteen_photos_are_learned_by_heart(data_root, tmp_path):
-    learn_photos(data_root, tmp_path, photos=16, steps=1600, evaluate_every=100)
+    learn_photos(data_root, tmp_path, photos=16, steps=800, evaluate_every=50)
     assert curve(tmp_path, "validation/giou")[-1] >= 0.9
+    assert answer_photos(data_root, tmp_path, photos=16).giou >= 0.8

@@ -57,7 +57,9 @@ TRAIN = TrainConfig(
         "pixel_decoder",
     ),
     frozen=(),
-    optimizer=OptimizerConfig(learning_rate=1e-3, b2=0.98, warmup=50, schedule="cosine"),
+    optimizer=OptimizerConfig(
+        method="muon", learning_rate=1e-3, b2=0.98, warmup=50, schedule="cosine"
+    ),
     mesh=MeshConfig(fsdp=1),
     log_every=10,
     evaluate_every=100,
