@@ -436,6 +436,7 @@ def test_answers_are_judged_at_once(tiny, data_root, tmp_path, capfd):
         ("muse", ["--data", ".", "--judge-model", "m"], "which judge?"),
         ("muse", ["--data", ".", "--judge-offline", "--mode", "given"], "nothing to read"),
         ("llava", ["--data", ".", "--mode", "given"], "llava asks for words"),
+        ("muse", ["--data", ".", "--mode", "given", "--weights", "int8"], "answers that the model"),
     ],
 )
 def test_bad_input_is_one_line(name, more, message, tiny, tmp_path, capfd, monkeypatch):

@@ -35,6 +35,7 @@ from pixellm_jax.cli.processes import HELP, join
 from pixellm_jax.cli.question_log import QuestionLog
 from pixellm_jax.cli.report import JSON, PAGE, write_report
 from pixellm_jax.cli.table import format_table
+from pixellm_jax.config import DTYPES
 from pixellm_jax.engine import Engine, EngineConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluate_generated import answer_generated
@@ -44,7 +45,7 @@ from pixellm_jax.metrics import Sums, merge, merge_hosts
 from pixellm_jax.question_record import GIVEN, QuestionRecord
 from pixellm_jax.question_scores import Summary, group_records, summarise, tally_record
 from pixellm_jax.question_scoring import Answered, make_record, make_released_line
-from pixellm_jax.serving import serve
+from pixellm_jax.serving import WEIGHTS, serve
 from pixellm_jax.stopwatch import Stopwatch
 from pixellm_jax.text_scores import TextScorer
 
@@ -107,6 +108,10 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument(
         "--rows", type=int, default=32, metavar="N", help="questions answered together (32)"
     )
+    parser.add_argument("--dtype", choices=DTYPES, help="compute in it (that of the checkpoint)")
+    parser.add_argument(
+        "--weights", choices=list(WEIGHTS), help="fewer bits for the language model's weights"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="(512)")
     parser.add_argument(
         "--reference-compat",
@@ -123,7 +128,7 @@ def run(options: argparse.Namespace) -> None:
     options.when_interrupted = "the same command goes on where it was stopped"
     benchmark, split = find_benchmark(options.benchmark, options.split)
     _check(options, benchmark)
-    checkpoint.read_config(options.checkpoint)  # refuses what is no checkpoint
+    config = checkpoint.read_config(options.checkpoint)  # refuses what is no checkpoint
     if options.distributed:
         join()
     root = options.data or Path()
@@ -137,6 +142,8 @@ def run(options: argparse.Namespace) -> None:
         "data": options.data.resolve().name if options.data else "",
         "checkpoint": options.checkpoint.resolve().name,
         "checkpoint_hash": _digest(options.checkpoint),
+        "dtype": options.dtype or config.dtype,
+        "weights": options.weights,
         "limit": options.limit,
         "max_new_tokens": None if given else options.max_new_tokens,
         "reference_compat": options.reference_compat,
@@ -166,12 +173,12 @@ class _Asker:
     ) -> Iterator[Answered]:
         options = self.options
         own = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        model = checkpoint.load_model(options.checkpoint, sharding=own)
+        model = checkpoint.load_model(options.checkpoint, dtype=options.dtype, sharding=own)
         vocabulary = checkpoint.read_vocabulary(options.checkpoint, model.config)
         if options.mode == GIVEN:
             return answer_given(model, vocabulary, asked, watch, left_out, rows=options.rows)
         settings = EngineConfig(rows=options.rows, max_new_tokens=options.max_new_tokens)
-        engine = Engine(serve(model), vocabulary, settings)
+        engine = Engine(serve(model, weights=options.weights), vocabulary, settings)
         return answer_generated(engine, vocabulary, asked, watch, left_out)
 
 
@@ -215,6 +222,8 @@ def _check(options: argparse.Namespace, benchmark: Benchmark) -> None:
         make_judge(options, options.out)  # refuses options that do not go together
         if options.mode == GIVEN:
             raise InputError(f"--mode {GIVEN}: a judge has nothing to read where answers are given")
+    if options.weights and options.mode == GIVEN:
+        raise InputError(f"--mode {GIVEN}: --weights is for answers that the model writes")
     if benchmark.words:
         if options.mode == GIVEN:
             raise InputError(f"--mode {GIVEN}: {benchmark.name} asks for words and has no masks")

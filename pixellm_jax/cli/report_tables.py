@@ -81,8 +81,10 @@ def describe(run: Run) -> str:
     checkpoint = run.settings.get("checkpoint")
     model = f"{checkpoint}: " if isinstance(checkpoint, str) and checkpoint else ""
     limit = run.settings.get("limit")
+    weights = run.settings.get("weights")
+    precision = f", weights in {weights}" if weights is not None else ""
     limited = f", only the first {limit} pictures" if limit is not None else ""
-    return f"{model}{run.benchmark}, mode {run.mode}{limited}"
+    return f"{model}{run.benchmark}, mode {run.mode}{precision}{limited}"
 
 
 def notes(report: Report) -> list[str]:
