@@ -10,6 +10,7 @@ from pixellm_jax.cli.report_numbers import make_report, read_run
 from pixellm_jax.cli.report_page import draw_report
 from pixellm_jax.cli.report_tables import as_json, as_markdown
 from pixellm_jax.errors import InputError
+from pixellm_jax.folders import write_whole
 
 JSON, MARKDOWN, PAGE = "report.json", "report.md", "index.html"
 EXAMPLES = """example:
@@ -58,7 +59,7 @@ def write_report(out: Path, data: Path | None) -> str:
     }
     try:
         for name, content in files.items():
-            (out / name).write_text(content, encoding="utf-8", errors="replace")
+            write_whole(out / name, content)
     except OSError as error:
         raise InputError(
             f"{out}: cannot write here ({error.strerror or error}); free some space or its rights"
