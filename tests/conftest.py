@@ -113,3 +113,13 @@ def _folder(config: pytest.Config, option: str, default: str) -> Path:
             pytest.fail(message, pytrace=False)
         pytest.skip(message)
     return folder.resolve()
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Compiling costs far more here than running: half as much without XLA's optimisations."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

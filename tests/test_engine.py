@@ -28,12 +28,7 @@ WORDS = ("dog", "image", "segment", "is", "It", "this", "in", "Please", "the")
 CONFIG = EngineConfig(rows=4, max_new_tokens=40, masks=1, at_once=100)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling costs far more here than running: half as much without XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def error(found, wanted) -> float:

@@ -22,12 +22,7 @@ from pixellm_jax.train_config import MeshConfig
 HEIGHT, WIDTH = 53, 89
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling costs far more here than running: half as much without XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 QUESTION = "Please segment the dog."

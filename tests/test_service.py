@@ -7,7 +7,6 @@ import threading
 import time
 from concurrent.futures import CancelledError
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,13 +16,7 @@ from pixellm_jax.prompt import TEMPLATES, question_ids
 from pixellm_jax.question import Question
 from pixellm_jax.service import Service
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling costs far more here than running: half as much without XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture

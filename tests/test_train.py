@@ -39,12 +39,7 @@ ROOT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY = 12, 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling costs far more here than running: half as much without XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1):

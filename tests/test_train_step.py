@@ -30,12 +30,7 @@ SMOOTH = OptimizerConfig(warmup=0, learning_rate=1.0, eps=1.0, clip=1e9, schedul
 HIDDEN = jax.jit(lambda model, batch: model(batch).hidden)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling costs far more here than running: half as much without XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
 from PIL import Image
 
@@ -159,14 +157,6 @@ def test_every_conversation_fits(level):
 
 
 # Running
-
-
-@pytest.fixture
-def quick_compilation() -> Iterator[None]:
-    """Most of the time would go into optimising programs that run twice."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
