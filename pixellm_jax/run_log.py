@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pixellm_jax.errors import InputError
 from pixellm_jax.folders import write_whole
 
-METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+METRICS, TENSORBOARD, WANDB_ID = "metrics.jsonl", "tensorboard", "wandb_id"
 
 
 class Picture(NamedTuple):
@@ -87,10 +87,15 @@ class RunLog:
                 print(f"step {step}: {note}", file=sys.stderr, flush=True)
 
     def show(self, step: int, pictures: tuple[Picture, ...]) -> None:
-        """Puts pictures into TensorBoard."""
+        """Puts pictures into TensorBoard and W&B."""
         for picture in pictures:
             self._board.add_image(picture.name, picture.pixels, step, dataformats="HWC")
         self._board.flush()
+        if self._wandb is not None:
+            import wandb
+
+            images = {picture.name: wandb.Image(picture.pixels) for picture in pictures}
+            self._wandb.log(images, step=step)
 
     def say(self, text: str) -> None:
         """A line above the bar."""
@@ -147,10 +152,20 @@ def _keep_until(path: Path, step: int) -> None:
 
 
 def _start_wandb(project: str, folder: Path, recipe: Mapping[str, Any]) -> Any:
+    """The W&B run of this folder: a training that goes on goes on there, too."""
     try:
         import wandb
     except ImportError:
         raise InputError(
             "--wandb needs Weights & Biases: pip install 'pixellm_jax[wandb]'"
         ) from None
-    return wandb.init(project=project, dir=str(folder), config=dict(recipe), resume="allow")
+    name = folder / WANDB_ID
+    run = wandb.init(
+        project=project,
+        dir=str(folder),
+        config=dict(recipe),
+        id=name.read_text(encoding="utf-8") if name.exists() else None,
+        resume="allow",
+    )
+    write_whole(name, run.id)
+    return run

@@ -1,0 +1,60 @@
+"""Weights & Biases gets what the other places of a run's log get, under one run of its own."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pixellm_jax.errors import InputError
+from pixellm_jax.run_log import Picture, RunLog
+
+
+class Service:
+    """Stands for the module `wandb`: keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.begun: list[dict] = []
+        self.told: list[tuple[int, dict]] = []
+        self.finished = 0
+
+    def init(self, **options):
+        self.begun.append(options)
+        return SimpleNamespace(id=options["id"] or "drawn", log=self._log, finish=self._finish)
+
+    def Image(self, pixels):
+        return pixels
+
+    def _log(self, values, step):
+        self.told.append((step, values))
+
+    def _finish(self):
+        self.finished += 1
+
+
+def test_a_run_that_goes_on_is_one_run_there(tmp_path, monkeypatch):
+    service = Service()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    picture = Picture("truth", np.zeros((2, 3, 3), np.uint8))
+    for start in (0, 4):
+        log = RunLog(tmp_path, steps=8, start=start, recipe={"seed": 3}, project="shapes")
+        log.log(start + 2, {"loss/total": 1.5})
+        log.show(start + 2, (picture,))
+        log.close()
+    assert [options["id"] for options in service.begun] == [None, "drawn"]
+    assert all(
+        options["project"] == "shapes" and options["config"] == {"seed": 3}
+        for options in service.begun
+    )
+    assert service.told[0] == (2, {"loss/total": 1.5})
+    assert service.told[1][0] == 2 and service.told[1][1]["truth"] is picture.pixels
+    assert [step for step, _ in service.told] == [2, 2, 6, 6]
+    assert service.finished == 2
+
+
+def test_without_the_package_one_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match="pip install"):
+        RunLog(tmp_path, steps=8, project="shapes")
