@@ -38,7 +38,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             default=None,
             help=f"folder with the {content} (default: {default} beside the repository)",
         )
-    group.addoption("--long", action="store_true", help="also run what takes minutes, alone")
 
 
 def pytest_sessionstart() -> None:
@@ -60,8 +59,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Beam and libtpu have environments of their own (.ci/run): elsewhere they are not tested."""
     extras = {"beam": "apache_beam", "tpu": "libtpu"}
     left_out = {mark for mark, name in extras.items() if importlib.util.find_spec(name) is None}
-    if not config.getoption("--long"):
-        left_out.add("long")  # its short form is among the others
     absent = [item for item in items if any(map(item.get_closest_marker, left_out))]
     config.hook.pytest_deselected(items=absent)
     items[:] = [item for item in items if item not in absent]

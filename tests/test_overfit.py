@@ -15,6 +15,7 @@ def curve(run, name):
     return [record[name] for record in records if name in record]
 
 
+@pytest.mark.slow
 def test_four_photos_are_begun(data_root, tmp_path):
     """The short form of the next: the losses fall, and masks begin to fit."""
     learn_photos(data_root, tmp_path, photos=4, steps=24, evaluate_every=24)

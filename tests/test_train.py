@@ -126,6 +126,7 @@ def killed_and_resumed(whole: Path, run: Path, cache: Path, rng: random.Random, 
     assert timeless[0] == timeless[1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_bit_for_bit_where_it_would_have(whole, tmp_path, cache):
     killed_and_resumed(whole, tmp_path, cache, random.Random(0), kills=2)
 
@@ -136,6 +137,7 @@ def test_twenty_rounds_of_kill(whole, tmp_path, cache, seed):
     killed_and_resumed(whole, tmp_path, cache, random.Random(seed), kills=1)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_with_zero(whole, tmp_path, cache):
     process = start(tmp_path, cache)
     path = tmp_path / "metrics.jsonl"
@@ -152,6 +154,7 @@ def test_sigterm_saves_and_exits_with_zero(whole, tmp_path, cache):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_it_learns_and_a_checkpoint_moves_to_another_mesh(tmp_path):
     config = small_train(steps=30, log_every=5, save_every=15)
     train(tmp_path, config)
@@ -198,6 +201,7 @@ def test_the_model_of_a_run_has_its_lora_merged(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_training_from_a_checkpoint_keeps_the_frozen_weights_out(tmp_path):
     first = lora_train(steps=1)
     train(tmp_path / "first", first)
@@ -228,6 +232,7 @@ def test_an_unwritable_folder_is_one_line(tmp_path):
         train(tmp_path / "taken", small_train(steps=1))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, monkeypatch, capfd):
     """Full from step 4 on; the same command goes on where there is space again."""
     usage, free = shutil.disk_usage, [10**9, 1000]
@@ -242,6 +247,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, monkey
     assert records(tmp_path)[-1]["step"] == 6
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_save_as_one_does(tmp_path, cache):
     alone, pair = tmp_path / "alone", tmp_path / "pair"
     finish(start(alone, cache, devices=4, steps=4))

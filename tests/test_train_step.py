@@ -9,6 +9,7 @@ every weight by one rounding (6e-8 of it) changes the update of this model by 1.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from tests.small_training import lora_train, small_batch, small_model, small_tra
 TOLERANCE, UPDATE_TOLERANCE = 1e-4, 5e-4
 SMOOTH = OptimizerConfig(warmup=0, learning_rate=1.0, eps=1.0, clip=1e9, schedule="constant")
 
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
 HIDDEN = jax.jit(lambda model, batch: model(batch).hidden)
 
 
@@ -70,7 +72,7 @@ def assert_same_update(one, other, tolerance: float = UPDATE_TOLERANCE) -> None:
         assert np.abs(other_update - update).max() <= tolerance * largest, name
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [SLOW((8, 1, 1)), SLOW((1, 8, 1)), (2, 2, 2)])
 def test_the_mesh_does_not_change_the_update(single, batch, shape):
     other = one_update(lora_train(optimizer=SMOOTH), mesh_of(*shape), batch)
     assert_same_update(single, other)
@@ -100,6 +102,7 @@ def test_weights_and_moments_lie_in_shards(method):
         assert leaf.sharding == state.trainable[name].sharding, name
 
 
+@pytest.mark.slow
 def test_the_mesh_does_not_change_the_update_of_muon(batch):
     """2e-3 (measured 6e-4): directions with tiny gradients, whose own errors are larger, are
     turned as far as all others.

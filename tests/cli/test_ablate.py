@@ -200,6 +200,7 @@ def check_results(out: Path) -> list[Result]:
     return results
 
 
+@pytest.mark.slow
 def test_grid_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys, quick_compilation):
     out = tmp_path / "new" / "ablations"
     grid = choose(settings(tiny.model), ["plain-bce", BASE])
