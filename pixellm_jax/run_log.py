@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from pixellm_jax.errors import InputError
@@ -47,6 +46,8 @@ class RunLog:
         recipe: Mapping[str, Any] | None = None,
         project: str | None = None,
     ) -> None:
+        from tensorboardX import SummaryWriter  # two seconds where it finds PyTorch
+
         self.path = folder / METRICS
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -172,8 +172,9 @@ LAYERS = {
 }
 SEEN_BY_DATA_PIPELINE = 1  # the highest layer of pixellm_jax that data_pipeline may import
 BANNED = {"torch", "torchvision", "tensorflow"}
-# Optional packages that may be imported inside a function.
-EXTRAS = {"apache_beam", "matplotlib", "openai", "rouge_score", "wandb"}
+# Packages that may be imported inside a function: optional ones, and one that imports PyTorch, too,
+# where that is installed.
+EXTRAS = {"apache_beam", "matplotlib", "openai", "rouge_score", "tensorboardX", "wandb"}
 # What one module compares with, where that is installed; also inside its functions alone.
 PEERS = {"pixellm_jax.cli.bench_peer": {"torch", "transformers"}}
 
