@@ -21,13 +21,8 @@ from data_pipeline.loader import Loader
 from data_pipeline.masks import decode_many
 from data_pipeline.sources import SOURCES
 from pixellm_jax import checkpoint
-from pixellm_jax.config import (
-    CodebookConfig,
-    DecoderConfig,
-    LanguageConfig,
-    ModelConfig,
-    VisionConfig,
-)
+from pixellm_jax.cli.demo_train import CODEBOOK, make_model_config
+from pixellm_jax.config import ModelConfig
 from pixellm_jax.engine import Engine, EngineConfig
 from pixellm_jax.evaluate import Evaluation, evaluate_given
 from pixellm_jax.evaluate_generated import answer_generated
@@ -46,7 +41,6 @@ from tests.small_training import EVERYTHING
 
 MUSE = "muse"
 SPLITS = ("train", "val", "test_less", "test_many")
-CODEBOOK = CodebookConfig(tokens_per_scale=2, scales=2)
 WORDS = r"\w+|[^\w\s]"
 
 
@@ -162,33 +156,11 @@ def answer_photos(root: Path, run: Path, *, photos: int) -> Summary:
 
 
 def photo_model(vocabulary: int) -> ModelConfig:
-    """Two million parameters, masks of a quarter of the canvas."""
-    return ModelConfig(
-        vision=VisionConfig(
-            width=128,
-            layers=5,
-            heads=4,
-            mlp=512,
-            patch=14,
-            canvas=224,
-            table=16,
-            taps=(-2, -3),
-            position_resize="correct",
-        ),
-        language=LanguageConfig(
-            vocabulary=vocabulary,
-            width=128,
-            layers=2,
-            heads=4,
-            kv_heads=4,
-            head=32,
-            mlp=352,
-            max_positions=1024,
-        ),
-        codebook=CODEBOOK,
-        decoder=DecoderConfig(width=48, heads=4, mlp=96, depth=1, channels=16),
-        image_grid=8,
-        template="plain",
-        dtype="float32",
-        remat=False,
-    )
+    """That of `pixellm demo --train` for larger pictures: two million parameters.
+
+    Masks are of a quarter of the canvas.
+    """
+    small = make_model_config(vocabulary)
+    vision = dataclasses.replace(small.vision, width=128, mlp=512, patch=14, canvas=224, table=16)
+    language = dataclasses.replace(small.language, max_positions=1024)
+    return dataclasses.replace(small, vision=vision, language=language)
