@@ -151,8 +151,9 @@ class Engine:
                 self._rows = self._rows._replace(status=status)
 
     def clear(self) -> None:
-        """Forgets all questions."""
+        """Forgets all questions, and pictures, which may be what went wrong."""
         self._waiting.clear()
+        self._pictures.clear()
         self._rows, self._slots = None, []
 
     @property

@@ -43,6 +43,10 @@ class Pictures:
             self._seen.popitem(last=False)
         return found
 
+    def clear(self) -> None:
+        """Forgets all pictures."""
+        self._seen.clear()
+
     def _read(self, unread: dict[_Key, Question], length: int) -> None:
         """Reads pictures in a bucket of 1, 4, 16, ...; the last one stands in for those missing."""
         questions, size = list(unread.values()), min(bucket(len(unread)), self.together)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import numbers
 import os
 import queue
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +29,7 @@ from pixellm_jax.geometry import fit
 from pixellm_jax.image import read_image
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.prompt import TEMPLATES, encode_conversation, question_ids
-from pixellm_jax.question import Question, Seen
+from pixellm_jax.question import Question, Result, Seen
 from pixellm_jax.service import Service
 from pixellm_jax.serving import serve
 from pixellm_jax.vocabulary import Vocabulary
@@ -121,15 +123,18 @@ class Predictor:
     ) -> Future[Answer]:
         """The answer, later; `draw` as in a call. Other questions are answered at the same time.
 
-        Waits, up to `timeout` seconds, while very many questions are waiting.
+        Waits, up to `timeout` seconds, while very many questions are waiting. A callback of the
+        future must not wait for another answer: it runs in the thread that makes the masks.
 
         Raises:
             InputError: as a call. queue.Full: no place in the queue became free.
         """
-        picture = read_image(image)
-        asked = self._question(picture, question)._replace(**draw)
-        make, answer = self._maker(picture), Future[Answer]()
-        result = self._service.submit(asked, timeout=timeout)
+        asked, make = self._ask(image, question, **draw)
+        return self._promise(self._service.submit(asked, timeout=timeout), make)
+
+    def _promise(self, result: Future[Result], make: AnswerMaker) -> Future[Answer]:
+        """The answer that will be made of a result, in a thread for that."""
+        answer = Future[Answer]()
 
         def finish() -> None:
             if answer.set_running_or_notify_cancel():
@@ -142,8 +147,14 @@ class Predictor:
             if answer.cancelled():
                 self._service.drop(result)
 
+        def ended(_: Future[Result]) -> None:
+            try:
+                self._finishing.submit(finish)
+            except RuntimeError:  # the main thread has ended, others go on
+                finish()
+
         answer.add_done_callback(dropped)
-        result.add_done_callback(lambda _: self._finishing.submit(finish))
+        result.add_done_callback(ended)
         return answer
 
     def stream(self, image: Picture, question: str, **draw: Any) -> Iterator[Answer]:
@@ -151,9 +162,8 @@ class Predictor:
 
         The last answer has ended. `draw`, and what is raised: as in a call.
         """
-        picture = read_image(image)
-        asked = self._question(picture, question)._replace(**draw)
-        return map(self._maker(picture), self._service.stream(asked))
+        asked, make = self._ask(image, question, **draw)
+        return map(make, self._service.stream(asked))
 
     def conversation(self, image: Picture) -> Conversation:
         """Several questions about one picture, each of which knows those before it."""
@@ -191,19 +201,20 @@ class Predictor:
         coming, left = enumerate(pairs), True
         try:
             while left or under_way:
+                asked = list[tuple[int, Question, AnswerMaker]]()
                 failed = list[tuple[int, InputError]]()
-                with self._service.gathering():
-                    for number, (image, question) in itertools.islice(
-                        coming, max(2 * together - len(under_way), 0)
-                    ):
-                        try:
-                            future = self.submit(image, question, **draw)
-                        except InputError as error:
-                            failed.append((number, error))
-                            continue
-                        under_way[future] = number
-                        future.add_done_callback(ended.put)
-                left = len(under_way) + len(failed) >= 2 * together
+                missing = max(2 * together - len(under_way), 0)
+                for number, (image, question) in itertools.islice(coming, missing):
+                    try:
+                        asked.append((number, *self._ask(image, question, **draw)))
+                    except InputError as error:
+                        failed.append((number, error))
+                left = len(asked) + len(failed) == missing
+                results = self._service.submit_together([question for _, question, _ in asked])
+                for (number, _, make), result in zip(asked, results, strict=True):
+                    future = self._promise(result, make)
+                    under_way[future] = number
+                    future.add_done_callback(ended.put)
                 yield from failed
                 while under_way and (len(under_way) > together or not left):
                     future = ended.get()
@@ -211,6 +222,12 @@ class Predictor:
         finally:
             for future in under_way:
                 future.cancel()
+
+    def _ask(self, image: Picture, question: str, **draw: Any) -> tuple[Question, AnswerMaker]:
+        """What the engine is asked, and what makes an answer of its result."""
+        check_draw(**draw)
+        picture = read_image(image)
+        return self._question(picture, question)._replace(**draw), self._maker(picture)
 
     def _question(self, picture: np.ndarray, question: str) -> Question:
         check_question(question)
@@ -271,6 +288,7 @@ class Conversation:
         Raises:
             InputError: as of the predictor, or the conversation is too long for the model.
         """
+        check_draw(**draw)
         predictor, before = self.predictor, 0
         if self._seen is None:
             asked = predictor._question(self.picture, question)
@@ -307,6 +325,24 @@ def check_question(question: str) -> None:
         raise InputError("the question is empty; ask something about the picture")
     if any("\ud800" <= letter <= "\udfff" for letter in question):
         raise InputError(f"the question {question[:80]!a} is not UTF-8; encode it as such")
+
+
+def check_draw(*, temperature: Any = 0.0, top_p: Any = 1.0, seed: Any = 0) -> None:
+    """Refuses what no token can be drawn with.
+
+    Raises:
+        InputError: a number of another kind, or outside its range.
+    """
+    if not (_is_number(temperature) and 0 <= temperature < math.inf):
+        raise InputError(f"temperature={temperature!r}: expected a number, 0 or more")
+    if not (_is_number(top_p) and 0 < top_p <= 1):
+        raise InputError(f"top_p={top_p!r}: expected a probability above 0, up to 1")
+    if not isinstance(seed, numbers.Integral):
+        raise InputError(f"seed={seed!r}: expected a whole number")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not math.isnan(value)
 
 
 def follow_up_ids(

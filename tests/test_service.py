@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -38,6 +39,17 @@ def question(predictor) -> Question:
     return Question(tokens, *fit(np.full((30, 20, 3), 99, np.uint8), config.vision.canvas))
 
 
+@contextlib.contextmanager
+def held(service: Service):
+    """What is submitted inside starts when the block ends."""
+    service._start = lambda: None
+    try:
+        yield
+    finally:
+        del service._start
+        service._start()
+
+
 def wait_for_rest(service: Service) -> None:
     """Until the thread has gone."""
     for _ in range(2000):
@@ -57,7 +69,7 @@ def test_the_thread_is_there_only_while_it_is_needed(service, question):
 
 
 def test_the_queue_is_bounded(service, question):
-    with service.gathering():
+    with held(service):
         futures = [service.submit(question) for _ in range(3)]
         with pytest.raises(queue.Full):
             service.submit(question, timeout=0.01)
@@ -65,12 +77,36 @@ def test_the_queue_is_bounded(service, question):
     assert [future.result().reason for future in futures] == ["stop"] * 3
 
 
-def test_gathered_questions_are_read_together(service, engine, question):
-    with service.gathering():
-        futures = [service.submit(question) for _ in range(3)]
-    results = [future.result() for future in futures]
+def test_questions_submitted_together_are_read_together(service, engine, question):
+    results = [future.result() for future in service.submit_together([question] * 3)]
     wait_for_rest(service)
     assert engine.passes == 1 + results[0].passes - 1
+
+
+def test_more_than_the_queue_holds_may_be_submitted_at_once(service, question):
+    found = []
+
+    def submit() -> None:
+        found.extend(future.result().reason for future in service.submit_together([question] * 9))
+
+    threads = [threading.Thread(target=submit, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert found == ["stop"] * 27
+
+
+def test_a_waiting_question_takes_the_place_of_one_that_ended(predictor, question):
+    """As many passes as where the engine knows all questions from the start."""
+    config = EngineConfig(rows=2, max_new_tokens=12)
+    questions = [question._replace(budget=1 + 5 * i % 7) for i in range(16)]
+    engines = [Engine(predictor.model, predictor.vocabulary, config) for _ in range(2)]
+    whole = dict(engines[0].answer(questions))
+    futures = Service(engines[1]).submit_together(questions)
+    for number, future in enumerate(futures):
+        np.testing.assert_array_equal(future.result().tokens, whole[number].tokens)
+    assert engines[1].passes == engines[0].passes
 
 
 def test_an_error_of_the_engine_reaches_all_who_wait_and_no_one_later(
@@ -81,7 +117,7 @@ def test_an_error_of_the_engine_reaches_all_who_wait_and_no_one_later(
 
     with monkeypatch.context() as patched:
         patched.setattr(engine, "step", fail)
-        with service.gathering():
+        with held(service):
             futures = [service.submit(question) for _ in range(2)]
             stream = service.stream(question)
         for future in futures:
@@ -96,7 +132,7 @@ def test_an_error_of_the_engine_reaches_all_who_wait_and_no_one_later(
 def test_a_question_that_does_not_fit_is_refused_alone(service, engine, question):
     limit = engine.model.config.language.max_positions
     long = question._replace(tokens=np.concatenate([question.tokens, np.full(limit, 5, np.int32)]))
-    with service.gathering():
+    with held(service):
         good, bad, other = (service.submit(asked) for asked in (question, long, question))
     assert good.result().reason == other.result().reason == "stop"
     with pytest.raises(ValueError, match=f"the model has {limit}"):
@@ -104,7 +140,7 @@ def test_a_question_that_does_not_fit_is_refused_alone(service, engine, question
 
 
 def test_what_is_cancelled_while_it_waits_is_not_answered(service, engine, question):
-    with service.gathering():
+    with held(service):
         futures = [service.submit(question) for _ in range(3)]
         assert futures[1].cancel()
     assert futures[0].result().reason == futures[2].result().reason == "stop"
@@ -124,4 +160,6 @@ def test_a_stream_that_is_left_frees_its_row(service, engine, question, monkeypa
     wait_for_rest(service)
     assert engine.idle
     assert dropped == [0]
+    service.drop(stream)  # of no question any more
+    assert not service._dropped and not service._live
     assert [result.reason for result in service.stream(question)][-1] == "stop"
