@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
-import numbers
 import os
 import queue
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +28,7 @@ from pixellm_jax.image import read_image
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.prompt import TEMPLATES, encode_conversation, question_ids
 from pixellm_jax.question import Question, Result, Seen
+from pixellm_jax.question_checks import check_draw, check_question
 from pixellm_jax.service import Service
 from pixellm_jax.serving import serve
 from pixellm_jax.vocabulary import Vocabulary
@@ -313,36 +312,6 @@ class Conversation:
         end = [] if answer.complete else [predictor.vocabulary.eos]
         self._unread = np.asarray([*result.tokens[fed:], *end], np.int32)
         return answer
-
-
-def check_question(question: str) -> None:
-    """Refuses what is no question.
-
-    Raises:
-        InputError: it is empty, or holds bytes that are no text.
-    """
-    if not question.strip():
-        raise InputError("the question is empty; ask something about the picture")
-    if any("\ud800" <= letter <= "\udfff" for letter in question):
-        raise InputError(f"the question {question[:80]!a} is not UTF-8; encode it as such")
-
-
-def check_draw(*, temperature: Any = 0.0, top_p: Any = 1.0, seed: Any = 0) -> None:
-    """Refuses what no token can be drawn with.
-
-    Raises:
-        InputError: a number of another kind, or outside its range.
-    """
-    if not (_is_number(temperature) and 0 <= temperature < math.inf):
-        raise InputError(f"temperature={temperature!r}: expected a number, 0 or more")
-    if not (_is_number(top_p) and 0 < top_p <= 1):
-        raise InputError(f"top_p={top_p!r}: expected a probability above 0, up to 1")
-    if not isinstance(seed, numbers.Integral):
-        raise InputError(f"seed={seed!r}: expected a whole number")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not math.isnan(value)
 
 
 def follow_up_ids(

@@ -12,7 +12,8 @@ from pycocotools import mask as coco
 
 from pixellm_jax.answer_record import Answer
 from pixellm_jax.errors import InputError
-from pixellm_jax.predictor import check_question
+from pixellm_jax.folders import write_whole
+from pixellm_jax.question_checks import check_question
 
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 """Endings of the files of a folder that are taken for pictures."""
@@ -67,7 +68,7 @@ def read_questions(path: Path) -> list[Asked]:
         InputError: the file, or a line of it, is not like this.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line ends
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); check the path") from None
     asked = []
@@ -108,7 +109,8 @@ def ask_about_folder(folder: Path, question: str) -> list[Asked]:
 class AnswerLog:
     """A JSONL file of answers, one line each as they come: {"number": ..., ...}.
 
-    An earlier run's lines are kept, but for a last one that was cut off. `done`: their numbers.
+    An earlier run's lines are kept, but for errors, which are tried again, and a last line that was
+    cut off. `done`: their numbers.
     """
 
     def __init__(self, path: Path, asked: list[Asked]) -> None:
@@ -118,32 +120,35 @@ class AnswerLog:
             InputError: it holds answers to other questions, or cannot be written.
         """
         self.done: set[int] = set()
-        whole = 0
         try:
             data = path.read_bytes() if path.exists() else b""
-            for line in data.splitlines(keepends=True):
-                if not line.endswith(b"\n"):
-                    break
-                self._check(path, json.loads(line), asked)
-                whole += len(line)
+            *lines, _ = data.split(b"\n")
+            kept = [line for line in lines if self._keeps(path, json.loads(line), asked)]
+            if len(kept) < len(lines):
+                write_whole(path, b"".join(line + b"\n" for line in kept).decode())
             self._file = path.open("ab")
-            self._file.truncate(whole)
-        except (ValueError, KeyError, TypeError) as error:
+            self._file.truncate(sum(len(line) + 1 for line in kept))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{path}: not a file of answers ({error}); choose another --out"
             ) from None
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
 
-    def _check(self, path: Path, record: dict[str, Any], asked: list[Asked]) -> None:
+    def _keeps(self, path: Path, record: dict[str, Any], asked: list[Asked]) -> bool:
+        """Whether a line is an answer, to the same question."""
         number = record["number"]
         ours = asked[number] if 0 <= number < len(asked) else None
-        if ours is None or (record["image"], record["question"]) != (ours.name, ours.question):
+        name = _as_text(ours.name) if ours else None
+        if ours is None or (record["image"], record["question"]) != (name, ours.question):
             raise InputError(
                 f"{path}: holds answers to other questions (number {number}); choose another --out "
                 "or remove it"
             )
+        if "error" in record:
+            return False
         self.done.add(number)
+        return True
 
     def write(self, number: int, record: dict[str, Any]) -> None:
         """Adds a line; it is on the disk when this returns.
@@ -151,9 +156,9 @@ class AnswerLog:
         Raises:
             InputError: the disk is full.
         """
-        line = json.dumps({"number": number, **record}, ensure_ascii=False) + "\n"
+        line = _as_text(json.dumps({"number": number, **record}, ensure_ascii=False)) + "\n"
         try:
-            self._file.write(line.encode("utf-8", errors="replace"))
+            self._file.write(line.encode())
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -165,3 +170,8 @@ class AnswerLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _as_text(name: str) -> str:
+    """A file name may hold bytes that are no text: question marks stand for them."""
+    return name.encode("utf-8", errors="replace").decode()

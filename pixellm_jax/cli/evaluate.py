@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,6 +33,7 @@ from pixellm_jax.cli.judge_options import (
 from pixellm_jax.cli.processes import HELP, join
 from pixellm_jax.cli.question_log import QuestionLog
 from pixellm_jax.cli.report import JSON, PAGE, write_report
+from pixellm_jax.cli.settings import describe_model
 from pixellm_jax.cli.table import format_table
 from pixellm_jax.config import DTYPES
 from pixellm_jax.engine import Engine, EngineConfig
@@ -128,7 +128,7 @@ def run(options: argparse.Namespace) -> None:
     options.when_interrupted = "the same command goes on where it was stopped"
     benchmark, split = find_benchmark(options.benchmark, options.split)
     _check(options, benchmark)
-    config = checkpoint.read_config(options.checkpoint)  # refuses what is no checkpoint
+    model = describe_model(options.checkpoint, options.dtype, options.weights)
     if options.distributed:
         join()
     root = options.data or Path()
@@ -140,10 +140,7 @@ def run(options: argparse.Namespace) -> None:
         "split": split,
         "mode": options.mode,
         "data": options.data.resolve().name if options.data else "",
-        "checkpoint": options.checkpoint.resolve().name,
-        "checkpoint_hash": _digest(options.checkpoint),
-        "dtype": options.dtype or config.dtype,
-        "weights": options.weights,
+        **model,
         "limit": options.limit,
         "max_new_tokens": None if given else options.max_new_tokens,
         "reference_compat": options.reference_compat,
@@ -267,14 +264,6 @@ def _merge(share: Share, log: QuestionLog, own: Sums) -> list[QuestionRecord] | 
             "hosts share"
         )
     return records
-
-
-def _digest(folder: Path) -> str:
-    """Of the config, and of the names and sizes of all files of a checkpoint."""
-    digest = hashlib.sha256((folder / checkpoint.CONFIG).read_bytes())
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 def _print(out: Path, records: Sequence[QuestionRecord]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pixellm_jax.cli.settings import check_settings
 from pixellm_jax.errors import InputError
 from pixellm_jax.folders import write_whole
 from pixellm_jax.json_files import read_json, read_optional_json
@@ -117,17 +118,11 @@ class QuestionLog:
     def _settle(self) -> None:
         """Checks or writes the settings."""
         path = self.out / SETTINGS
-        found = read_optional_json(path)
-        names = [path.name for path in self.out.iterdir()]
-        if not found and not all(name.startswith(_OURS) for name in names):
+        if check_settings(path, self.settings, made="an evaluation"):
+            return
+        if not all(path.name.startswith(_OURS) for path in self.out.iterdir()):
             raise InputError(f"{self.out}: holds something else; choose another --out")
-        for key in found.keys() | self.settings.keys() if found else ():
-            if found.get(key) != self.settings.get(key):
-                raise InputError(
-                    f"{self.out}: an evaluation with {key} {found.get(key)!r}, now "
-                    f"{self.settings.get(key)!r}; choose another --out"
-                )
-        if not found and self._host == 0:
+        if self._host == 0:
             _write(path, self.settings)
 
 

@@ -20,12 +20,14 @@ from pixellm_jax.cli.answer_files import (
     ask_about_folder,
     read_questions,
 )
+from pixellm_jax.cli.settings import check_settings, describe_model
 from pixellm_jax.config import DTYPES
 from pixellm_jax.errors import InputError
-from pixellm_jax.folders import whole_folder
+from pixellm_jax.folders import whole_folder, write_whole
 from pixellm_jax.image import read_image
 from pixellm_jax.overlay import draw_overlay
-from pixellm_jax.predictor import Predictor, check_question
+from pixellm_jax.predictor import Predictor
+from pixellm_jax.question_checks import check_question
 from pixellm_jax.serving import WEIGHTS
 
 RESULTS = ("answer.json", "mask_*.png", "overlay.png")
@@ -41,8 +43,9 @@ Of one photo the folder gets answer.json (text and, per target, phrase, score, b
 mask_00.png, mask_01.png, ... (0 or 255, at the size of the upright photo) and overlay.png.
 
 Of a folder of photos, or of lines {"image": "a.jpg", "question": "Where is the cat?"}, it gets
-answers.jsonl, a line per answer as it comes, and overlays/000000.png, ... numbered like the lines
-of the questions. The same command goes on where it was stopped.
+answers.jsonl, a line per answer as it comes, overlays/000000.png, ... numbered like the lines of
+the questions, and settings.json. The same command goes on where it was stopped, and tries again
+what had no answer.
 """
 
 
@@ -113,8 +116,16 @@ INCOMPLETE = {
 def _answer_many(options: argparse.Namespace, asked: list[Asked]) -> None:
     """Writes answers as they come; those of an earlier run are kept."""
     overlays = options.out / "overlays"
+    settings = {
+        **describe_model(options.checkpoint, options.dtype, options.weights),
+        "max_new_tokens": options.max_new_tokens,
+        "min_score": options.min_score,
+    }
     try:
         overlays.mkdir(parents=True, exist_ok=True)
+        path = options.out / "settings.json"
+        if not check_settings(path, settings, made="answers"):
+            write_whole(path, json.dumps(settings, indent=2) + "\n")
     except OSError as error:
         raise InputError(
             f"{options.out}: cannot write here ({error.strerror}); choose another place"

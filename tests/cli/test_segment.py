@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,41 @@ def test_a_bad_picture_is_a_line_with_an_error(tiny, questions, tmp_path, capfd,
     found = records(out)
     assert [n for n in range(7) if "error" in found[n]] == [2, 3]
     assert "b.png" in found[2]["error"] and "targets" not in found[2]
+    # It is tried again, and what was answered is not.
+    assert main(options(tiny, out, "--questions", questions)) == 0
+    assert capfd.readouterr().out.endswith("7 questions, 2 without an answer\n")
+    Image.new("RGB", (30, 20)).save(questions.parent / "b.png")
+    answered = (out / "answers.jsonl").read_text().splitlines()[:5]
+    assert main(options(tiny, out, "--questions", questions)) == 0
+    assert capfd.readouterr().out.endswith("7 questions, 0 without an answer\n")
+    assert (out / "answers.jsonl").read_text().splitlines()[:5] == answered
+    assert not any("error" in record for record in records(out).values())
+
+
+def test_names_that_are_no_text_and_odd_line_ends_are_kept_apart(tiny, tmp_path, capfd, load):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    Image.new("RGB", (30, 20)).save(folder / "a.png")
+    (folder / "a.png").rename(folder / os.fsdecode(b"caf\xe9.png"))
+    command = options(tiny, tmp_path / "out", "--image", folder, "--question", "Where?")
+    assert main(command) == main(command) == 0
+    assert [record["image"] for record in records(tmp_path / "out").values()] == ["caf?.png"]
+    Image.new("RGB", (30, 20)).save(folder / "a.png")
+    line = {"image": "a.png", "question": "Where\u2028is\x85it?"}
+    (folder / "asked.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\n", "utf-8")
+    command = options(tiny, tmp_path / "more", "--questions", folder / "asked.jsonl")
+    assert main(command) == main(command) == 0
+    (record,) = map(
+        json.loads, (tmp_path / "more/answers.jsonl").read_text("utf-8").split("\n")[:-1]
+    )
+    assert record["question"] == line["question"]
+    capfd.readouterr()
+
+
+def test_answers_of_other_settings_are_left_alone(tiny, questions, tmp_path, capfd, load):
+    command = options(tiny, tmp_path / "out", "--questions", questions)
+    assert main(command) == 0
+    assert "answers with weights None, now 'int8'" in refusal(capfd, *command, "--weights", "int8")
 
 
 def refusal(capfd, *arguments: str) -> str:
