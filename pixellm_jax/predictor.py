@@ -53,8 +53,11 @@ class Predictor:
         min_score: float = 0.0,
         weights: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
+        consume: bool = False,
     ) -> None:
-        """`rows`: questions answered at the same time, at most. `weights`, `mesh`: see `serve`.
+        """`rows`: questions answered at the same time, at most.
+
+        `weights`, `mesh`, `consume`: see `serve`.
 
         `min_score`: masks of a lower score are emptied (`Answer.kept`).
         """
@@ -63,7 +66,7 @@ class Predictor:
                 raise InputError(f"{name}={value}: expected at least 1")
         if not 0 <= min_score <= 1:
             raise InputError(f"min_score={min_score}: expected a probability, from 0 to 1")
-        self.model = serve(model, weights=weights, mesh=mesh)
+        self.model = serve(model, weights=weights, mesh=mesh, consume=consume)
         self.config, self.vocabulary = model.config, vocabulary
         self.max_new_tokens, self.min_score = max_new_tokens, min_score
         settings = EngineConfig(rows=rows, max_new_tokens=max_new_tokens)
@@ -91,7 +94,7 @@ class Predictor:
         path = Path(path)
         model = checkpoint.load_model(path, dtype=dtype, sharding=mesh)
         vocabulary = checkpoint.read_vocabulary(path, model.config)
-        return cls(model, vocabulary, mesh=mesh, **options)
+        return cls(model, vocabulary, mesh=mesh, consume=True, **options)
 
     def __call__(
         self,

@@ -18,7 +18,11 @@ WEIGHTS: dict[str, Bits] = {"int8": 8, "int4": 4}
 
 
 def serve(
-    model: PixelLM, *, weights: str | None = None, mesh: jax.sharding.Mesh | None = None
+    model: PixelLM,
+    *,
+    weights: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    consume: bool = False,
 ) -> PixelLM:
     """A copy whose language model has its layers apart and its matrices in the compute dtype.
 
@@ -28,6 +32,8 @@ def serve(
     weights: "int8" or "int4" for the projections of the layers (see `quantize`). The vision
         encoder, projectors, codebook, pixel decoder, embeddings, head and norms stay as they are.
     mesh: all weights are spread over it, by the rules of `sharding`.
+    consume: `model` is used up, for it and its copy need not both fit: memory holds the layers once
+        and, for a moment, the largest of their stacked arrays.
 
     Raises:
         InputError: `weights` is something else.
@@ -37,7 +43,7 @@ def serve(
     served = jax.tree.map(lambda leaf: leaf, model)
     language = served.language_model
     merge_lora(language.layers)
-    language.layers = nnx.List(language.blocks())
+    language.layers = nnx.List(language.blocks(consume=consume))
     dtype = jnp.dtype(model.config.dtype)
     for matrix in (language.embedding, language.head):
         matrix.set_value(matrix[...].astype(dtype))

@@ -68,6 +68,27 @@ def test_the_model_that_is_served_stays_as_it_is(varied):
         np.testing.assert_array_equal(after[name], value)
 
 
+def test_a_model_that_is_used_up_gives_the_same_and_is_never_there_twice(
+    varied, tokens, logits, monkeypatch
+):
+    model = jax.tree.map(jnp.copy, varied.model)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    most = max(leaf.nbytes for leaf in jax.tree.leaves(model.language_model.layers))
+    before, seen = live_bytes(), list[int]()
+    split = nnx.merge
+    monkeypatch.setattr(nnx, "merge", lambda *a: (seen.append(live_bytes()), split(*a))[1])
+    served = serve(model, consume=True)
+    monkeypatch.undo()
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(model.language_model.layers))
+    assert seen and max(seen) < before + most < before + size / 2
+    np.testing.assert_array_equal(jax.jit(run)(served.language_model, tokens), logits)
+
+
+def live_bytes() -> int:
+    """Of all arrays on the devices."""
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
 def test_only_the_matrices_of_the_language_model_take_the_compute_dtype(varied):
     half = jax.tree.map(lambda leaf: leaf, varied.model)
     half.config = dataclasses.replace(varied.model.config, dtype="bfloat16")

@@ -106,12 +106,12 @@ def run(options: argparse.Namespace) -> None:
     """Times one row after the other and prints the tables.
 
     Raises:
-        InputError: a number that is too small, or --peer without PyTorch or not on a CPU.
+        InputError: a number that is too small, or --peer without a PyTorch for this device.
     """
     if min(options.batch) < 1 or options.repeat < 1 or options.masks < FEWEST:
         raise InputError(f"--batch and --repeat must be at least 1, --masks at least {FEWEST}")
-    if options.peer and jax.default_backend() != "cpu":
-        raise InputError(f"--peer runs on a CPU, this is JAX on {jax.default_backend()}; leave it")
+    if options.peer and jax.default_backend() not in bench_peer.DEVICES:
+        raise InputError(f"--peer runs on CPU and GPU, JAX on {jax.default_backend()}; leave it")
     table, beside = [HEAD], [PEER_HEAD]
     for precision, config in _configs(options):
         peer = bench_peer.make_peer(config) if options.peer and precision in DTYPES else None

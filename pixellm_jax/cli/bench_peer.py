@@ -8,8 +8,13 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
+import jax
+
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
+
+DEVICES = {"cpu": "cpu", "gpu": "cuda"}
+"""PyTorch's names of the devices of JAX that a peer runs on."""
 
 
 class PeerRun(NamedTuple):
@@ -46,13 +51,16 @@ def make_peer(config: ModelConfig) -> Any:
     has no codebook and no pixel decoder.
 
     Raises:
-        InputError: PyTorch is not installed.
+        InputError: PyTorch is not installed, or not for this device.
     """
     try:
         import torch
         import transformers
     except ImportError:
         raise InputError("--peer needs PyTorch: pip install 'pixellm_jax[bench]'") from None
+    device = DEVICES[jax.default_backend()]
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--peer needs a PyTorch that sees the GPU; install one with CUDA")
     vision, language, side = config.vision, config.language, config.image_grid
     settings = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(
@@ -90,7 +98,7 @@ def make_peer(config: ModelConfig) -> Any:
         return patches.flatten(2).transpose(1, 2)
 
     peer.model.multi_modal_projector.register_forward_pre_hook(resize)
-    return peer.to(getattr(torch, config.dtype))
+    return peer.to(device, getattr(torch, config.dtype))
 
 
 def answer(peer: Any, *, rows: int, length: int, tokens: int, cache: bool) -> PeerRun:
@@ -105,8 +113,9 @@ def answer(peer: Any, *, rows: int, length: int, tokens: int, cache: bool) -> Pe
     config, draw = peer.config, torch.Generator().manual_seed(0)
     ids = torch.randint(3, config.image_token_index, (rows, length), generator=draw)
     ids[:, 1 : 1 + config.image_seq_length] = config.image_token_index
+    ids = ids.to(peer.device)
     side = config.vision_config.image_size
-    pixels = torch.randn(rows, 3, side, side, generator=draw).to(peer.dtype)
+    pixels = torch.randn(rows, 3, side, side, generator=draw).to(peer.device, peer.dtype)
     settings = transformers.GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=0)
     clock = Clock()
     with torch.inference_mode():
@@ -124,5 +133,5 @@ def answer(peer: Any, *, rows: int, length: int, tokens: int, cache: bool) -> Pe
         for _ in range(tokens):  # `generate` would encode the picture once
             logits = peer(input_ids=ids, pixel_values=pixels, use_cache=False).logits
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
-            clock.put(ids)
+            clock.put(ids.cpu())  # waits for it, as `generate` does
     return clock.run

@@ -175,7 +175,8 @@ class _Asker:
         if options.mode == GIVEN:
             return answer_given(model, vocabulary, asked, watch, left_out, rows=options.rows)
         settings = EngineConfig(rows=options.rows, max_new_tokens=options.max_new_tokens)
-        engine = Engine(serve(model, weights=options.weights), vocabulary, settings)
+        served = serve(model, weights=options.weights, consume=True)
+        engine = Engine(served, vocabulary, settings)
         return answer_generated(engine, vocabulary, asked, watch, left_out)
 
 

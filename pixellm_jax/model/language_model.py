@@ -149,11 +149,14 @@ class LanguageModel(nnx.Module):
             x = layer.finish(x, attend(query, key, value, visible))
         return self.norm(x), Cache(tuple(keys), tuple(values))
 
-    def blocks(self) -> list[LanguageBlock]:
-        """The layers one by one. Slices of stacked layers are copies: `unstack` a model once."""
+    def blocks(self, *, consume: bool = False) -> list[LanguageBlock]:
+        """The layers one by one. Slices of stacked layers are copies: `unstack` a model once.
+
+        `consume`: stacked layers are used up (see `unstack`).
+        """
         if isinstance(self.layers, nnx.List):
             return list(self.layers)
-        return unstack(self.layers, self.config.layers)
+        return unstack(self.layers, self.config.layers, consume=consume)
 
 
 def _write(

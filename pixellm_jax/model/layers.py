@@ -62,10 +62,21 @@ def stack(
     return stacked
 
 
-def unstack(stacked: Module, count: int) -> list[Module]:
-    """The `count` modules that `stack` made one of."""
+def unstack(stacked: Module, count: int, *, consume: bool = False) -> list[Module]:
+    """The `count` modules that `stack` made one of.
+
+    `consume`: each of its arrays is deleted when it has been cut, so that memory never holds all of
+    them twice.
+    """
     graph, state = nnx.split(stacked)
-    modules = [nnx.merge(graph, jax.tree.map(lambda leaf: leaf[i], state)) for i in range(count)]  # noqa: B023
+    leaves, tree = jax.tree.flatten(state)
+    slices = list[list[Array]]()
+    for leaf in leaves:
+        slices.append([leaf[i] for i in range(count)])
+        if consume:
+            jax.block_until_ready(slices[-1])
+            leaf.delete()
+    modules = [nnx.merge(graph, tree.unflatten(own)) for own in zip(*slices, strict=True)]
     for module in modules:
         for _, variable in nnx.to_flat_state(nnx.state(module)):
             axes = variable.get_metadata()["axes"].split()
