@@ -76,7 +76,7 @@ def unstack(stacked: Module, count: int, *, consume: bool = False) -> list[Modul
         if consume:
             jax.block_until_ready(slices[-1])
             leaf.delete()
-    modules = [nnx.merge(graph, tree.unflatten(own)) for own in zip(*slices, strict=True)]
+    modules = [nnx.merge(graph, jax.tree.unflatten(tree, own)) for own in zip(*slices, strict=True)]
     for module in modules:
         for _, variable in nnx.to_flat_state(nnx.state(module)):
             axes = variable.get_metadata()["axes"].split()
