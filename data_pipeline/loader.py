@@ -10,6 +10,7 @@ workers, and after a resume.
 from __future__ import annotations
 
 import logging
+import signal
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -194,4 +195,10 @@ class Loader(Iterator[Batch]):
             flags.FLAGS.mark_as_parsed()  # Grain reads its flags in the workers
         one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         processes = grain.MultiprocessingOptions(num_workers=self._workers)
-        return iter(rest.to_iter_dataset(one).mp_prefetch(processes))
+        return iter(rest.to_iter_dataset(one).mp_prefetch(processes, worker_init_fn=_stay))
+
+
+def _stay(*_: int) -> None:
+    """A worker ends with its loader, not by a signal that is meant for the training."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -148,6 +148,10 @@ def write(
         InputError: `out` is taken or cannot be written.
     """
     handlers = type_handlers.create_type_handler_registry((Leaf, _LeafHandler(written)))
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(  # other processes know nothing of it
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"write{own}"
+    )
     with whole_folder(out) as folder:
         _write_json(folder / CONFIG, dataclasses.asdict(config))
         vocabulary.save(folder / TOKENIZER)
@@ -159,9 +163,11 @@ def write(
                 continue
             chunked = {key: _chunks(leaf) for key, leaf in leaves.items()}
             handler = ocp.PyTreeCheckpointHandler(
-                type_handler_registry=handlers, use_compression=False
+                type_handler_registry=handlers,
+                use_compression=False,
+                multiprocessing_options=alone,
             )
-            with ocp.Checkpointer(handler) as checkpointer:
+            with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
                 checkpointer.save(
                     (folder / name).absolute(),
                     args=ocp.args.PyTreeSave(dict(leaves), save_args=chunked),

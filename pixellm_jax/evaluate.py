@@ -23,7 +23,7 @@ from pixellm_jax.sharding import batch_sharding, replicated
 from pixellm_jax.train_config import LossConfig
 
 PICTURES = 4
-"""Rows of the first batch that are drawn."""
+"""Rows of the first batch that are drawn, at most: those of one device."""
 
 
 class Evaluation(NamedTuple):
@@ -61,7 +61,9 @@ def evaluate_given(
         terms.append(parts)
         weights.append(Losses(counts.tokens, counts.tokens, counts.targets, counts.targets))
         if not pictures:
-            pictures = tuple(_draw(batch, measured.inside, row) for row in range(_rows(batch)))
+            shard = measured.inside.addressable_shards[0].data  # the first of this host's rows
+            rows = min(PICTURES, len(shard))
+            pictures = tuple(_draw(batch, shard, row) for row in range(rows))
     result = scores(merge(*sums))
     found, shares = np.asarray(terms, float), np.maximum(np.asarray(weights, float), 1e-9)
     _, text, bce, dice = map(float, (found * shares).sum(0) / shares.sum(0))
@@ -80,7 +82,7 @@ def _measure(model: PixelLM, batch: Batch, mesh: Mesh, loss: LossConfig) -> _Fou
         terms = losses(prediction, batch, loss)
     whole = replicated(mesh)
     areas, terms = jax.lax.with_sharding_constraint((areas, terms), whole)
-    return _Found(areas, terms, logits > 0)
+    return _Found(areas, terms, jax.lax.with_sharding_constraint(logits > 0, batch_sharding(mesh)))
 
 
 @partial(jax.jit, static_argnames="mesh")
@@ -88,19 +90,13 @@ def _whole(array: Array, mesh: Mesh) -> Array:
     return jax.lax.with_sharding_constraint(array, replicated(mesh))
 
 
-def _rows(batch: Batch) -> int:
-    return min(PICTURES, len(batch.tokens))
-
-
 def _draw(batch: Batch, inside: Array, row: int) -> Picture:
     """Truth on the left, prediction on the right."""
-    shard = inside.addressable_shards[0].data  # this host's rows, as many as its first device has
-    row %= len(shard)
     y, x = (int(size) for size in batch.image_hw[row])
     picture = np.asarray(batch.image[row])
     valid = np.asarray(batch.target_valid[row])
     halves = []
-    for masks in (np.asarray(batch.masks[row]) == 1, np.asarray(shard[row])):
+    for masks in (np.asarray(batch.masks[row]) == 1, np.asarray(inside[row])):
         large = [
             np.asarray(Image.fromarray(mask).resize(picture.shape[1::-1], Image.Resampling.NEAREST))
             for mask in masks[valid]

@@ -41,10 +41,14 @@ def write_model(
     first = checkpoint.open_arrays(init) if init is not None else {}
     arrays = {}
     for name in blueprint.shapes:
-        part = "trainable" if name in blueprint.trainable else "frozen"
-        array = saved.get(f"{part}.{name}", first.get(name))
+        if name in blueprint.trainable:
+            array = saved.get(f"trainable.{name}")
+        else:
+            array = saved.get(f"frozen.{name}", first.get(name))
         if array is None:
-            raise InputError(f"{folder}: has no {name}, and no --init that has it; name it")
+            raise InputError(
+                f"{folder}: has no {name}; is it a step of this run, and was --init the same?"
+            )
         arrays[name] = array
     kept = {
         name: np.dtype(dtype) if dtype else _stored(first.get(name, array))

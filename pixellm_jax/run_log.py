@@ -6,7 +6,8 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ class RunLog:
             raise InputError(
                 f"{folder}: cannot write here ({error.strerror or error}); choose another --out"
             ) from None
-        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=start or None)
+        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1)
         self._wandb = _start_wandb(project, folder, recipe or {}) if project else None
         self._bar = tqdm(
             total=steps,
@@ -76,8 +77,14 @@ class RunLog:
     def log(self, step: int, values: Mapping[str, float], *, note: str = "") -> None:
         """Records numbers by name, e.g. {"loss/total": 1.2}; `note` stands beside the bar."""
         record = {"step": step, **{name: float(value) for name, value in values.items()}}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: writing failed ({error.strerror or error}); free some space, then "
+                "the same command goes on"
+            ) from None
         for name, value in values.items():
             self._board.add_scalar(name, float(value), step)
         if self._wandb is not None:
@@ -103,10 +110,11 @@ class RunLog:
         self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """Ends every output."""
+        """Ends every output; a full disk was told of before."""
         self._bar.close()
-        self._file.close()
-        self._board.close()
+        for output in (self._file, self._board):
+            with suppress(OSError):
+                output.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -119,6 +127,13 @@ class Stopwatch:
 
     def waited(self, seconds: float) -> None:
         self._waited += seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count."""
+        begin = time.perf_counter()
+        yield
+        self._begin += time.perf_counter() - begin
 
     def read(self) -> tuple[float, float]:
         """(seconds, of which waiting), and starts again."""

@@ -8,7 +8,8 @@ over `data` and `fsdp` by the batch and over `tensor` like the weights that make
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -82,6 +83,28 @@ def weight_sharding(axes: str, shape: tuple[int, ...], mesh: Mesh) -> NamedShard
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Which share of every batch this process reads, and of how many.
+
+    Processes that only have other parts of the same rows (`tensor`) read the same share.
+
+    Raises:
+        InputError: the rows of two processes overlap, but are not the same.
+    """
+    ways = math.prod(mesh.shape[axis] for axis in BATCH)
+    rows: dict[int, set[int]] = {}
+    places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((ways,))
+    for device, (row, *_) in places.items():
+        rows.setdefault(device.process_index, set()).add(row.start or 0)
+    shares = sorted({tuple(sorted(own)) for own in rows.values()})
+    if sum(map(len, shares)) != ways:
+        raise InputError(
+            f"train.mesh: {dict(mesh.shape)} gives processes rows that overlap in part; let "
+            "`tensor` divide the devices of a process, or be a multiple of them"
+        )
+    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

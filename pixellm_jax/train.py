@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,21 +18,26 @@ from pixellm_jax import flops
 from pixellm_jax.batch import Batch
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluate import Evaluation
-from pixellm_jax.folders import write_whole
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.run_checkpoints import RunCheckpoints
 from pixellm_jax.run_log import RunLog, Stopwatch, memory_bytes
-from pixellm_jax.sharding import BATCH, batch_sharding
-from pixellm_jax.train_state import Blueprint, TrainState, initial_state, provenance
+from pixellm_jax.run_recipe import keep_recipe, refuse_other_recipe
+from pixellm_jax.sharding import BATCH, batch_sharding, batch_share
+from pixellm_jax.train_state import (
+    Blueprint,
+    TrainState,
+    frozen_values,
+    initial_state,
+    provenance,
+)
 from pixellm_jax.train_step import StepMetrics, make_step
 
-RECIPE = "recipe.json"
 GIOU = "giou"
 
 
 @runtime_checkable
 class Batches(Protocol):
-    """A stream of this host's share of every batch, which can say and take back where it stands."""
+    """A stream of a share of every batch (`batch_share`), which says and takes back where it is."""
 
     def __next__(self) -> Batch: ...
 
@@ -73,8 +77,9 @@ def fit(
     run as JSON. evaluate: called with the model every `evaluate_every` steps and at the end.
     project: of Weights & Biases.
 
-    SIGTERM, and Ctrl-C, end the run after the step in hand with a checkpoint. A run that was killed
-    goes on from its last checkpoint, and ends bit for bit where it would have ended.
+    SIGTERM, and Ctrl-C, end the run after the step in hand with a checkpoint (of several processes,
+    Ctrl-C ends one at once). A run that was killed goes on from its last checkpoint, and ends bit
+    for bit where it would have ended.
 
     Raises:
         InputError: the run cannot be resumed with this recipe, a disk is full, or too many steps in
@@ -84,9 +89,10 @@ def fit(
     train, progress, main = blueprint.train, _Progress(), jax.process_index() == 0
     source = provenance(init) if init is not None else None
     checkpoints = RunCheckpoints(run, train, whole=init is None)
+    known: dict[str, Any] = {"source": source, "recipe": dict(recipe or {})}
+    state = _begin(blueprint, mesh, init, known, checkpoints, batches, progress)
     if main:
-        _keep_recipe(run, recipe or {})
-    state = _begin(blueprint, mesh, init, source, checkpoints, batches, progress)
+        keep_recipe(run, known["recipe"])
     start = int(state.step)
     log = None
     try:
@@ -96,7 +102,7 @@ def fit(
                 log.say(f"going on from step {start} of {run}")
         with _stopping(progress):
             state = _loop(
-                blueprint, mesh, state, batches, checkpoints, log, evaluate, source, progress
+                blueprint, mesh, state, batches, checkpoints, log, evaluate, known, progress
             )
         checkpoints.wait()
     finally:
@@ -112,12 +118,12 @@ def _begin(
     blueprint: Blueprint,
     mesh: Mesh,
     init: Path | None,
-    source: dict[str, str] | None,
+    known: Mapping[str, Any],
     checkpoints: RunCheckpoints,
     batches: Batches,
     progress: _Progress,
 ) -> TrainState:
-    latest = checkpoints.latest()
+    latest, source = checkpoints.latest(), known["source"]
     if latest is None:
         return initial_state(blueprint, mesh, init)
     notes = checkpoints.notes(latest)
@@ -126,13 +132,13 @@ def _begin(
             f"{checkpoints.folder}: the run began from {notes['source'] or 'drawn weights'}, "
             f"now --init is {source or 'not given'}: give the same, or another --out"
         )
+    refuse_other_recipe(checkpoints.folder.parent, notes.get("recipe") or {}, known["recipe"])
     found = checkpoints.restore(latest, blueprint, mesh)
     batches.set_state(found.data)
     progress.best = notes["best"]
     if init is None:
         return TrainState(**found.state)
-    frozen = initial_state(blueprint, mesh, init).frozen
-    return TrainState(**found.state, frozen=frozen)
+    return TrainState(**found.state, frozen=frozen_values(blueprint, mesh, init))
 
 
 def _loop(
@@ -143,7 +149,7 @@ def _loop(
     checkpoints: RunCheckpoints,
     log: RunLog | None,
     evaluate: Callable[[PixelLM], Evaluation] | None,
-    source: dict[str, str] | None,
+    known: Mapping[str, Any],
     progress: _Progress,
 ) -> TrainState:
     train, update = blueprint.train, make_step(blueprint, mesh)
@@ -155,7 +161,9 @@ def _loop(
         watch.waited(time.perf_counter() - asked)
         if recent:
             jax.block_until_ready(recent[-1])  # one step at most is in flight
-        state, metrics = update(state, put(batch))
+            _refuse_to_diverge(recent[-1], train.max_skipped)
+        batch = put(batch)
+        state, metrics = update(state, batch)
         recent.append(metrics)
         if log is not None:
             log.step()
@@ -166,14 +174,14 @@ def _loop(
             recent = []
         if evaluate is not None and train.evaluate_every:
             if step % train.evaluate_every == 0 or end:
-                score = _validate(blueprint, state, evaluate, log, step)
-                watch.read()
+                with watch.paused():
+                    score = _validate(blueprint, state, evaluate, log, step)
         better = score is not None and (progress.best is None or score > progress.best)
         if better:
             progress.best = score
         stopped = _asked_to_stop(progress, step)
         if step % train.save_every == 0 or end or better or stopped:
-            notes = {"best": progress.best, "source": source}
+            notes = {"best": progress.best, **known}
             checkpoints.save(step, state, data=batches.get_state(), notes=notes, score=score)
         if stopped:
             if log is not None:
@@ -183,21 +191,24 @@ def _loop(
 
 
 class _Put:
-    """Brings this host's rows of a batch to their devices."""
+    """Brings this process's rows of a batch to their devices."""
 
     def __init__(self, mesh: Mesh, parts: int) -> None:
-        self.sharding = batch_sharding(mesh)
+        self.sharding, (_, self.shares) = batch_sharding(mesh), batch_share(mesh)
         self.ways = int(np.prod([mesh.shape[axis] for axis in BATCH])) * parts
 
     def __call__(self, batch: Batch) -> Batch:
-        rows = len(batch.tokens) * jax.process_count()
+        rows = len(batch.tokens) * self.shares
         if rows % self.ways:
             raise InputError(
                 f"data.batch={rows} is no multiple of {self.ways} (mesh data x fsdp x "
                 "train.accumulation); change one of them"
             )
         return jax.tree.map(
-            lambda array: jax.make_array_from_process_local_data(self.sharding, array), batch
+            lambda array: jax.make_array_from_process_local_data(
+                self.sharding, array, (rows, *array.shape[1:])
+            ),
+            batch,
         )
 
 
@@ -210,13 +221,15 @@ def _report(
     batch: Batch,
     peak: float,
 ) -> None:
-    """Means over the steps since the last report, and speed. `peak`: FLOP/s of the mesh."""
+    """Means over the sound steps since the last report, and speed. `peak`: FLOP/s of the mesh."""
     found: StepMetrics = jax.device_get(recent[-1])
-    means = jax.tree.map(lambda *values: float(np.mean(values)), *jax.device_get(recent))
+    made = jax.device_get(recent)
+    sound = [metrics for metrics in made if metrics.finite] or made
+    means = jax.tree.map(lambda *values: float(np.mean(values)), *sound)
     seconds, waited = watch.read()
     if log is None:
         return
-    images = len(batch.tokens) * jax.process_count()
+    images = len(batch.tokens)
     examples = images * len(recent)
     work = flops.train_flops(
         blueprint.config,
@@ -277,8 +290,8 @@ def _validate(
 
 @contextmanager
 def _stopping(progress: _Progress) -> Iterator[None]:
-    """SIGTERM and Ctrl-C ask to stop. With several processes JAX watches SIGTERM itself."""
-    signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+    """SIGTERM and Ctrl-C ask to stop. Of several processes JAX watches SIGTERM itself."""
+    signals = [] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
 
     def ask(number: int, _: object) -> None:
         if progress.stop is not None:
@@ -302,15 +315,3 @@ def _asked_to_stop(progress: _Progress, step: int) -> bool:
     if jax.process_count() == 1:
         return progress.stop is not None
     return bool(multihost_utils.reached_preemption_sync_point(step))
-
-
-def _keep_recipe(run: Path, recipe: Mapping[str, Any]) -> None:
-    """Writes the recipe beside the run, or checks that a resumed run still has the same model."""
-    path = run / RECIPE
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(recipe, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(
-            f"{run}: cannot write here ({error.strerror or error}); choose another --out"
-        ) from None

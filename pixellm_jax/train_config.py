@@ -158,9 +158,10 @@ class TrainConfig:
     keep_best: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulation", "max_skipped", "log_every", "save_every"):
+        positive = ("steps", "accumulation", "max_skipped", "log_every", "save_every")
+        for name in (*positive, "evaluate_batches"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("evaluate_every", "evaluate_batches", "keep_best", "seed"):
+        for name in ("evaluate_every", "keep_best", "seed"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         _require(self.keep_last >= 1, f"keep_last={self.keep_last} must be at least 1")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -136,28 +136,22 @@ def initial_state(blueprint: Blueprint, mesh: Mesh, init: Path | None) -> TrainS
     Raises:
         InputError: `init` is no checkpoint of this model.
     """
-    wanted = blueprint.state(mesh)
-    drawn = {name for name in blueprint.shapes if init is None or LORA in name.split(".")}
-    values = _draw_values(blueprint, mesh, drawn)
-    if init is not None:
-        arrays = checkpoint.open_arrays(init)
-        found = checkpoint.read_config(init)
-        checkpoint.check_arrays(init, found, arrays)
-        for name in blueprint.shapes.keys() - drawn:
-            want = (wanted.trainable | wanted.frozen)[name]
-            if name not in arrays or tuple(arrays[name].shape) != want.shape:
-                have = tuple(arrays[name].shape) if name in arrays else "nothing"
-                raise InputError(
-                    f"{init}: {name}: found {have}, the recipe's model has {want.shape}; start "
-                    "from a checkpoint of the same model"
-                )
-            values[name] = checkpoint.restore(arrays[name], want.sharding, want.dtype)
+    wanted, values = blueprint.state(mesh), _values(blueprint, mesh, init, {*blueprint.shapes})
     trainable = {name: values[name] for name in wanted.trainable}
     places = jax.tree.map(lambda leaf: leaf.sharding, wanted.optimizer)
     moments = jax.jit(blueprint.optimizer.init, out_shardings=places)(trainable)
     zero = [jax.device_put(jnp.int32(0), wanted.step.sharding) for _ in range(3)]
     frozen = {name: values[name] for name in wanted.frozen}
     return TrainState(zero[0], trainable, frozen, moments, zero[1], zero[2])
+
+
+def frozen_values(blueprint: Blueprint, mesh: Mesh, init: Path) -> dict[str, Array]:
+    """The part of the initial state that never changes, read into its shards.
+
+    Raises:
+        InputError: `init` is no checkpoint of this model.
+    """
+    return _values(blueprint, mesh, init, blueprint.shapes.keys() - blueprint.trainable)
 
 
 def provenance(init: Path) -> dict[str, str]:
@@ -201,6 +195,36 @@ def _draw_values(blueprint: Blueprint, mesh: Mesh, names: set[str]) -> dict[str,
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     drawing = jax.jit(draw, out_shardings=places, compiler_options=options)
     return drawing(jax.random.key(blueprint.train.seed))
+
+
+def _values(
+    blueprint: Blueprint, mesh: Mesh, init: Path | None, names: Set[str]
+) -> dict[str, Array]:
+    """Some of the parameters, drawn where there is no `init` for them, in their shards."""
+    drawn = {name for name in names if init is None or LORA in name.split(".")}
+    values = _draw_values(blueprint, mesh, drawn)
+    if init is not None:
+        values |= _read_values(blueprint, mesh, init, names - drawn)
+    return values
+
+
+def _read_values(
+    blueprint: Blueprint, mesh: Mesh, init: Path, names: Iterable[str]
+) -> dict[str, Array]:
+    """Some of the parameters from a checkpoint folder, in their shards."""
+    arrays, places = checkpoint.open_arrays(init), blueprint.shardings(mesh)
+    checkpoint.check_arrays(init, checkpoint.read_config(init), arrays)
+    values = {}
+    for name in names:
+        want = blueprint.shapes[name]
+        if name not in arrays or tuple(arrays[name].shape) != want.shape:
+            have = tuple(arrays[name].shape) if name in arrays else "nothing"
+            raise InputError(
+                f"{init}: {name}: found {have}, the recipe's model has {want.shape}; start "
+                "from a checkpoint of the same model"
+            )
+        values[name] = checkpoint.restore(arrays[name], places[name], want.dtype)
+    return values
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -109,6 +109,7 @@ LAYERS = {
     "pixellm_jax.train_step": 6.2,
     "pixellm_jax.run_checkpoints": 6.2,
     "pixellm_jax.run_log": 6.0,
+    "pixellm_jax.run_recipe": 6.0,
     "pixellm_jax.ahead": 6.3,
     "pixellm_jax.train": 6.3,
     "pixellm_jax.cli": 7.0,

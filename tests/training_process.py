@@ -1,7 +1,4 @@
-"""A training in a process of its own, for tests that kill it: RUN STEPS SAVE_EVERY [ADDRESS N I].
-
-With an address it is process I of N, which train together.
-"""
+"""A training in a process of its own, for tests that kill it: RUN STEPS SAVE_EVERY."""
 
 from __future__ import annotations
 
@@ -19,18 +16,15 @@ from tests.small_training import lora_train, small_loader, small_model
 
 
 def main(run: Path, steps: int, save_every: int) -> None:
-    """Trains over all devices and writes the last weights of one process to RUN/final.npz."""
+    """Trains over all devices and writes the last weights to RUN/final.npz."""
     train = lora_train(steps=steps, save_every=save_every, keep_last=2)
-    batches = small_loader(host=jax.process_index(), hosts=jax.process_count())
+    batches = small_loader()
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     outcome = fit(make_blueprint(small_model(), train), batches, run=run, mesh=mesh)
     batches.close()
-    if outcome.finished and jax.process_count() == 1:
+    if outcome.finished:
         np.savez(run / "final.npz", *jax.tree.leaves(jax.device_get(outcome.state)))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 4:
-        address, count, number = sys.argv[4:]
-        jax.distributed.initialize(address, int(count), int(number))
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -5,24 +5,31 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Callable
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from data_pipeline.loader import Loader, open_datasets
 from pixellm_jax.checkpoint import read_config
 from pixellm_jax.cli.processes import HELP, join
 from pixellm_jax.cli.recipe import Recipe, read_recipe
 from pixellm_jax.config import DTYPES
+from pixellm_jax.errors import InputError
 from pixellm_jax.evaluate import Evaluation, evaluate_given
+from pixellm_jax.folders import write_whole
+from pixellm_jax.json_files import read_optional_json
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.run_export import MODEL, write_model
-from pixellm_jax.sharding import make_mesh
+from pixellm_jax.sharding import BATCH, batch_share, make_mesh
 from pixellm_jax.train import fit
-from pixellm_jax.train_state import make_blueprint
+from pixellm_jax.train_state import Blueprint, make_blueprint
 from pixellm_jax.vocabulary import Vocabulary
 
 EXAMPLES = """examples:
@@ -74,18 +81,20 @@ def run(options: argparse.Namespace) -> None:
     options.when_interrupted = "the same command goes on from the last checkpoint"
     recipe, values = read_recipe(options.config, options.changes)
     if options.init is not None:  # its model, as this recipe computes with it
+        _refuse_model_changes(options.changes)
         found, own = read_config(options.init), recipe.model
         model = dataclasses.replace(found, dtype=own.dtype, remat=own.remat)
         recipe = dataclasses.replace(recipe, model=model)
+        values = {**values, "model": dataclasses.asdict(model)}
     if options.distributed:
         join()
     vocabulary = recipe.vocabulary(options.init)
     blueprint = make_blueprint(recipe.model, recipe.train)
     mesh = make_mesh(recipe.train.mesh)
     datasets = open_datasets(recipe.data, options.data)
-    host, hosts = jax.process_index(), jax.process_count()
-    batches = Loader(recipe.data, recipe.model, vocabulary, datasets, host=host, hosts=hosts)
+    host, hosts = batch_share(mesh)
     evaluate = _validation(recipe, vocabulary, options.data, mesh)
+    batches = Loader(recipe.data, recipe.model, vocabulary, datasets, host=host, hosts=hosts)
     try:
         outcome = fit(
             blueprint,
@@ -99,19 +108,53 @@ def run(options: argparse.Namespace) -> None:
         )
     finally:
         batches.close()
+    if not outcome.finished:
+        return
     folder = options.out / MODEL
-    if outcome.finished and host == 0 and not folder.exists():
-        write_model(
-            options.out,
-            recipe.train.steps,
-            folder,
-            blueprint,
-            vocabulary,
-            init=options.init,
-            dtype=options.model_dtype,
-        )
-    if outcome.finished and host == 0:
-        print(f"{folder}: the model; ask it with `pixellm segment --checkpoint {folder} ...`")
+    try:
+        if jax.process_index() == 0:
+            _export(options, folder, int(outcome.state.step), blueprint, vocabulary)
+            print(f"{folder}: the model; ask it with `pixellm segment --checkpoint {folder} ...`")
+    finally:
+        if jax.process_count() > 1:  # nobody leaves before: the others would be taken for lost
+            multihost_utils.sync_global_devices("the model is written")
+
+
+def _export(
+    options: argparse.Namespace,
+    folder: Path,
+    step: int,
+    blueprint: Blueprint,
+    vocabulary: Vocabulary,
+) -> None:
+    """Writes the model, unless it is there already; that of an earlier step goes away."""
+    note = folder.with_name(f"{MODEL}.json")
+    wanted = {"step": step, "dtype": options.model_dtype}
+    if folder.exists() and read_optional_json(note) == wanted:
+        return
+    if note.exists():  # else it is not ours to remove
+        shutil.rmtree(folder, ignore_errors=True)
+    write_model(
+        options.out,
+        step,
+        folder,
+        blueprint,
+        vocabulary,
+        init=options.init,
+        dtype=options.model_dtype,
+    )
+    write_whole(note, json.dumps(wanted) + "\n")
+
+
+def _refuse_model_changes(changes: Sequence[str]) -> None:
+    """`--init` brings its own model: a change of the recipe's would do nothing."""
+    for change in changes:
+        key = change.partition("=")[0].removeprefix("--config.")
+        if key.startswith("model.") and key not in ("model.dtype", "model.remat"):
+            raise InputError(
+                f"--config.{key}: --init brings its own model, of which only model.dtype and "
+                "model.remat can be changed; leave it"
+            )
 
 
 def _validation(
@@ -121,7 +164,13 @@ def _validation(
     data = recipe.validation
     if data is None or not recipe.train.evaluate_every:
         return None
-    host, hosts = jax.process_index(), jax.process_count()
+    ways = math.prod(mesh.shape[axis] for axis in BATCH)
+    if data.batch % ways:
+        raise InputError(
+            f"validation.batch={data.batch} is no multiple of {ways} (mesh data x fsdp); change "
+            "one of them"
+        )
+    host, hosts = batch_share(mesh)
     loader = partial(
         Loader, data, recipe.model, vocabulary, open_datasets(data, folder), host=host, hosts=hosts
     )

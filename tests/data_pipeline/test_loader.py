@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -106,6 +109,28 @@ def test_hosts_share_every_batch(batches, hosts):
 def test_worker_processes_change_nothing(batches, workers):
     for found, expected in zip(batches(3, replace(DATA, workers=workers)), batches(3), strict=True):
         assert_same(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in /proc")
+def test_signals_for_the_training_do_not_end_workers(model_and_vocabulary):
+    loader = Loader(replace(DATA, workers=1), *model_and_vocabulary, SETS)
+    try:
+        next(loader)
+        found = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children"))
+        workers = [
+            int(pid)
+            for pid in found.split()
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        assert workers
+        for pid in workers:
+            os.kill(pid, signal.SIGINT)
+            os.kill(pid, signal.SIGTERM)
+        for _ in range(8):  # more than any buffer holds
+            next(loader)
+    finally:
+        loader.close()
 
 
 @pytest.mark.slow
