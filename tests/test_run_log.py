@@ -1,15 +1,17 @@
-"""Weights & Biases gets what the other places of a run's log get, under one run of its own."""
+"""The log of a run: Weights & Biases, a full disk, and what counts as time."""
 
 from __future__ import annotations
 
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.run_log import Picture, RunLog
+from pixellm_jax.run_log import Picture, RunLog, Stopwatch
 
 
 class Service:
@@ -58,3 +60,20 @@ def test_without_the_package_one_line_says_what_to_install(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match="pip install"):
         RunLog(tmp_path, steps=8, project="shapes")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the full disk of Linux")
+def test_a_full_disk_is_one_line(tmp_path):
+    log = RunLog(tmp_path, steps=8)
+    log._file.close()
+    log._file = open("/dev/full", "a")  # noqa: SIM115 (closed by the log)
+    with pytest.raises(InputError, match=r"metrics.jsonl: writing failed \(No space left"):
+        log.log(1, {"loss/total": 1.5})
+    log.close()
+
+
+def test_time_in_a_pause_does_not_count():
+    watch = Stopwatch()
+    with watch.paused():
+        time.sleep(0.2)
+    assert watch.read()[0] < 0.1
