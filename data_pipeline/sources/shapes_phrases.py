@@ -9,18 +9,18 @@ from data_pipeline.sources.shapes_scene import COLOURS, SHAPES, SIZES
 PHRASINGS: dict[str, tuple[tuple[str, str], ...]] = {
     "names": (
         ("Segment {x}.", "{list}."),
-        ("Where {is} {x}?", "{here} {list}."),
+        ("Where {is} {x}?", "{here} {places}."),
         ("Can you show me {x}?", "Sure, {list}."),
-        ("Please find {x} in the picture.", "Found: {list}."),
-        ("Which pixels of the image belong to {x}?", "{here} {list}."),
+        ("Please find {x} in the picture.", "Found: {places}."),
+        ("Which pixels of the image belong to {x}?", "{here} {places}."),
         ("Mark {x}, please.", "Sure, {list}."),
     ),
     "attribute": (
         ("Segment all {xs}.", "{there} {n}: {list}."),
-        ("Which {xs} can you see?", "I see {list}."),
-        ("Find every {x}.", "Found: {list}."),
+        ("Which {xs} can you see?", "I see {places}."),
+        ("Find every {x}.", "Found: {places}."),
         ("Are there any {xs}?", "Yes, {list}."),
-        ("Please show me the {xs}.", "{here} {list}."),
+        ("Please show me the {xs}.", "{here} {places}."),
         ("Mark the {xs} in the image.", "{there} {n}: {list}."),
     ),
     "count": (
@@ -28,33 +28,44 @@ PHRASINGS: dict[str, tuple[tuple[str, str], ...]] = {
         ("Count the {xs}, please.", "{n}: {list}."),
         ("What is the number of {xs} in the picture?", "The number is {n}: {list}."),
     ),
+    "place": (
+        ("What is {place} of the picture?", "I see {list}."),
+        ("Segment everything {place} of the image.", "{there} {n}: {list}."),
+        ("Are there any objects {place}?", "Yes, {list}."),
+    ),
+    "half": (
+        ("Which {xs} are in the {half} half?", "{list} {is} in the {half} half."),
+        ("Segment the {xs} in the {half} half of the picture.", "{there} {n}: {list}."),
+        ("Find every {x} in the {half} half of the image.", "Found: {places}."),
+        ("What {xs} do you see in the {half} half?", "I see {places}."),
+    ),
     "relation": (
         ("Which {xs} are {where} {other}?", "{list} {is} {where} {other}."),
         ("Segment the {xs} {where} {other}.", "{there} {n}: {list}."),
         ("Can you find every {x} {where} {other}?", "Yes, {list}."),
-        ("What {xs} do you see {where} {other}?", "I see {list}."),
+        ("What {xs} do you see {where} {other}?", "I see {places}."),
     ),
     "superlative": (
         ("Segment the {most} {x}.", "The {most} {x} is {list}."),
-        ("Which {x} is the {most}?", "It is {list}."),
-        ("Where is the {most} {x}?", "Here is {list}."),
+        ("Which {x} is the {most}?", "It is {places}."),
+        ("Where is the {most} {x}?", "Here is {places}."),
         ("Can you show me the {most} {x}?", "Sure, {list}."),
     ),
     "all but": (
         ("Segment everything except {x}.", "Everything else: {list}."),
-        ("Show me all but {x}.", "{here} {list}."),
-        ("What is in the picture besides {x}?", "I see {list}."),
-        ("Mark everything other than {x}.", "Found: {list}."),
+        ("Show me all but {x}.", "{here} {places}."),
+        ("What is in the picture besides {x}?", "I see {places}."),
+        ("Mark everything other than {x}.", "Found: {places}."),
     ),
     "everything": (
         ("Segment everything.", "{there} {n}: {list}."),
         ("Mark every object in the image.", "{there} {n}: {list}."),
-        ("What is in the picture?", "I see {list}."),
-        ("Show me all of it.", "{here} {list}."),
-        ("Find everything that you can see.", "Found: {list}."),
+        ("What is in the picture?", "I see {places}."),
+        ("Show me all of it.", "{here} {places}."),
+        ("Find everything that you can see.", "Found: {places}."),
     ),
 }
-"""Questions and the answers that go with them."""
+"""Questions and the answers that go with them. {places}: a list that says where each target is."""
 
 NOTHING = "There is no such object."
 """The answer if there is no target."""
@@ -68,6 +79,16 @@ SIDES = {
     "up": ("above", "higher than"),
     "down": ("below", "lower than"),
 }
+HALVES = {"left": "left", "right": "right", "up": "top", "down": "bottom"}
+"""The same sides of the picture itself."""
+
+PLACES = (
+    ("at the top left", "at the top", "at the top right"),
+    ("at the left", "in the middle", "at the right"),
+    ("at the bottom left", "at the bottom", "at the bottom right"),
+)
+"""Rows of the ninths of the picture: where a thing is, by its centre."""
+
 SUPERLATIVES = {
     "left": ("leftmost",),
     "right": ("rightmost",),
@@ -97,6 +118,7 @@ def words() -> list[str]:
     texts += [
         text for choice in (SIDES, SUPERLATIVES) for names in choice.values() for text in names
     ]
+    texts += [*HALVES.values(), *(place for row in PLACES for place in row)]
     nouns = (*GENERIC, *SHAPES)
     texts += [text for noun in nouns for text in (noun, plural(noun))]
     texts += [*COLOURS, *SIZES, *NUMBERS[1:]]

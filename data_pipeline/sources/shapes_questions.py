@@ -3,7 +3,9 @@
 A question is asked only where its answer is beyond doubt: what is compared differs by a margin. The
 form of an answer follows from that of its question, so that it can be learned exactly. It names
 every target with colour and shape, each followed by `{seg}`: in the order of the question, or in
-that of `COLOURS` and then of `SHAPES`.
+that of `COLOURS` and then of `SHAPES`. Half of the answers tell in which ninth of the picture each
+target lies: a model that need not say so forgets where things are long before it learns to compare
+places.
 """
 
 from __future__ import annotations
@@ -15,14 +17,17 @@ from data_pipeline.draws import Decisions
 from data_pipeline.example import SEG
 from data_pipeline.sources.shapes_phrases import (
     GENERIC,
+    HALVES,
     NOTHING,
     NUMBERS,
     PHRASINGS,
+    PLACES,
     SIDES,
     SUPERLATIVES,
     VERBS,
     plural,
 )
+from data_pipeline.sources.shapes_places import MARGIN, NEAR, along, cell, depth, exceeds
 from data_pipeline.sources.shapes_scene import COLOURS, SHAPES, SIZES, UNIT, Scene, Thing
 from data_pipeline.templates import enumerate_words
 
@@ -32,6 +37,8 @@ KINDS = {
     "names": 14,
     "attribute": 15,
     "count": 12,
+    "place": 8,
+    "half": 8,
     "relation": 17,
     "superlative": 12,
     "all but": 9,
@@ -43,7 +50,9 @@ KINDS = {
 names        one to four things by colour and shape
 attribute    all that have a colour, a shape, a size, or a size and a shape
 count        how many of them there are
-relation     all, or all of a colour or shape, on one side of a thing
+place        what is in one ninth of the picture
+half         all, or all of a colour or shape, in one half of the picture
+relation     the same on one side of a thing
 superlative  the largest, smallest, or the last towards a side, of all or of a colour or shape
 all but      the rest
 everything   all of them
@@ -58,13 +67,6 @@ TARGETS_PER_QUESTION = 3
 
 TRIES = 8
 """Questions of a kind that are tried before another kind is."""
-
-MARGIN = 16.0
-"""By how much centres must differ along an axis to be compared, in pixels of `UNIT`."""
-
-RATIO = 1.25
-"""By how much radii and areas must differ to be compared."""
-
 
 _ORDER = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 """Of the targets in an answer, unless the question has one."""
@@ -155,8 +157,10 @@ def _write(kind: str, question: str, answer: str, asked: _Asked, scene: Scene) -
     if kind != "names":
         targets.sort(key=lambda i: _ORDER.index(scene.things[i].name))
     named = [f"the {scene.things[i].name} {SEG}" for i in targets]
-    count = {"n": NUMBERS[len(targets)], "list": enumerate_words(named) if named else ""}
-    words = VERBS[len(targets) > 1] | asked.words | count
+    cells = [cell(scene, scene.things[i]) for i in targets]
+    placed = [f"{name} {PLACES[y][x]}" for name, (y, x) in zip(named, cells, strict=True)]
+    lists = {k: enumerate_words(v) for k, v in (("list", named), ("places", placed)) if v}
+    words = VERBS[len(targets) > 1] | asked.words | {"n": NUMBERS[len(targets)]} | lists
     question, answer = (text.format(**words) for text in (question, answer))
     return Question(kind, _sentence(question), _sentence(answer), tuple(targets))
 
@@ -198,7 +202,7 @@ def _relation(scene: Scene, draws: Decisions) -> _Asked | None:
     side = _pick(list(SIDES), draws)
     margin = MARGIN * len(scene.owner) / UNIT
     others = [i for i in noun.among(scene) if i != reference]
-    ahead = [_along(side, scene.things[i]) - _along(side, scene.things[reference]) for i in others]
+    ahead = [along(side, scene.things[i]) - along(side, scene.things[reference]) for i in others]
     if not others or min(map(abs, ahead)) < margin:
         return None
     words = {
@@ -208,6 +212,31 @@ def _relation(scene: Scene, draws: Decisions) -> _Asked | None:
         "other": _reference(scene, reference, draws),
     }
     return _Asked(words, [i for i, distance in zip(others, ahead, strict=True) if distance > 0])
+
+
+def _half(scene: Scene, draws: Decisions) -> _Asked | None:
+    noun = _draw_wide_noun(scene, draws)
+    side = _pick(list(SIDES), draws)
+    among, middle = noun.among(scene), len(scene.owner) / 2
+    inside = [
+        along(side, scene.things[i]) - along(side, scene.things[i]._replace(x=middle, y=middle))
+        for i in among
+    ]
+    if min(map(abs, inside), default=0) < MARGIN / 2 * len(scene.owner) / UNIT:
+        return None
+    words = {"x": noun.singular, "xs": noun.plural, "half": HALVES[side]}
+    return _Asked(words, [i for i, distance in zip(among, inside, strict=True) if distance > 0])
+
+
+def _ninth(scene: Scene, draws: Decisions) -> _Asked | None:
+    side, thing = len(scene.owner), scene.things[draws.index(len(scene.things))]
+    here, there = cell(scene, thing), divmod(draws.index(9), 3)
+    row, column = here if draws.coin() else there
+    inside = [min(depth(t.y, row, side), depth(t.x, column, side)) for t in scene.things]
+    if min(map(abs, inside)) < NEAR * side / UNIT:
+        return None
+    words = {"place": PLACES[row][column]}
+    return _Asked(words, [i for i, deep in enumerate(inside) if deep > 0])
 
 
 def _reference(scene: Scene, number: int, draws: Decisions) -> str:
@@ -223,9 +252,9 @@ def _superlative(scene: Scene, draws: Decisions) -> _Asked | None:
     among = [scene.things[i] for i in noun.among(scene)]
     if len(among) < 2:
         return None
-    first = max(among, key=lambda thing: _along(most, thing))
+    first = max(among, key=lambda thing: along(most, thing))
     others = [thing for thing in among if thing is not first]
-    if not all(_exceeds(most, first, other, len(scene.owner) / UNIT) for other in others):
+    if not all(exceeds(most, first, other, len(scene.owner) / UNIT) for other in others):
         return None
     words = {"x": noun.singular, "most": _pick(SUPERLATIVES[most], draws)}
     return _Asked(words, [scene.things.index(first)])
@@ -250,6 +279,8 @@ _PRESENT: dict[str, Callable[[Scene, Decisions], _Asked | None]] = {
     "names": _names,
     "attribute": _group,
     "count": _group,
+    "place": _ninth,
+    "half": _half,
     "relation": _relation,
     "superlative": _superlative,
     "all but": _all_but,
@@ -259,39 +290,11 @@ _ABSENT: dict[str, Callable[[Scene, Decisions], _Asked | None]] = {
     "names": _absent_name,
     "attribute": _absent_group,
     "count": _absent_group,
+    "place": _ninth,
+    "half": _half,
     "relation": _relation,
     "superlative": _absent_group,
 }
-
-
-def _along(direction: str, thing: Thing) -> float:
-    """How far a thing is in a direction of `SUPERLATIVES`: what is larger is farther."""
-    match direction:
-        case "left":
-            return -thing.x
-        case "right":
-            return thing.x
-        case "up":
-            return -thing.y
-        case "down":
-            return thing.y
-        case "large":
-            return thing.radius
-    return -thing.radius
-
-
-def _exceeds(direction: str, first: Thing, other: Thing, scale: float) -> bool:
-    """Whether nobody would doubt that `first` is farther: by its centre and by what shows."""
-    if direction in ("large", "small"):
-        big, little = (first, other) if direction == "large" else (other, first)
-        return all(
-            getattr(big, size) >= RATIO * getattr(little, size)
-            for size in ("radius", "area", "visible")
-        )
-    edge = {"left": 0, "up": 1, "right": 2, "down": 3}[direction]
-    sign = 1 if direction in ("right", "down") else -1
-    beyond = sign * (first.box[edge] - other.box[edge]) > 0
-    return beyond and _along(direction, first) - _along(direction, other) >= MARGIN * scale
 
 
 def _draw_noun(scene: Scene | None, draws: Decisions) -> Noun:

@@ -22,7 +22,7 @@ BASE = "base"
 LEVELS = {level: dataset for dataset, level in DATASETS.items()}
 BUDGETS: dict[str, dict[str, Any]] = {
     "simple": {},
-    "full": {"length": 272, "targets": demo_train.QUESTIONS * MOST_TARGETS},
+    "full": {"length": 312, "targets": demo_train.QUESTIONS * MOST_TARGETS},
 }
 """Changes of the demo's data that let every conversation of a level fit."""
 

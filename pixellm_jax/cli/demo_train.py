@@ -71,7 +71,7 @@ TRAIN = TrainConfig(
 DATA = DataConfig(
     families=(FamilyConfig(weight=1.0, datasets=(f"shapes_{LEVEL}/train",)),),
     batch=8,
-    length=160,
+    length=176,
     targets=6,
     masks=48,
 )

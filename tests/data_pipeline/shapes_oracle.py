@@ -36,6 +36,8 @@ FIRST = {  # what is smallest in this, with this sign
 }
 NAMES = rf"({NAME}(?:(?:, | and ){NAME})*)"
 WHERE, OTHER = f"({'|'.join(BEFORE)})", rf"the ((?:(?:{COLOURS}) )?(?:{SHAPES}))"
+PLACE = "(?:at the|in the) (middle|(?:top|bottom)(?: left| right)?|left|right)"
+HALF = "(left|right|top|bottom)"
 MOST = f"({'|'.join(FIRST)})"
 
 FORMS = {
@@ -65,6 +67,17 @@ FORMS = {
         rf"segment the {MANY} {WHERE} {OTHER}\.",
         rf"can you find every {ONE} {WHERE} {OTHER}\?",
         rf"what {MANY} do you see {WHERE} {OTHER}\?",
+    ],
+    "place": [
+        rf"what is {PLACE} of the picture\?",
+        rf"segment everything {PLACE} of the image\.",
+        rf"are there any objects {PLACE}\?",
+    ],
+    "half": [
+        rf"which {MANY} are in the {HALF} half\?",
+        rf"segment the {MANY} in the {HALF} half of the picture\.",
+        rf"find every {ONE} in the {HALF} half of the image\.",
+        rf"what {MANY} do you see in the {HALF} half\?",
     ],
     "superlative": [
         rf"segment the {MOST} {ONE}\.",
@@ -117,6 +130,10 @@ def truth(question, things, side):
             return Truth(form, called(match[1], things))
         case "relation":
             return relation(match[1], match[2], match[3], things, scale)
+        case "place":
+            return place(match[1], things, side)
+        case "half":
+            return half(match[1], match[2], things, side)
         case "superlative":
             named = match.groupdict()
             return superlative(
@@ -156,6 +173,41 @@ def relation(noun, where, other, things, scale):
     close = [i for i, distance in distances.items() if abs(distance) < MARGIN * scale]
     targets = {i for i, distance in distances.items() if distance > 0}
     return Truth("relation", targets, f"{close} too close" if close else "")
+
+
+def place(where, things, side):
+    """The ninth of the picture."""
+    names = (("top", "left"), ("", ""), ("bottom", "right"))
+    row, column = (
+        next((i for i, pair in enumerate(names) if pair[axis] and pair[axis] in where), 1)
+        for axis in (0, 1)
+    )
+
+    def holds(centre, cell, grow):
+        """Whether the third, larger by `grow` pixels, holds a centre."""
+        low = cell * side / 3 - grow if cell else -1
+        high = (cell + 1) * side / 3 + grow if cell < 2 else side + 1
+        return low < centre < high
+
+    def inside(grow):
+        return {
+            i
+            for i, thing in enumerate(things)
+            if holds(thing.y, row, grow) and holds(thing.x, column, grow)
+        }
+
+    near = 3.9 * side / 96
+    doubt = inside(near) - inside(-near)
+    return Truth("place", inside(0), f"{doubt} near an edge" if doubt else "")
+
+
+def half(noun, where, things, side):
+    axis = "x" if where in ("left", "right") else "y"
+    sign = 1 if where in ("left", "top") else -1
+    depths = {i: sign * (side / 2 - getattr(things[i], axis)) for i in called(noun, things)}
+    doubt = [i for i, depth in depths.items() if abs(depth) < MARGIN / 2 * side / 96]
+    targets = {i for i, depth in depths.items() if depth > 0}
+    return Truth("half", targets, f"{doubt} near the middle" if doubt else "")
 
 
 def superlative(most, noun, things, scale):

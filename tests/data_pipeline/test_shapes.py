@@ -36,6 +36,7 @@ from tests.data_pipeline.shapes_oracle import truth
 
 SCENES = 300
 NAMED = re.compile(r"(?:the|The) (\w+ \w+) \{seg\}")
+PLACED = re.compile(r"\{seg\} ((?:at|in) the [a-z ]+?)(?=,| and |\.)")
 LABELS = ("user", "assistant")
 
 # Areas in radii squared, from the formulas of the shapes; a raster is off by a part of its outline.
@@ -186,6 +187,25 @@ def test_answers_name_their_targets_in_order(drawn):
             verb = re.search(r"\b(?:is|are)\b", q.answer)
             if verb and things and "number is" not in q.answer:
                 assert verb[0] == ("is" if len(things) == 1 else "are"), q
+
+
+def test_answers_say_in_which_ninth_a_target_is(drawn):
+    shapes, examples = drawn
+    told = 0
+    for scene, questions, _ in examples:
+        for q in questions:
+            said = PLACED.findall(q.answer)
+            if not said:
+                continue
+            assert len(said) == len(q.targets)
+            for i, words in zip(q.targets, said, strict=True):
+                thing, third = scene.things[i], shapes.side / 3
+                row = ("top", "", "bottom")[(thing.y >= third) + (thing.y >= 2 * third)]
+                column = ("left", "", "right")[(thing.x >= third) + (thing.x >= 2 * third)]
+                where = " ".join(filter(None, (row, column)))
+                assert words == (f"at the {where}" if where else "in the middle")
+                told += 1
+    assert told > SCENES or shapes.level == "simple"
 
 
 def test_the_oracle_notices_a_wrong_answer():
