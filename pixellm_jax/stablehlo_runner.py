@@ -339,6 +339,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _write(out: Path, answer: Answer) -> None:
     out.mkdir(parents=True, exist_ok=True)
+    if (out / "answer.json").exists():  # masks of an answer before this one
+        for old in out.glob("mask_[0-9]*.png"):
+            old.unlink()
     record = answer._asdict()
     for number, mask in enumerate(record.pop("masks")):
         Image.fromarray(mask.astype(np.uint8) * 255).save(out / f"mask_{number:02}.png")

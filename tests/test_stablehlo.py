@@ -339,3 +339,12 @@ def test_command_writes_a_folder(tiny, tmp_path, capfd):
     assert json.loads((out / "manifest.json").read_text())["platforms"] == ["cpu"]
     source = Path(stablehlo_runner.__file__).read_bytes()
     assert (out / "run.py").read_bytes() == source
+
+
+def test_masks_of_an_answer_before_are_taken_away(tmp_path):
+    for count in (3, 1):
+        zeros = np.zeros(count, np.float32)
+        masks = np.zeros((count, 4, 5), bool)
+        answer = stablehlo_runner.Answer("It.", [1], masks, zeros, zeros, "stop", 2)
+        stablehlo_runner._write(tmp_path, answer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answer.json", "mask_00.png"]
