@@ -90,8 +90,8 @@ class Runner:
         temperature: 0 says the most likely words. fast_forward: a target costs one pass.
         """
         read = [(read_image(image), self._ask(question)) for image, question in pairs]
-        warm, likely = np.float32(temperature), np.float32(top_p)
-        draw = {"seed": np.uint32(seed % 2**32), "temperature": warm, "top_p": likely}
+        draw: Arrays = {"temperature": np.float32(temperature), "top_p": np.float32(top_p)}
+        draw["seed"] = np.uint32(seed % 2**32)
         most, kind = self.manifest["buckets"]["batch"][-1], "decode" if fast_forward else "plain"
         parts = (read[start : start + most] for start in range(0, len(read), most))
         return [answer for part in parts for answer in self._answer(part, draw, kind)]
@@ -121,8 +121,7 @@ class Runner:
         """Answers up to a batch; the last question stands in for those missing."""
         buckets, limits = self.manifest["buckets"], self.manifest["limits"]
         b = min(size for size in buckets["batch"] if size >= len(asked))
-        longest = max(len(own) for _, own in asked)
-        t = min(size for size in buckets["question"] if size >= longest)
+        t = next(size for size in buckets["question"] if size >= max(len(q) for _, q in asked))
         canvas, prefix = self.manifest["image"]["canvas"], self.manifest["prompt"]["prefix"]
         tokens = np.full((b, len(prefix) + t), self.manifest["ids"]["pad"], np.int32)
         length, padded = np.zeros(b, np.int32), asked + asked[-1:] * (b - len(asked))
@@ -131,12 +130,11 @@ class Runner:
             tokens[i, : length[i]] = [*prefix, *own]
         budget = np.minimum(limits["new_tokens"], limits["positions"] - length).astype(np.int32)
         budget[len(asked) :] = 0
-        laid = [fit(picture, canvas) for picture, _ in padded]
-        image, hw = map(np.asarray, zip(*laid, strict=True))
+        image, hw = map(np.asarray, zip(*(fit(i, canvas) for i, _ in padded), strict=True))
         seen = self.call(f"encode_b{b}", {"image": image, "image_hw": hw.astype(np.int32)})
-        prompts = {"tokens": tokens, "length": length, "budget": budget}
-        drawn = {name: np.full(b, value) for name, value in draw.items()}
-        rows = self.call(f"prefill_b{b}_t{t}", {**seen, **prompts, **drawn})
+        asks = {"tokens": tokens, "length": length, "budget": budget}
+        asks |= {name: np.full(b, value) for name, value in draw.items()}
+        rows = self.call(f"prefill_b{b}_t{t}", {**seen, **asks})
         while (np.asarray(rows["status"]) == RUNNING).any():
             rows = self.call(f"{kind}_b{b}_t{t}", {**rows, "steps": limits["new_tokens"] + 1})
         for i, (picture, _) in enumerate(asked):
@@ -151,9 +149,9 @@ class Runner:
         canvas, sound = self.manifest["image"]["canvas"], np.isfinite(logits)
         clean = np.where(sound.all(axis=(1, 2), keepdims=True), logits, -1)
         full = [unfit(one, hw, canvas) for one in clean]
-        text = ids if len(complete) == len(groups) else ids[: groups[len(complete), 0, 0]]
+        end = said if len(complete) == len(groups) else groups[len(complete), 0, 0]
         return Answer(
-            text=self._read(text),
+            text=self._read(ids[:end]),
             ids=ids.tolist(),
             masks=np.asarray([mask > 0 for mask in full], bool).reshape(-1, *hw),
             scores=np.asarray([_score(mask[mask > 0]) for mask in full], np.float32),
@@ -339,14 +337,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _write(out: Path, answer: Answer) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "answer.json").exists():  # masks of an answer before this one
-        for old in out.glob("mask_[0-9]*.png"):
-            old.unlink()
+    for old in out.glob("mask_[0-9]*.png") if (out / "answer.json").exists() else ():
+        old.unlink()  # masks of an answer before this one
     record = answer._asdict()
     for number, mask in enumerate(record.pop("masks")):
         Image.fromarray(mask.astype(np.uint8) * 255).save(out / f"mask_{number:02}.png")
-    text = json.dumps(record, indent=2, default=np.ndarray.tolist)
-    (out / "answer.json").write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(record, indent=2, default=np.ndarray.tolist) + "\n"
+    (out / "answer.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

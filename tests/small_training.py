@@ -44,7 +44,7 @@ def small_model() -> ModelConfig:
             width=16, layers=2, heads=2, mlp=32, patch=16, canvas=32, table=2, taps=(-2, -2)
         ),
         language=LanguageConfig(
-            vocabulary=small_vocabulary().size + 1,
+            vocabulary=-(-small_vocabulary().size // 2) * 2,
             width=16,
             layers=2,
             heads=2,
