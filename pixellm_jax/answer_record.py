@@ -80,7 +80,7 @@ class AnswerMaker:
             kept=np.asarray(kept, bool),
             spans=said.phrases,
             markers=said.markers,
-            reason=result.reason if all(sound) else "damaged",
+            reason=result.reason if all(sound) or result.reason == "running" else "damaged",
             tokens=len(result.tokens),
             passes=result.passes,
             earlier=earlier,

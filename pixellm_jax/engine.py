@@ -32,9 +32,6 @@ from pixellm_jax.vocabulary import Vocabulary
 AHEAD = 64
 """A row is given room for so many new tokens at a time."""
 
-PATIENCE = 2
-"""The batch becomes smaller when so many steps in a row would have done with fewer rows."""
-
 SHORTEST = 32
 """The least bucket of a question's length."""
 
@@ -108,7 +105,6 @@ class Engine:
         self._waiting: deque[tuple[int, Question]] = deque()
         self._rows: Rows | None = None
         self._slots: list[_Slot | None] = []
-        self._too_large = 0
 
     # Questions
 
@@ -182,7 +178,7 @@ class Engine:
                 self.model.language_model,
                 self._rows,
                 steps,
-                np.bool_(len(self._waiting) > 0),
+                np.int32(self._enough()),
                 **self._ends,
                 together=len(self._slots) * self._width <= self._at_once,
             )
@@ -225,7 +221,7 @@ class Engine:
             lengths,
             np.asarray([slot.limit - slot.prompt for slot in padded], np.int32),
             Sampling(
-                np.asarray([question.seed % 2**32 for question in questions], np.uint32),
+                np.asarray([int(question.seed) % 2**32 for question in questions], np.uint32),
                 np.asarray([question.temperature for question in questions], np.float32),
                 np.asarray([question.top_p for question in questions], np.float32),
             ),
@@ -263,19 +259,24 @@ class Engine:
     def _bucket(self, count: int) -> int:
         return min(bucket(count), self.config.rows)
 
+    def _enough(self) -> int:
+        """Rows that must run: with one less, a place is free for who waits, or fewer rows do."""
+        if self._waiting:
+            return len(self._running())
+        return next(n for n in itertools.count(1) if self._bucket(n) >= len(self._slots))
+
     def _needed(self, slots: Iterable[_Slot]) -> int:
         """Capacity for all that these rows may need for some time."""
         ends = [min(slot.limit, slot.prompt + slot.count + AHEAD) for slot in slots]
         return round_capacity(max(ends, default=0) + self._width)
 
     def _fit(self) -> None:
-        """Gives more positions where a row has none left, and fewer rows where many stay free."""
+        """Gives more positions where a row has none left, and fewer rows where fewer will do."""
         running = self._running()
         assert self._rows is not None
         size = self._bucket(len(running) + len(self._waiting))
-        self._too_large = self._too_large + 1 if size < len(self._slots) else 0
         end = max(slot.prompt + slot.count for _, slot in running) + self._width
-        if self._too_large > PATIENCE:
+        if size < len(self._slots):
             self._slots = [slot for _, slot in running] + [None] * (size - len(running))
             self._resize(self._rows, [number for number, _ in running])
         elif end > self._rows.valid.shape[1]:

@@ -172,7 +172,7 @@ def decode(
     language: LanguageModel,
     rows: Rows,
     steps: Int[Array, ""] | int,
-    waiting: Bool[Array, ""] | bool,
+    enough: Int[Array, ""] | int = 1,
     *,
     stop: int,
     group: tuple[int, ...] = (),
@@ -180,22 +180,20 @@ def decode(
 ) -> tuple[Rows, Int32[Array, ""]]:
     """Starts fresh rows, then runs up to `steps` passes of all; returns the rows, and their number.
 
-    Ends early when no row runs, when the cache of one is full, and, where somebody is `waiting` for
-    a slot, when a row has ended. A row ends at the id `stop` or at its budget.
+    Ends early when fewer rows than `enough` run, and when the cache of one is full. A row ends at
+    the id `stop` or at its budget.
 
     group: the ids of one target. With them, the first one of them is followed by all others without
     asking the model: groups are complete and in order. The others are never chosen by themselves.
     together: the model is given the ids of a group in one pass, not one by one.
     """
-    started = rows.status == RUNNING
     most = max(len(group), 1) if together else 1
 
     def goes_on(carry: tuple[Rows, Array]) -> Array:
         rows, step = carry
         running = rows.status == RUNNING
         full = running & (rows.prompt + rows.fed + most > rows.valid.shape[1])
-        freed = waiting & (started & ~running).any()
-        return (step < steps) & running.any() & ~full.any() & ~freed
+        return (step < steps) & (running.sum() >= jnp.maximum(enough, 1)) & ~full.any()
 
     def pass_over(width: int, carry: tuple[Rows, Array]) -> tuple[Rows, Array]:
         """Passes of one width, as long as it is the width of the widest row."""
@@ -265,7 +263,7 @@ def generate(
     language = model.language_model
     rows = prefill(language, [prefix], own, length - start, budgets, sampling, room=budget)
     rows = resize(rows, np.arange(b), capacity=tokens.shape[1] + budget + len(group))
-    return decode(language, rows, budget, False, stop=stop, group=group)[0]
+    return decode(language, rows, budget, stop=stop, group=group)[0]
 
 
 def _advance(

@@ -85,8 +85,6 @@ def _from_array(array: np.ndarray) -> UInt8[np.ndarray, "y x 3"]:
 
 def _from_file(path: Path, upright: bool) -> UInt8[np.ndarray, "y x 3"]:
     name = repr(str(path))
-    if path.is_dir():
-        raise InputError(f"{name} is a folder, expected an image file: name one file in it")
     try:
         with path.open("rb") as file:
             start = file.read(24)
@@ -95,6 +93,10 @@ def _from_file(path: Path, upright: bool) -> UInt8[np.ndarray, "y x 3"]:
             file.seek(0)
             with Image.open(file) as image:
                 return _decode(image, name, upright)
+    except IsADirectoryError:
+        raise InputError(
+            f"{name} is a folder, expected an image file: name one file in it"
+        ) from None
     except FileNotFoundError:
         raise InputError(f"no such file {name}: check the path and the working folder") from None
     except PermissionError:

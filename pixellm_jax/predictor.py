@@ -129,7 +129,8 @@ class Predictor:
         future must not wait for another answer: it runs in the thread that makes the masks.
 
         Raises:
-            InputError: as a call. queue.Full: no place in the queue became free.
+            InputError: as a call, but for weights: the reason of the answer is then "damaged".
+            queue.Full: no place in the queue became free.
         """
         asked, make = self._ask(image, question, **draw)
         return self._promise(self._service.submit(asked, timeout=timeout), make)
@@ -162,7 +163,7 @@ class Predictor:
     def stream(self, image: Picture, question: str, **draw: Any) -> Iterator[Answer]:
         """The answer as it grows: text at once, a mask as soon as its target is complete.
 
-        The last answer has ended. `draw`, and what is raised: as in a call.
+        The last answer has ended. `draw`, and what is raised: as in `submit`.
         """
         asked, make = self._ask(image, question, **draw)
         return map(make, self._service.stream(asked))

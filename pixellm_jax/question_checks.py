@@ -8,6 +8,9 @@ from typing import Any
 
 from pixellm_jax.errors import InputError
 
+HOTTEST = 1e6
+"""The highest temperature; all tokens are equally likely long before it."""
+
 
 def check_question(question: str) -> None:
     """Refuses what is no question.
@@ -27,8 +30,8 @@ def check_draw(*, temperature: Any = 0.0, top_p: Any = 1.0, seed: Any = 0) -> No
     Raises:
         InputError: a number of another kind, or outside its range.
     """
-    if not (_is_number(temperature) and 0 <= temperature < math.inf):
-        raise InputError(f"temperature={temperature!r}: expected a number, 0 or more")
+    if not (_is_number(temperature) and 0 <= temperature <= HOTTEST):
+        raise InputError(f"temperature={temperature!r}: expected a number from 0 to {HOTTEST:g}")
     if not (_is_number(top_p) and 0 < top_p <= 1):
         raise InputError(f"top_p={top_p!r}: expected a probability above 0, up to 1")
     if not isinstance(seed, numbers.Integral):

@@ -46,7 +46,7 @@ def nucleus(logits: Float32[Array, "b v"], top_p: Float32[Array, "b"]) -> Bool[A
     chance = jax.nn.softmax(logits, axis=-1)
     falling = -jnp.sort(-chance, axis=-1)
     before = jnp.cumsum(falling, axis=-1) - falling
-    least = jnp.min(jnp.where(before < top_p[:, None], falling, jnp.inf), axis=-1)
+    least = jnp.min(jnp.where(before < top_p[:, None], falling, falling[:, :1]), axis=-1)
     return chance >= least[:, None]
 
 

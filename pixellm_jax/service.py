@@ -101,8 +101,9 @@ class Service:
     def _start(self) -> None:
         with self._lock:
             if self._thread is None and not self._inbox.empty():
-                self._thread = threading.Thread(target=self._run, name="pixellm engine")
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="pixellm engine")
+                thread.start()  # it waits for the lock; where there is none, the next one tries
+                self._thread = thread
 
     def _run(self) -> None:
         while True:

@@ -103,10 +103,12 @@ def write_programs(
     buckets: Buckets = Buckets(),
     platforms: Sequence[str] = PLATFORMS,
     progress: Callable[[int, int], None] = lambda new, total: None,
+    consume: bool = False,
 ) -> list[str]:
     """Writes a model as the folder `out`; returns the names of the programs.
 
-    progress: is called with the bytes just written and the bytes of all weights.
+    progress: is called with the bytes just written and the bytes of all weights. consume: see
+    `serve`.
 
     Raises:
         InputError: the buckets do not suit the model, JAX does not run on the CPU, or `out` is
@@ -119,7 +121,7 @@ def write_programs(
         raise InputError("programs are written on a CPU: set JAX_PLATFORMS=cpu")
     prefix = _prefix(model.config, vocabulary)
     _check(model.config, buckets, len(prefix))
-    model = serve(model)
+    model = serve(model, consume=consume)
     tensors = [
         ExportedTensor(name, array.nbytes, partial(np.asarray, array))
         for name, array in name_weights(model).items()
@@ -233,7 +235,7 @@ def _decode(
     leaves = [inputs[name] for name in name_leaves(like)]
     rows = jax.tree.unflatten(jax.tree.structure(like), leaves)
     rows, passes = generate.decode(
-        model.language_model, rows, inputs["steps"], False, stop=stop, group=group
+        model.language_model, rows, inputs["steps"], stop=stop, group=group
     )
     return {"steps": passes, **name_leaves(rows)}
 

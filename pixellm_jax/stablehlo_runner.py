@@ -91,7 +91,7 @@ class Runner:
         """
         read = [(read_image(image), self._ask(question)) for image, question in pairs]
         draw: Arrays = {"temperature": np.float32(temperature), "top_p": np.float32(top_p)}
-        draw["seed"] = np.uint32(seed % 2**32)
+        draw["seed"] = np.uint32(int(seed) % 2**32)
         most, kind = self.manifest["buckets"]["batch"][-1], "decode" if fast_forward else "plain"
         parts = (read[start : start + most] for start in range(0, len(read), most))
         return [answer for part in parts for answer in self._answer(part, draw, kind)]

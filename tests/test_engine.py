@@ -270,6 +270,27 @@ def test_questions_may_come_at_any_time(engine, questions, alone):
     assert late.step() == []
 
 
+def test_rows_that_ended_cost_nothing(engine, questions, alone):
+    """A batch becomes smaller as soon as it can: the last row ends alone, with its own answer."""
+    sizes, shrinking = [], engine(fast_forward=False)
+    order = sorted(range(len(alone)), key=lambda i: len(alone[i].tokens))
+    chosen = [order[0], order[1], order[2], order[-1]]
+    short, long = (len(alone[i].tokens) for i in (order[2], order[-1]))
+    assert long > 2 * short
+    tickets, results, alone_for = {}, {}, 0
+    for i in chosen:
+        tickets[shrinking.add(questions[i])] = i
+    while not shrinking.idle:
+        before = shrinking.passes
+        results |= shrinking.step()
+        sizes.append(len(shrinking._slots))
+        alone_for += (shrinking.passes - before) * (sizes[-1] == 1)
+    assert sizes[0] == 4 and sizes == sorted(sizes, reverse=True)
+    assert alone_for >= long - short - 1  # of its passes, all after the last one that ended
+    for ticket, i in tickets.items():
+        assert_same(results[ticket], alone[i])
+
+
 def test_dropping_everything_leaves_an_engine_that_works(engine, questions, alone):
     stopped = engine(steps=1)
     tickets = [stopped.add(question) for question in questions[:6]]

@@ -61,7 +61,7 @@ def test_a_step_moves_nothing_but_what_it_writes(model, varied, fast_forward):
         model.language_model,
         rows,
         np.int32(4),
-        np.bool_(False),
+        np.int32(1),
         stop=varied.vocabulary.eos,
         group=group,
     ).compile()
@@ -85,7 +85,7 @@ def test_a_step_moves_nothing_but_what_it_writes(model, varied, fast_forward):
 def test_only_running_rows_change_and_only_at_their_places(model, varied):
     before = drawn(model, 1)
     after, passes = generate.decode(
-        model.language_model, copied(before), np.int32(1), np.bool_(False), stop=-1, group=()
+        model.language_model, copied(before), np.int32(1), stop=-1, group=()
     )
     assert int(passes) == 1
     assert after.said.tolist() == [3, 4, 1] and after.fed.tolist() == [2, 3, 0]
@@ -125,24 +125,18 @@ def test_resize_keeps_chosen_rows_and_frees_the_others(model):
     assert generate.resize(rows, np.asarray([0]), capacity=128).valid.shape == (1, 128)
 
 
-def test_decoding_stops_where_a_cache_is_full_and_where_somebody_waits(model, varied):
+def test_decoding_stops_where_a_cache_is_full_and_where_too_few_rows_run(model, varied):
     rows = drawn(model, 5)._replace(budget=jnp.asarray([8, 4, 8]))
     stop = {"stop": -1, "group": ()}
     full = copied(rows)._replace(prompt=jnp.asarray([CAPACITY - 3, 17, 101]))
-    found, passes = generate.decode(
-        model.language_model, full, np.int32(9), np.bool_(False), **stop
-    )
+    found, passes = generate.decode(model.language_model, full, np.int32(9), **stop)
     assert int(passes) == 2 and found.fed.tolist() == [3, 3, 0]
     assert found.status[0] == RUNNING
     found, passes = generate.decode(
-        model.language_model, copied(rows), np.int32(9), np.bool_(True), **stop
+        model.language_model, copied(rows), np.int32(9), np.int32(2), **stop
     )
     assert int(passes) == 1  # the second row is at its budget
-    found, passes = generate.decode(
-        model.language_model, copied(rows), np.int32(9), np.bool_(False), **stop
-    )
+    found, passes = generate.decode(model.language_model, copied(rows), np.int32(9), **stop)
     assert int(passes) == 6 and found.said.tolist() == [8, 4, 1]
-    found, passes = generate.decode(
-        model.language_model, found, np.int32(9), np.bool_(False), **stop
-    )
+    found, passes = generate.decode(model.language_model, found, np.int32(9), **stop)
     assert int(passes) == 0

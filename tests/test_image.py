@@ -324,7 +324,8 @@ def test_closed_image(tmp_path):
     one_line(error)
 
 
-def test_path_that_no_file_system_takes():
+@pytest.mark.parametrize("path", ["a\0b.jpg", "a" * 300, "a" * 300 + "/b.jpg"])
+def test_path_that_no_file_system_takes(path):
     with pytest.raises(InputError, match="cannot be read") as error:
-        read_image("a\0b.jpg")
+        read_image(path)
     one_line(error)

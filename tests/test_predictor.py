@@ -410,6 +410,14 @@ def test_a_conversation_refuses_what_a_question_may_not_be(predictor):
     assert len(talk.answers) == 2
 
 
+@pytest.mark.parametrize(
+    "draw", [{"seed": np.int32(-5)}, {"seed": np.uint8(200)}, {"top_p": 1e-50}, {"seed": 2**70}]
+)
+def test_a_draw_may_be_any_number_in_its_range(predictor, draw):
+    answer = predictor(picture(), QUESTION, temperature=1e-3, **draw)
+    assert answer.reason in ("stop", "length") and answer.tokens > 1
+
+
 def test_a_draw_is_the_same_for_the_same_seed(varied):
     predictor = Predictor(varied.model, varied.vocabulary, max_new_tokens=40, rows=4)
     texts = [predictor(picture(), "dog", temperature=1.0, seed=seed).text for seed in (1, 1, 2)]
@@ -438,6 +446,7 @@ def result(predictor: Predictor, logits: np.ndarray) -> Result:
         {"temperature": float("inf")},
         {"temperature": float("nan")},
         {"temperature": "hot"},
+        {"temperature": 1e39},
         {"top_p": 0},
         {"top_p": 1.1},
         {"top_p": float("nan")},

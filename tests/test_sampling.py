@@ -30,7 +30,15 @@ def numbers(rows: int, number: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("top_p", "kept"),
-    [(0.01, [1]), (0.39, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.71, [1, 3, 4]), (1.0, range(5))],
+    [
+        (0.0, [1]),
+        (0.01, [1]),
+        (0.39, [1]),
+        (0.41, [1, 3]),
+        (0.69, [1, 3]),
+        (0.71, [1, 3, 4]),
+        (1.0, range(5)),
+    ],
 )
 def test_nucleus_by_hand(top_p, kept):
     found = nucleus(jnp.asarray(logits(1)), jnp.asarray([top_p], jnp.float32))

@@ -109,6 +109,18 @@ def test_a_waiting_question_takes_the_place_of_one_that_ended(predictor, questio
     assert engines[1].passes == engines[0].passes
 
 
+def test_a_thread_that_cannot_start_is_tried_again(service, question, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start"):
+            service.submit(question)
+    assert service.submit(question).result(timeout=60).reason == "stop"
+    wait_for_rest(service)
+
+
 def test_an_error_of_the_engine_reaches_all_who_wait_and_no_one_later(
     service, engine, question, monkeypatch
 ):

@@ -75,6 +75,12 @@ def _write_programs(folder: Path, out: Path, given: dict[str, Any]) -> None:
     vocabulary = checkpoint.read_vocabulary(folder, model.config)
     with byte_bar("exporting") as progress:
         names = write_programs(
-            model, vocabulary, out, buckets=buckets, platforms=platforms, progress=progress
+            model,
+            vocabulary,
+            out,
+            buckets=buckets,
+            platforms=platforms,
+            progress=progress,
+            consume=True,
         )
     print(f'{out}: {len(names)} programs; python {out / RUN} IMAGE "QUESTION"')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,11 +84,16 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("name --image and --question, or --questions")
     if options.questions is not None and (options.image or options.question is not None):
         raise InputError("--questions names pictures and questions; leave --image and --question")
+    for name in ("batch", "max_new_tokens"):
+        if (value := getattr(options, name)) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if not 0 <= options.min_score <= 1:
+        raise InputError(f"--min-score {options.min_score}: expected a probability, from 0 to 1")
     if options.questions is not None:
         _answer_many(options, read_questions(options.questions))
         return
     check_question(options.question)
-    if options.image.is_dir():
+    if os.path.isdir(options.image):  # no error of a path that cannot be
         _answer_many(options, ask_about_folder(options.image, options.question))
     else:
         _answer_one(options)
@@ -123,15 +129,16 @@ def _answer_many(options: argparse.Namespace, asked: list[Asked]) -> None:
     }
     try:
         overlays.mkdir(parents=True, exist_ok=True)
-        path = options.out / "settings.json"
-        if not check_settings(path, settings, made="answers"):
+        path, answers = options.out / "settings.json", options.out / "answers.jsonl"
+        begun = answers.is_file() and answers.stat().st_size > 0
+        if not (begun and check_settings(path, settings, made="answers")):
             write_whole(path, json.dumps(settings, indent=2) + "\n")
     except OSError as error:
         raise InputError(
             f"{options.out}: cannot write here ({error.strerror}); choose another place"
         ) from None
     options.when_interrupted = f"the same command goes on with {options.out}"
-    log = AnswerLog(options.out / "answers.jsonl", asked)
+    log = AnswerLog(answers, asked)
     left = [number for number in range(len(asked)) if number not in log.done]
     failed = 0
     if left:
@@ -140,22 +147,45 @@ def _answer_many(options: argparse.Namespace, asked: list[Asked]) -> None:
         with tqdm(total=len(asked), initial=len(log.done), disable=None, unit="question") as bar:
             for index, answer in predictor.each(pairs):
                 number = left[index]
-                image, name, question = asked[number]
-                record: dict[str, Any]
-                if isinstance(answer, InputError):
+                name, question = asked[number].name, asked[number].question
+                try:
+                    record, drawn = _describe(answer, asked[number])
+                except InputError as error:  # the next run tries again
                     failed += 1
-                    record = {"image": name, "question": question, "error": str(answer)}
-                    tqdm.write(f"{name}: {answer}", file=sys.stderr)
+                    record = {"image": name, "question": question, "error": str(error)}
+                    tqdm.write(f"{name}: {error}", file=sys.stderr)
                 else:
-                    picture = read_image(image)
-                    record = answer_record(answer, name, question, picture.shape[:2])
-                    labels = [t["phrase"] or str(i) for i, t in enumerate(record["targets"])]
-                    drawn = draw_overlay(picture, answer.masks, labels)
-                    drawn.save(overlays / f"{number:06d}.png")
+                    _save(drawn, overlays / f"{number:06d}.png")
                 log.write(number, record)
                 bar.update()
     log.close()
-    print(f"{options.out / 'answers.jsonl'}: {len(asked)} questions, {failed} without an answer")
+    print(f"{answers}: {len(asked)} questions, {failed} without an answer")
+
+
+def _describe(answer: Answer | InputError, asked: Asked) -> tuple[dict[str, Any], Image.Image]:
+    """The record and the overlay of an answer.
+
+    Raises:
+        InputError: there is none, or none that can be used.
+    """
+    if isinstance(answer, InputError):
+        raise answer
+    if answer.reason == "damaged":
+        raise InputError(INCOMPLETE["damaged"])
+    picture = read_image(asked.image)
+    record = answer_record(answer, asked.name, asked.question, picture.shape[:2])
+    labels = [target["phrase"] or str(i) for i, target in enumerate(record["targets"])]
+    return record, draw_overlay(picture, answer.masks, labels)
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    try:
+        picture.save(path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: writing failed ({error.strerror or error}); free some space, then the same "
+            "command goes on"
+        ) from error
 
 
 def _load(options: argparse.Namespace) -> Predictor:

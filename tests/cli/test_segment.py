@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -185,6 +186,53 @@ def test_answers_of_other_settings_are_left_alone(tiny, questions, tmp_path, cap
     command = options(tiny, tmp_path / "out", "--questions", questions)
     assert main(command) == 0
     assert "answers with weights None, now 'int8'" in refusal(capfd, *command, "--weights", "int8")
+    (tmp_path / "out/answers.jsonl").write_text("")  # of no answers, settings may change
+    assert main([*command, "--weights", "int8"]) == 0
+    capfd.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [
+        ("--batch", "0", "--batch 0: expected at least 1"),
+        ("--max-new-tokens", "-1", "--max-new-tokens -1: expected at least 1"),
+        ("--min-score", "70", "--min-score 70.0: expected a probability"),
+    ],
+)
+def test_bad_options_leave_nothing_behind(tiny, questions, tmp_path, capfd, option, value, named):
+    command = options(tiny, tmp_path / "out", "--questions", questions, option, value)
+    assert named in refusal(capfd, *command)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_answers_are_tried_again(
+    tiny, questions, tmp_path, capfd, load, predictor, monkeypatch
+):
+    out, each = tmp_path / "out", predictor.each
+
+    def damaged(pairs):
+        for number, answer in each(pairs):
+            yield number, answer._replace(reason="damaged") if number < 2 else answer
+
+    with monkeypatch.context() as patched:
+        patched.setattr(predictor, "each", damaged)
+        assert main(options(tiny, out, "--questions", questions)) == 0
+    assert capfd.readouterr().out.endswith("7 questions, 2 without an answer\n")
+    assert "not finite" in records(out)[0]["error"]
+    assert main(options(tiny, out, "--questions", questions)) == 0
+    assert capfd.readouterr().out.endswith("7 questions, 0 without an answer\n")
+
+
+def test_a_disk_that_is_full_is_one_line(tiny, questions, tmp_path, capfd, load, monkeypatch):
+    def full(picture, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    command = options(tiny, tmp_path / "out", "--questions", questions)
+    assert main(command) == 2
+    _, err = capfd.readouterr()
+    assert "000000.png: writing failed (No space left on device)" in err
+    assert "Traceback" not in err
 
 
 def refusal(capfd, *arguments: str) -> str:
