@@ -104,7 +104,7 @@ def fit(
             state = _loop(
                 blueprint, mesh, state, batches, checkpoints, log, evaluate, known, progress
             )
-        checkpoints.wait()
+            checkpoints.wait()
     finally:
         checkpoints.close()
         if log is not None:

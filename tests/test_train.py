@@ -20,11 +20,11 @@ import pytest
 from pixellm_jax import checkpoint
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluate import Evaluation
-from pixellm_jax.run_checkpoints import CHECKPOINTS
+from pixellm_jax.run_checkpoints import CHECKPOINTS, RunCheckpoints
 from pixellm_jax.run_export import write_model
 from pixellm_jax.sharding import make_mesh
 from pixellm_jax.train import fit
-from pixellm_jax.train_config import MeshConfig
+from pixellm_jax.train_config import MeshConfig, OptimizerConfig
 from pixellm_jax.train_state import make_blueprint
 from tests.small_training import (
     lora_train,
@@ -33,6 +33,7 @@ from tests.small_training import (
     small_train,
     small_vocabulary,
 )
+from tests.training_process import SECONDS
 
 ROOT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY = 12, 3
@@ -70,11 +71,18 @@ def start(run: Path, cache: Path) -> subprocess.Popen:
     }
     command = [sys.executable, "-m", "tests.training_process", str(run), str(STEPS)]
     command += [str(SAVE_EVERY)]
-    return subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def finish(process: subprocess.Popen) -> str:
-    _, told = process.communicate(timeout=300)
+    told, _ = process.communicate(timeout=300)
     assert process.returncode == 0, told[-2000:]
     return told
 
@@ -97,56 +105,82 @@ def whole(tmp_path_factory, cache):
     return run
 
 
-def killed_and_resumed(whole: Path, run: Path, cache: Path, rng: random.Random, kills: int) -> None:
-    """Kills a run at random moments of its training, then lets it end, and compares every bit."""
-    for _ in range(kills):
-        process = start(run, cache)
-        # Training has begun when the log is opened; before, there is nothing to lose.
-        before = (
-            (run / "metrics.jsonl").stat().st_mtime_ns if (run / "metrics.jsonl").exists() else 0
-        )
-        while process.poll() is None:
-            path = run / "metrics.jsonl"
-            if path.exists() and path.stat().st_mtime_ns != before:
-                break
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 1.5))
-        process.kill()
-        process.communicate()
-    finish(start(run, cache))
+def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+    """Until this process, not one before it, has made so many steps of the run."""
+    path = run / "metrics.jsonl"
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    while True:
+        assert process.poll() is None, "it ended before it could be killed"
+        if path.exists() and path.stat().st_mtime_ns != before:
+            lines = path.read_text().splitlines()
+            if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
+                return
+        time.sleep(0.005)
+
+
+def assert_same_run(whole: Path, run: Path) -> None:
+    """Every bit of the state, every loss and score, and which checkpoints are kept."""
     for one, other in zip(final(whole), final(run), strict=True):
         np.testing.assert_array_equal(one, other)
-    timeless = [
-        [{k: v for k, v in r.items() if k.startswith(("step", "loss"))} for r in records(path)]
-        for path in (whole, run)
-    ]
-    assert timeless[0] == timeless[1]
+    told, checkpoints = [], []
+    for path in (whole, run):
+        told.append(
+            [
+                {k: v for k, v in r.items() if k.startswith(("step", "loss", "validation"))}
+                for r in records(path)
+            ]
+        )
+        checkpoints.append({int(p.name) for p in (path / CHECKPOINTS).iterdir()})
+    assert told[0] == told[1]
+    assert checkpoints[0] == checkpoints[1] == {SAVE_EVERY, STEPS - SAVE_EVERY, STEPS}
+
+
+def killed_and_resumed(whole: Path, run: Path, cache: Path, rng: random.Random, kills: int) -> None:
+    """Kills a run at random moments, then lets it end, and compares every bit.
+
+    Every kill but for some of those after the first falls between two steps, or in one.
+    """
+    for number, step in enumerate(sorted(rng.sample(range(1, STEPS - 1), kills))):
+        process = start(run, cache)
+        if number and rng.random() < 0.3:
+            time.sleep(rng.uniform(0, 4))  # at times while it starts or restores
+        else:
+            wait_for_step(process, run, step)
+            time.sleep(rng.uniform(0, SECONDS))
+        process.kill()
+        process.communicate()
+        assert not (run / "final.npz").exists()
+        if step > 2 * SAVE_EVERY:  # the first checkpoint was whole before the second was begun
+            assert [path for path in (run / CHECKPOINTS).iterdir() if path.name.isdigit()]
+    told = finish(start(run, cache))
+    resumed = "going on from step" in told
+    assert resumed or step <= 2 * SAVE_EVERY
+    assert_same_run(whole, run)
 
 
 @pytest.mark.slow
 def test_a_killed_run_ends_bit_for_bit_where_it_would_have(whole, tmp_path, cache):
-    killed_and_resumed(whole, tmp_path, cache, random.Random(0), kills=2)
+    killed_and_resumed(whole, tmp_path, cache, random.Random(2), kills=2)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(20))
 def test_twenty_rounds_of_kill(whole, tmp_path, cache, seed):
-    killed_and_resumed(whole, tmp_path, cache, random.Random(seed), kills=1)
+    killed_and_resumed(whole, tmp_path, cache, random.Random(seed), kills=1 + seed % 3)
 
 
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_with_zero(whole, tmp_path, cache):
     process = start(tmp_path, cache)
-    path = tmp_path / "metrics.jsonl"
-    while process.poll() is None and not (path.exists() and path.stat().st_size):
-        time.sleep(0.01)
+    wait_for_step(process, tmp_path, 2)
     process.send_signal(signal.SIGTERM)
     told = finish(process)
-    if not (tmp_path / "final.npz").exists():  # it was not done already
-        assert "the same command goes on from there" in told
-        steps = sorted(int(p.name) for p in (tmp_path / CHECKPOINTS).iterdir())
-        assert 0 < steps[-1] < STEPS
-        finish(start(tmp_path, cache))
+    assert "the same command goes on from there" in told
+    assert not (tmp_path / "final.npz").exists()
+    saved = max(int(p.name) for p in (tmp_path / CHECKPOINTS).iterdir())
+    assert 2 <= saved < STEPS
+    told = finish(start(tmp_path, cache))
+    assert f"going on from step {saved}" in told
     for one, other in zip(final(whole), final(tmp_path), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -157,6 +191,15 @@ def test_it_learns_and_a_checkpoint_moves_to_another_mesh(tmp_path):
     train(tmp_path, config)
     losses = [r["loss/total"] for r in records(tmp_path)]
     assert losses[-1] < 0.9 * losses[0]
+    blueprint = make_blueprint(small_model(), config)
+    checkpoints = RunCheckpoints(tmp_path, config, whole=True)
+    meshes = mesh_of(), mesh_of(2, 2, 1), mesh_of(1, 2, 2)
+    one, *others = (checkpoints.restore(30, blueprint, mesh).state for mesh in meshes)
+    checkpoints.close()
+    for other in others:  # weights, moments, counters and the random state
+        assert jax.tree.structure(one) == jax.tree.structure(other)
+        for mine, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
     config = dataclasses.replace(config, steps=32, log_every=1)
     outcome = train(tmp_path, config, mesh_of(2, 2, 1))
     assert outcome.finished and int(outcome.state.step) == 32
@@ -210,6 +253,16 @@ def test_training_from_a_checkpoint_keeps_the_frozen_weights_out(tmp_path):
     assert not [name for name in saved if name.startswith("frozen")]
     with pytest.raises(InputError, match="give the same, or another --out"):
         train(tmp_path / "run", dataclasses.replace(config, steps=3), init=None)
+
+
+def test_a_run_that_diverges_stops_and_says_why(tmp_path):
+    """After the first step, with a rate that leaves nothing finite."""
+    wild = OptimizerConfig(warmup=0, learning_rate=1e38, schedule="constant")
+    config = small_train(steps=50, max_skipped=3, optimizer=wild, save_every=50)
+    with pytest.raises(InputError, match=r"^3 steps in a row .*train.max_skipped=3\); .*lower"):
+        train(tmp_path, config)
+    assert 3 <= records(tmp_path)[-1]["step"] < 10
+    assert records(tmp_path)[-1]["skipped"] == 3
 
 
 def test_a_run_of_another_model_is_not_resumed(tmp_path):

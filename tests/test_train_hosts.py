@@ -7,9 +7,11 @@ import json
 import os
 import pprint
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -107,18 +109,21 @@ def alone(recipe, tmp_path_factory) -> Path:
     return run
 
 
+def start_two(recipe: Path, run: Path, mesh: dict[str, int], **options) -> list[subprocess.Popen]:
+    """Two processes that meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [
+        start(recipe, run, mesh, joining=(address, "2", str(host)), **options) for host in (0, 1)
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"fsdp": 2, "tensor": 2}, {"fsdp": 1, "tensor": 4}], ids=str)
 def test_two_processes_train_validate_and_export_as_one_does(recipe, alone, tmp_path, mesh):
     """Of the first mesh each has half of the rows; of the second both have the same ones."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    processes = [
-        start(recipe, tmp_path, mesh, devices=2, joining=(address, "2", str(host)))
-        for host in (0, 1)
-    ]
-    said = [finish(process) for process in processes]
+    said = [finish(process) for process in start_two(recipe, tmp_path, mesh, devices=2)]
     assert "the model; ask it" in said[0] and "the model; ask it" not in said[1]
     found = {name: (records(tmp_path, name), records(alone, name)) for name in MEASURED}
     assert [len(both) for both, _ in found.values()] == [STEPS, STEPS, 2]
@@ -133,6 +138,28 @@ def test_two_processes_train_validate_and_export_as_one_does(recipe, alone, tmp_
         np.asarray(load_model(r / "model").language_model.head[...]) for r in (alone, tmp_path)
     ]
     assert np.abs(heads[0] - heads[1]).max() < 1e-2 * np.abs(heads[0]).max()
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_that_is_told_to_end_takes_the_other_along(recipe, tmp_path):
+    """Both save the same step and exit with 0, and go on from there together."""
+    path = tmp_path / "metrics.jsonl"
+    processes = start_two(
+        recipe, tmp_path, {"fsdp": 2}, devices=1, more=("--config.train.steps=2000",)
+    )
+    while not (path.exists() and path.stat().st_size):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
+    for process in processes:
+        finish(process)
+    saved = max(int(step.name) for step in (tmp_path / "checkpoints").iterdir())
+    assert len(records(tmp_path, "loss/total")) == saved < 2000
+    more = (f"--config.train.steps={saved + 2}",)
+    for process in start_two(recipe, tmp_path, {"fsdp": 2}, devices=1, more=more):
+        finish(process)
+    assert len(records(tmp_path, "loss/total")) == saved + 2
+    assert json.loads((tmp_path / "model.json").read_text())["step"] == saved + 2
 
 
 @pytest.mark.slow

@@ -1,26 +1,72 @@
-"""A training in a process of its own, for tests that kill it: RUN STEPS SAVE_EVERY."""
+"""A training in a process of its own, for tests that kill it: RUN STEPS SAVE_EVERY.
+
+All that must survive has a part in it: LoRA with dropout, a best score, and steps slow enough that
+a kill falls between any two of them.
+"""
 
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from data_pipeline.loader import Loader
+from pixellm_jax.batch import Batch
+from pixellm_jax.evaluate import Evaluation
+from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.sharding import make_mesh
 from pixellm_jax.train import fit
-from pixellm_jax.train_config import MeshConfig
+from pixellm_jax.train_config import LoraConfig, MeshConfig
 from pixellm_jax.train_state import make_blueprint
 from tests.small_training import lora_train, small_loader, small_model
+
+SECONDS = 0.1
+"""Of a step, at least."""
+
+
+class Slowly:
+    """A loader that takes its time."""
+
+    def __init__(self, batches: Loader) -> None:
+        self.batches = batches
+
+    def __next__(self) -> Batch:
+        time.sleep(SECONDS)
+        return next(self.batches)
+
+    def get_state(self) -> dict[str, Any]:
+        return self.batches.get_state()
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self.batches.set_state(state)
+
+
+def worse_and_worse(model: PixelLM) -> Evaluation:
+    """A score that falls as LoRA grows from nothing: the first one is the best."""
+    grown = jnp.abs(model.language_model.layers.query.lora.up[...]).sum()
+    return Evaluation({"giou": -float(grown)})
 
 
 def main(run: Path, steps: int, save_every: int) -> None:
     """Trains over all devices and writes the last weights to RUN/final.npz."""
-    train = lora_train(steps=steps, save_every=save_every, keep_last=2)
+    train = lora_train(
+        steps=steps,
+        save_every=save_every,
+        evaluate_every=save_every,
+        keep_last=2,
+        keep_best=1,
+        lora=LoraConfig(rank=2, dropout=0.05),
+    )
     batches = small_loader()
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
-    outcome = fit(make_blueprint(small_model(), train), batches, run=run, mesh=mesh)
+    blueprint = make_blueprint(small_model(), train)
+    outcome = fit(blueprint, Slowly(batches), run=run, mesh=mesh, evaluate=worse_and_worse)
     batches.close()
     if outcome.finished:
         np.savez(run / "final.npz", *jax.tree.leaves(jax.device_get(outcome.state)))
