@@ -7,10 +7,11 @@ embeddings, head, projectors, codebook and pixel decoder trained; 5,000 updates 
 
 START is LLaVA with CLIP, or a released PixelLM, as `pixellm convert` writes them. On 16 devices an
 update is 10 micro-batches of one image per device; with other numbers of devices, let data.batch be
-a multiple of mesh data x fsdp x accumulation. Not trained by us yet: no scores of our own.
+a multiple of mesh data x fsdp x accumulation, and validation.batch of data x fsdp. Not trained by
+us yet: no scores of our own.
 
 On TPU pods take `--config.train.mesh.tensor=4`: no vocabulary is gathered, and a third of the bytes
-travels (docs/benchmarks.md, "Compiling for TPUs"). The default runs on any number of devices.
+travels (docs/benchmarks.md, "Compiling for TPUs"). The default, 1, suits a few GPUs as well.
 """
 
 import dataclasses

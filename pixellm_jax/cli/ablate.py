@@ -209,7 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", nargs="+", metavar="SETTING", help="these settings alone")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the settings and the estimate, train nothing"
+        "--dry-run",
+        action="store_true",
+        help=f"print the settings and an estimate (without results: of {TRIAL_STEPS} steps)",
     )
     options = parser.parse_args(arguments)
     try:

@@ -106,7 +106,8 @@ def run(options: argparse.Namespace) -> None:
     """Times one row after the other and prints the tables.
 
     Raises:
-        InputError: a number that is too small, or --peer without a PyTorch for this device.
+        InputError: a number that is too small or too large for the model, or --peer without a
+            PyTorch for this device.
     """
     if min(options.batch) < 1 or options.repeat < 1 or options.masks < FEWEST:
         raise InputError(f"--batch and --repeat must be at least 1, --masks at least {FEWEST}")
@@ -158,7 +159,12 @@ def _measure(
     ids = sentence(vocabulary)
     tokens, masks = options.masks * len(ids), rows * options.masks
     questions = recital(model.config, ids, count=rows, sentences=options.masks)
-    length = questions[0].length
+    length, most = questions[0].length, model.config.language.max_positions
+    if length + tokens > most:
+        raise InputError(
+            f"--masks {options.masks}: an answer of {tokens} ids after {length} is longer than the "
+            f"{most} positions of the model; ask for fewer"
+        )
     settings = EngineConfig(rows=rows, steps=LOOK, max_new_tokens=tokens)
     own, peers = dict[str, Callable[[], Run]](), dict[str, Callable[[], PeerRun]]()
     for name, at_once in (("one by one", 0), ("at once", sys.maxsize)):

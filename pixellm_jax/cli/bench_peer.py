@@ -1,4 +1,4 @@
-"""What `pixellm bench generate --peer` compares with: LLaVA of transformers, in PyTorch.
+"""What `pixellm bench --peer` compares with: LLaVA of transformers, in PyTorch.
 
 The only module of the packages that imports PyTorch, and only when it is asked for.
 """
@@ -6,6 +6,7 @@ The only module of the packages that imports PyTorch, and only when it is asked 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -110,12 +111,7 @@ def answer(peer: Any, *, rows: int, length: int, tokens: int, cache: bool) -> Pe
     import torch
     import transformers
 
-    config, draw = peer.config, torch.Generator().manual_seed(0)
-    ids = torch.randint(3, config.image_token_index, (rows, length), generator=draw)
-    ids[:, 1 : 1 + config.image_seq_length] = config.image_token_index
-    ids = ids.to(peer.device)
-    side = config.vision_config.image_size
-    pixels = torch.randn(rows, 3, side, side, generator=draw).to(peer.device, peer.dtype)
+    ids, pixels = _inputs(peer, rows, length)
     settings = transformers.GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=0)
     clock = Clock()
     with torch.inference_mode():
@@ -135,3 +131,36 @@ def answer(peer: Any, *, rows: int, length: int, tokens: int, cache: bool) -> Pe
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
             clock.put(ids.cpu())  # waits for it, as `generate` does
     return clock.run
+
+
+def train(peer: Any, *, rows: int, length: int, supervised: int) -> Callable[[], None]:
+    """A call that runs forward and backward of the text loss; CLIP, which is frozen, forward alone.
+
+    As in the released code of PixelLM every question has a row of its own, with its picture, both
+    of which go through CLIP and the language model. The pixel decoder, its losses and the update
+    are left out, in the peer's favour. supervised: ids at the end of every row.
+    """
+    peer.model.vision_tower.requires_grad_(False)
+    ids, pixels = _inputs(peer, rows, length)
+    labels = ids.clone()
+    labels[:, :-supervised] = -100  # no target, by PyTorch's convention
+
+    def call() -> None:
+        peer.zero_grad(set_to_none=True)
+        loss = peer(input_ids=ids, pixel_values=pixels, labels=labels, use_cache=False).loss
+        loss.backward()
+        loss.item()  # waits for it
+
+    return call
+
+
+def _inputs(peer: Any, rows: int, length: int) -> tuple[Any, Any]:
+    """Random ids with the image positions in their places, and random pictures."""
+    import torch
+
+    config, draw = peer.config, torch.Generator().manual_seed(0)
+    ids = torch.randint(3, config.image_token_index, (rows, length), generator=draw)
+    ids[:, 1 : 1 + config.image_seq_length] = config.image_token_index
+    side = config.vision_config.image_size
+    pixels = torch.randn(rows, 3, side, side, generator=draw)
+    return ids.to(peer.device), pixels.to(peer.device, peer.dtype)

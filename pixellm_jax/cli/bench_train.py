@@ -13,6 +13,7 @@ import numpy as np
 
 from pixellm_jax import flops
 from pixellm_jax.batch import Batch
+from pixellm_jax.cli import bench_peer
 from pixellm_jax.cli.bench_parts import parts_of_a_step
 from pixellm_jax.cli.bench_sizes import BENCH_SIZES
 from pixellm_jax.cli.table import format_table
@@ -46,12 +47,13 @@ RECIPES = {
 }
 
 EXAMPLES = """examples:
-  pixellm bench train --size ref47m
+  pixellm bench train --size ref47m --peer
   pixellm bench train --size 7b --batch 8 --questions 6 --parts
 
 One answer of one target to every question; 40 prompt ids, 30 ids a question, 4 + N L an answer. A
 step is forward, backward and update. MFU: matrix products of the step (flops.py) against a measured
-one. The recipe "all" trains all but the vision encoder, "paper" with LoRA.
+one. The recipe "all" trains all but the vision encoder, "paper" with LoRA. The peer is LLaVA of
+transformers, forward and backward alone, a row for every question, as the released code does it.
 """
 
 
@@ -88,6 +90,9 @@ def add_parser(kinds: Any) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=2, metavar="IMAGES")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="timed runs of each")
     parser.add_argument("--parts", action="store_true", help="time the parts of the step, too")
+    parser.add_argument(
+        "--peer", action="store_true", help="compare with LLaVA of transformers in the same run"
+    )
     return parser
 
 
@@ -95,7 +100,8 @@ def run(options: argparse.Namespace) -> None:
     """Times one row after the other and prints the table.
 
     Raises:
-        InputError: a number below 1, or a batch that the devices cannot share.
+        InputError: a number below 1, a batch that the devices cannot share, or --peer without a
+            PyTorch for this device.
     """
     for name in ("batch", "repeat"):
         if getattr(options, name) < 1 or min(options.questions) < 1:
@@ -106,14 +112,19 @@ def run(options: argparse.Namespace) -> None:
     devices = jax.device_count()
     if options.batch % devices:
         raise InputError(f"--batch {options.batch}: no multiple of the {devices} devices here")
+    if options.peer and recipe != "all":
+        raise InputError("--peer trains all but CLIP: compare it with --recipe all")
+    peer = bench_peer.make_peer(config) if options.peer else None
     blueprint = make_blueprint(config, RECIPES[recipe])
     print(_heading(size, recipe, blueprint), flush=True)
     head = ["questions", "seconds", "spread", "examples/s", "tokens/s"]
     rows = [[*head, "TFLOP", "TFLOP/s", "MFU", "compiled in s", "GiB planned", "GiB at most"]]
+    if peer is not None:
+        rows[0] += ["LLaVA: seconds", "spread", "ours is faster by"]
     broken_down: list[str] = []
     for questions in options.questions:
         batch = random_batch(config, images=options.batch, questions=questions)
-        rows.append([questions, *_row(blueprint, batch, options.repeat)])
+        rows.append([questions, *_row(blueprint, batch, options.repeat, peer)])
         print(f"{questions} per image: {rows[-1][1]} s", flush=True)
         if options.parts:
             broken_down += ["", _parts(blueprint, batch, questions, options.repeat)]
@@ -158,13 +169,21 @@ def random_batch(config: ModelConfig, *, images: int, questions: int) -> Batch:
 
 def timed(call: Callable[[], Any], repeat: int) -> Times:
     """Calls once more than `repeat`; `call` is to return what it waits for."""
-    jax.block_until_ready(call())
-    runs = []
-    for _ in range(repeat):
-        begin = time.perf_counter()
+    (times,) = timed_in_turns([call], repeat)
+    return times
+
+
+def timed_in_turns(calls: Sequence[Callable[[], Any]], repeat: int) -> list[Times]:
+    """The same for several, one after the other in every round."""
+    for call in calls:
         jax.block_until_ready(call())
-        runs.append(time.perf_counter() - begin)
-    return Times(tuple(runs))
+    runs: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeat):
+        for call, own in zip(calls, runs, strict=True):
+            begin = time.perf_counter()
+            jax.block_until_ready(call())
+            own.append(time.perf_counter() - begin)
+    return [Times(tuple(own)) for own in runs]
 
 
 def _heading(size: str, recipe: str, blueprint: Blueprint) -> str:
@@ -180,7 +199,7 @@ def _heading(size: str, recipe: str, blueprint: Blueprint) -> str:
     )
 
 
-def _row(blueprint: Blueprint, batch: Batch, repeat: int) -> Sequence[str]:
+def _row(blueprint: Blueprint, batch: Batch, repeat: int, peer: Any) -> Sequence[str]:
     config = blueprint.config
     mesh = make_mesh(MeshConfig())
     batch = jax.device_put(batch, batch_sharding(mesh))
@@ -196,7 +215,13 @@ def _row(blueprint: Blueprint, batch: Batch, repeat: int) -> Sequence[str]:
         state, metrics = step(state, batch)
         return metrics
 
-    times = timed(call, repeat)
+    calls: list[Callable[[], Any]] = [call]
+    if peer is not None:
+        codes = config.codebook.scales * config.codebook.tokens_per_scale
+        said = ANSWER + codes
+        whole = PROMPT + config.image_tokens + QUESTION + said
+        calls.append(bench_peer.train(peer, rows=images * targets, length=whole, supervised=said))
+    times, *beside = timed_in_turns(calls, repeat)
     plan = step.memory_analysis()
     planned = plan.argument_size_in_bytes + plan.temp_size_in_bytes + plan.output_size_in_bytes
     planned -= plan.alias_size_in_bytes
@@ -215,6 +240,11 @@ def _row(blueprint: Blueprint, batch: Batch, repeat: int) -> Sequence[str]:
         f"{compiling:.1f}",
         f"{planned / 2**30:.2f}",
         f"{memory_bytes() / 2**30:.2f}",
+        *(
+            cell
+            for peers in beside
+            for cell in (f"{peers.median:.3f}", peers.spread, f"{peers.median / seconds:.1f}")
+        ),
     )
 
 

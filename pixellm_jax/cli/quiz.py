@@ -19,6 +19,7 @@ from data_pipeline.sources.shapes import Drawn, Shapes
 from data_pipeline.sources.shapes_questions import Question
 from pixellm_jax.answer import MARKER
 from pixellm_jax.answer_record import Answer
+from pixellm_jax.errors import InputError
 from pixellm_jax.matching import NOBODY, match
 from pixellm_jax.metrics import Scores, Sums, measure, merge, scores, tally
 from pixellm_jax.predictor import Predictor
@@ -115,10 +116,15 @@ def choose(shapes: Shapes, count: int, *, seed: int, fewest: int) -> list[Scene]
 
     Of `CANDIDATES` times as many scenes, those with at least `fewest` things are kept; each next
     one is that whose questions are of the kinds that were asked least so far.
+
+    Raises:
+        InputError: there are fewer.
     """
     order = Draws(seed=seed, epoch=0, index=0).permutation(len(shapes))
     drawn = {number: shapes.draw(number) for number in order[: CANDIDATES * count]}
     drawn = {i: scene for i, scene in drawn.items() if len(scene.scene.things) >= fewest}
+    if len(drawn) < count:
+        raise InputError(f"{count} scenes are more than the {len(drawn)} there are; ask for fewer")
     asked = Counter[str]()
     chosen = list[Scene]()
 
@@ -126,7 +132,7 @@ def choose(shapes: Shapes, count: int, *, seed: int, fewest: int) -> list[Scene]
         kinds = Counter(question.kind for question in drawn[number].questions)
         return sum(1 / (1 + asked[kind] + i) for kind in kinds for i in range(kinds[kind]))
 
-    for _ in range(min(count, len(drawn))):
+    for _ in range(count):
         best = max(drawn, key=gain)
         asked.update(question.kind for question in drawn[best].questions)
         chosen.append(_scene(best, drawn.pop(best)))

@@ -53,7 +53,10 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the recipe")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="RUN", help="folder of the run, new or to go on"
+        "--out",
+        type=Path,
+        metavar="RUN",
+        help="folder of the run, new or to go on (runs/NAME of the recipe)",
     )
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="what `pixellm prepare` made (shapes need none)"
@@ -80,6 +83,7 @@ def run(options: argparse.Namespace) -> None:
     """Trains, then writes the model to RUN/model."""
     options.when_interrupted = "the same command goes on from the last checkpoint"
     recipe, values = read_recipe(options.config, options.changes)
+    options.out = options.out or Path("runs") / options.config.stem
     if options.init is not None:  # its model, as this recipe computes with it
         _refuse_model_changes(options.changes)
         found, own = read_config(options.init), recipe.model
@@ -134,6 +138,8 @@ def _export(
         return
     if note.exists():  # else it is not ours to remove
         shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():
+        write_whole(note, "{}\n")  # killed from here on: what is there is ours, and not whole
     write_model(
         options.out,
         step,

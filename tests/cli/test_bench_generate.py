@@ -179,6 +179,23 @@ def test_the_peer_needs_torch(capsys, monkeypatch):
     assert error == "pixellm bench: --peer needs PyTorch: pip install 'pixellm_jax[bench]'\n"
 
 
+@pytest.mark.slow
+def test_a_checkpoint_in_every_precision(capsys):
+    """Words of the shipped model's shapes: the bytes of a pass fall with the bits of a weight."""
+    command = f"bench generate --checkpoint {checkpoint.SHAPES_MODEL} --batch 1 --masks 2"
+    kinds = ["float32", "bfloat16", "int8", "int4"]
+    assert main([*command.split(), "--repeat", "1", "--precision", *kinds]) == 0
+    heading, own = capsys.readouterr().out.split("\n\n")
+    assert "2.6 M parameters" in heading
+    rows = [row for row in rows_of(own) if row["codes read"] == "one by one"]
+    assert [row["precision"] for row in rows] == kinds
+    moved = [float(row["MB a pass"]) for row in rows]
+    assert moved == sorted(moved, reverse=True) and moved[0] > 1.9 * moved[1]
+    command = f"bench generate --checkpoint {checkpoint.SHAPES_MODEL} --masks 50"
+    assert main(command.split()) == 2
+    assert "is longer than the 512 positions of the model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("wrong", ["--batch 1 0", "--masks 2", "--repeat 0"])
 def test_too_small_numbers_are_refused(wrong, capsys):
     assert main(f"bench generate --size tiny {wrong}".split()) == 2

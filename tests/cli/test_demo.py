@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import time
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
+from data_pipeline.shapes_tokenizer import FOLDER
 from data_pipeline.sources.shapes import Shapes
 from data_pipeline.sources.shapes_questions import KINDS, Question
 from pixellm_jax import checkpoint
@@ -291,6 +293,39 @@ def refuse(tmp_path, capfd):
         return err
 
     return refuse
+
+
+@pytest.mark.parametrize("scenes", [900, 1000])
+def test_more_scenes_than_there_are_is_refused(scenes, tmp_path, refuse):
+    shapes = Shapes(split="test")
+    fit = sum(len(shapes.draw(i).scene.things) >= demo.FEWEST_THINGS for i in range(len(shapes)))
+    assert f"{scenes} scenes are more than the {fit} there are" in refuse(
+        "--out", tmp_path / "out", "--scenes", scenes
+    )
+
+
+def test_the_shipped_model_speaks_the_words_of_shapes():
+    """It is small enough to ship, and has the tokenizer that questions are made for."""
+    files = [path for path in checkpoint.SHAPES_MODEL.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 10 << 20
+    own, wanted = (
+        json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+        for folder in (checkpoint.SHAPES_MODEL / "tokenizer", FOLDER)
+    )
+    assert own == wanted
+
+
+@pytest.mark.slow
+def test_the_first_command_of_the_readme(tmp_path, capfd):
+    """The model answers as well as its recipe says, well inside a minute."""
+    begin = time.perf_counter()
+    assert main(["demo", "--out", str(tmp_path / "out"), "--scenes", "24"]) == 0
+    assert time.perf_counter() - begin < 60
+    record = json.loads((tmp_path / "out" / demo.RECORD).read_text())
+    assert record["giou"] >= 0.85 and record["ciou"] >= 0.85
+    assert record["right_number"] >= 0.9 * record["questions"]
+    assert record["absent_right"] >= 0.75 * record["absent"] > 4
+    capfd.readouterr()
 
 
 def test_absent_model_is_named(tmp_path, monkeypatch, refuse):
