@@ -107,8 +107,7 @@ def write_programs(
 ) -> list[str]:
     """Writes a model as the folder `out`; returns the names of the programs.
 
-    progress: is called with the bytes just written and the bytes of all weights. consume: see
-    `serve`.
+    progress: called with the bytes just written and those of all weights. consume: as of `serve`.
 
     Raises:
         InputError: the buckets do not suit the model, JAX does not run on the CPU, or `out` is
@@ -232,11 +231,9 @@ def _decode(
     model: PixelLM, inputs: Arrays, *, like: generate.Rows, stop: int, group: tuple[int, ...]
 ) -> Arrays:
     """`steps`: most passes in, passes made out. Rows that have ended stay as they are."""
-    leaves = [inputs[name] for name in name_leaves(like)]
+    leaves, language = [inputs[name] for name in name_leaves(like)], model.language_model
     rows = jax.tree.unflatten(jax.tree.structure(like), leaves)
-    rows, passes = generate.decode(
-        model.language_model, rows, inputs["steps"], stop=stop, group=group
-    )
+    rows, passes = generate.decode(language, rows, inputs["steps"], stop=stop, group=group)
     return {"steps": passes, **name_leaves(rows)}
 
 

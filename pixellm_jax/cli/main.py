@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import logging
 import signal
 import sys
 import threading
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Ask about a picture; get text and one mask per target.",
     )
     parser.add_argument("--version", action="version", version=f"pixellm {__version__}")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="say what is compiled, and how long it takes"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (
         demo,
@@ -59,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.changes = changes
     if options.changes and not getattr(options, "takes_changes", False):
         parser.error(f"unrecognized arguments: {' '.join(options.changes)}")
+    if options.verbose:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("pixellm_jax").setLevel(logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may leave a terminal's set
     try:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -30,6 +31,8 @@ from pixellm_jax.overlay import draw_overlay
 from pixellm_jax.predictor import Predictor
 from pixellm_jax.question_checks import check_question
 from pixellm_jax.serving import WEIGHTS
+from pixellm_jax.sharding import make_mesh
+from pixellm_jax.train_config import MeshConfig
 
 RESULTS = ("answer.json", "mask_*.png", "overlay.png")
 """What an answer's folder holds; a folder that holds anything else is never replaced."""
@@ -75,6 +78,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--weights", choices=list(WEIGHTS), help="fewer bits for the language model's weights"
     )
+    parser.add_argument(
+        "--tensor", type=int, default=1, metavar="N", help="devices that share the weights (1)"
+    )
     return parser
 
 
@@ -84,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("name --image and --question, or --questions")
     if options.questions is not None and (options.image or options.question is not None):
         raise InputError("--questions names pictures and questions; leave --image and --question")
-    for name in ("batch", "max_new_tokens"):
+    for name in ("batch", "max_new_tokens", "tensor"):
         if (value := getattr(options, name)) < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     if not 0 <= options.min_score <= 1:
@@ -189,9 +195,15 @@ def _save(picture: Image.Image, path: Path) -> None:
 
 
 def _load(options: argparse.Namespace) -> Predictor:
+    devices, mesh = jax.devices()[: options.tensor], None
+    if len(devices) < options.tensor:
+        raise InputError(f"--tensor {options.tensor}: {len(devices)} devices are here")
+    if options.tensor > 1:
+        mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=options.tensor), devices)
     return Predictor.load(
         options.checkpoint,
         dtype=options.dtype,
+        mesh=mesh,
         max_new_tokens=options.max_new_tokens,
         rows=options.batch,
         min_score=options.min_score,

@@ -105,6 +105,7 @@ def test_a_folder_is_asked_picture_by_picture(tiny, photos, tmp_path, capfd, loa
         {
             "path": tiny.jax,
             "dtype": "float32",
+            "mesh": None,
             "max_new_tokens": 512,
             "rows": 16,
             "min_score": 0.3,
@@ -197,12 +198,24 @@ def test_answers_of_other_settings_are_left_alone(tiny, questions, tmp_path, cap
         ("--batch", "0", "--batch 0: expected at least 1"),
         ("--max-new-tokens", "-1", "--max-new-tokens -1: expected at least 1"),
         ("--min-score", "70", "--min-score 70.0: expected a probability"),
+        ("--tensor", "0", "--tensor 0: expected at least 1"),
     ],
 )
 def test_bad_options_leave_nothing_behind(tiny, questions, tmp_path, capfd, option, value, named):
     command = options(tiny, tmp_path / "out", "--questions", questions, option, value)
     assert named in refusal(capfd, *command)
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_shared_by_several_devices(tiny, photos, tmp_path, capfd):
+    texts = []
+    for count in ("1", "2"):
+        command = options(tiny, tmp_path / count, "--image", photos / "a.jpg", "--question", "Hm?")
+        assert main([*command, "--tensor", count, "--max-new-tokens", "8"]) == 0
+        texts.append(json.loads((tmp_path / count / "answer.json").read_text())["text"])
+    assert texts[0] == texts[1]
+    command = options(tiny, tmp_path / "9", "--image", photos / "a.jpg", "--question", "Hm?")
+    assert "--tensor 9: 8 devices are here" in refusal(capfd, *command, "--tensor", "9")
 
 
 def test_damaged_answers_are_tried_again(
