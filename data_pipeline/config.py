@@ -45,8 +45,9 @@ class DataConfig:
 
     `batch`: images per step, over all hosts. `length`, `targets`: budgets per image, in positions
     and masks; conversations that do not fit are left out whole, and counted. `masks`: side of the
-    target masks in pixels; 0 is the canvas. `workers`: processes that prepare samples (0: threads).
-    `compose`: how conversations are drawn from an example.
+    target masks in pixels; 0 is the canvas. At a half or a quarter of it targets are sampled half a
+    pixel off (`mask_to_canvas`), at a third or all of it they are not. `workers`: processes that
+    prepare samples (0: threads). `compose`: how conversations are drawn from an example.
 
     Raises:
         InputError: a budget or weight that makes no sense.

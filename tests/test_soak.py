@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from data_pipeline.sources.shapes import Shapes
@@ -23,14 +25,20 @@ BUDGET, ROWS = 128, 8
 
 RUBBISH = ["the", "red", "circles", "ASSISTANT:", "犬", "[SEG0]", "[SEG]", "</s>", "?", "and", "x"]
 
-# What Python, XLA and the allocator may hold back; a leak of one prefix per picture would be more.
-GROWTH = 150 << 20
+# What Python, XLA and the allocator may hold back. Arrays that leak are counted one by one, too.
+GROWTH, LEFT = 150 << 20, 1 << 20
 
 
 def resident() -> int:
     """Bytes of memory that this process has."""
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def held() -> int:
+    """Bytes of all arrays on the device."""
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
 
 
 def questioner(scenes: list, draw: np.random.Generator) -> Callable[[int], str]:
@@ -80,6 +88,7 @@ def test_two_thousand_questions(capsys):
     pairs = [(int(picture), ask(int(picture))) for picture in order]
     assert max(len(words) for _, words in pairs) > LONGEST * 0.9
 
+    before = held()
     predictor = Predictor.load(SHAPES_MODEL, max_new_tokens=BUDGET, rows=ROWS)
     begin, found, memory = time.perf_counter(), {}, list[int]()
     for number, answer in predictor.each((pictures[p], words) for p, words in pairs):
@@ -104,7 +113,8 @@ def test_two_thousand_questions(capsys):
             f"\n{COUNT} questions in {seconds:.0f} s, {len(refused)} refused; "
             f"ended by {dict(Counter(reason for _, reason, _ in answers))}; "
             f"answers by targets {dict(sorted(targets.items()))}; "
-            f"MiB after every 250: {[size >> 20 for size in memory]}; compiled {dict(compiled)}"
+            f"MiB after every 250: {[size >> 20 for size in memory]}; compiled {dict(compiled)}, "
+            f"{compiled.total()} in all"
         )
     for number in refused:
         words = pairs[number][1]
@@ -113,6 +123,9 @@ def test_two_thousand_questions(capsys):
     assert {reason for _, reason, _ in answers} == {"stop", "length"}
     assert set(targets) >= {0, 1, 2, 3, 4, 5, 6}
     assert memory[-1] - memory[len(memory) // 2] < GROWTH
+    predictor.engine.clear()
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(predictor.model)))
+    assert held() - before - weights < LEFT  # of 200 pictures and 2,000 questions nothing is kept
     rows, lengths, capacities = 2, 7, 16
     assert compiled["prefill"] <= rows * lengths
     assert compiled["decode"] <= rows * capacities
