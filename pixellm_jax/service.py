@@ -101,9 +101,12 @@ class Service:
     def _start(self) -> None:
         with self._lock:
             if self._thread is None and not self._inbox.empty():
-                thread = threading.Thread(target=self._run, name="pixellm engine")
-                thread.start()  # it waits for the lock; where there is none, the next one tries
-                self._thread = thread
+                self._thread = threading.Thread(target=self._run, name="pixellm engine")
+                try:
+                    self._thread.start()
+                except RuntimeError:  # no thread can be had; the next question tries again
+                    self._thread = None
+                    raise
 
     def _run(self) -> None:
         while True:

@@ -111,8 +111,6 @@ def run(options: argparse.Namespace) -> None:
     """
     if min(options.batch) < 1 or options.repeat < 1 or options.masks < FEWEST:
         raise InputError(f"--batch and --repeat must be at least 1, --masks at least {FEWEST}")
-    if options.peer and jax.default_backend() not in bench_peer.DEVICES:
-        raise InputError(f"--peer runs on CPU and GPU, JAX on {jax.default_backend()}; leave it")
     table, beside = [HEAD], [PEER_HEAD]
     for precision, config in _configs(options):
         peer = bench_peer.make_peer(config) if options.peer and precision in DTYPES else None

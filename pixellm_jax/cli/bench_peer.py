@@ -59,7 +59,9 @@ def make_peer(config: ModelConfig) -> Any:
         import transformers
     except ImportError:
         raise InputError("--peer needs PyTorch: pip install 'pixellm_jax[bench]'") from None
-    device = DEVICES[jax.default_backend()]
+    if (backend := jax.default_backend()) not in DEVICES:
+        raise InputError(f"--peer runs on CPU and GPU, JAX on {backend}; leave it")
+    device = DEVICES[backend]
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--peer needs a PyTorch that sees the GPU; install one with CUDA")
     vision, language, side = config.vision, config.language, config.image_grid

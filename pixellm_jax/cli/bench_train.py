@@ -114,6 +114,8 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"--batch {options.batch}: no multiple of the {devices} devices here")
     if options.peer and recipe != "all":
         raise InputError("--peer trains all but CLIP: compare it with --recipe all")
+    if options.peer and devices > 1 and jax.default_backend() != "cpu":
+        raise InputError(f"--peer runs on one device, this on {devices}; let one be seen")
     peer = bench_peer.make_peer(config) if options.peer else None
     blueprint = make_blueprint(config, RECIPES[recipe])
     print(_heading(size, recipe, blueprint), flush=True)
@@ -239,7 +241,7 @@ def _row(blueprint: Blueprint, batch: Batch, repeat: int, peer: Any) -> Sequence
         f"{work / seconds / peak:.0%}",
         f"{compiling:.1f}",
         f"{planned / 2**30:.2f}",
-        f"{memory_bytes() / 2**30:.2f}",
+        "" if beside else f"{memory_bytes() / 2**30:.2f}",  # of the peer, too
         *(
             cell
             for peers in beside

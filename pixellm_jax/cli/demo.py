@@ -120,6 +120,8 @@ def _show(options: argparse.Namespace, folder: Path) -> None:
 
 def _train(options: argparse.Namespace, folder: Path) -> None:
     """What a model answers that is trained now, and how it learned."""
+    shapes = Shapes(split="test", level=demo_train.LEVEL, questions=demo_train.QUESTIONS)
+    scenes = choose(shapes, max(options.scenes, HELD_OUT), seed=options.seed, fewest=2)
     trained = demo_train.train(folder / MODEL, seed=options.seed)
     steps, gious = trained.steps, trained.gious
     print(f"{steps} steps in {trained.seconds:.0f} s, from nothing; gIoU on held-out scenes:")
@@ -127,8 +129,6 @@ def _train(options: argparse.Namespace, folder: Path) -> None:
     print(f"  {trained.constant:.3f}  the best constant mask")
     print(f"  {gious[-1][1]:.3f}  the trained model, its words given")
     predictor = Predictor.load(folder / MODEL, max_new_tokens=LONGEST_ANSWER)
-    shapes = Shapes(split="test", level=demo_train.LEVEL, questions=demo_train.QUESTIONS)
-    scenes = choose(shapes, max(options.scenes, HELD_OUT), seed=options.seed, fewest=2)
     replies = answer_all(predictor, scenes)
     summary = summarise(reply for own in replies for reply in own)
     print(f"  {summary.scores.giou:.3f}  the trained model, in its own words\n")

@@ -121,8 +121,13 @@ def choose(shapes: Shapes, count: int, *, seed: int, fewest: int) -> list[Scene]
         InputError: there are fewer.
     """
     order = Draws(seed=seed, epoch=0, index=0).permutation(len(shapes))
-    drawn = {number: shapes.draw(number) for number in order[: CANDIDATES * count]}
-    drawn = {i: scene for i, scene in drawn.items() if len(scene.scene.things) >= fewest}
+    drawn = dict[int, Drawn]()
+    for tried, number in enumerate(order):
+        if tried >= CANDIDATES * count and len(drawn) >= count:
+            break
+        scene = shapes.draw(number)
+        if len(scene.scene.things) >= fewest:
+            drawn[number] = scene
     if len(drawn) < count:
         raise InputError(f"{count} scenes are more than the {len(drawn)} there are; ask for fewer")
     asked = Counter[str]()

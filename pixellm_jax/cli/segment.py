@@ -136,8 +136,8 @@ def _answer_many(options: argparse.Namespace, asked: list[Asked]) -> None:
     try:
         overlays.mkdir(parents=True, exist_ok=True)
         path, answers = options.out / "settings.json", options.out / "answers.jsonl"
-        begun = answers.is_file() and answers.stat().st_size > 0
-        if not (begun and check_settings(path, settings, made="answers")):
+        none = answers.is_file() and answers.stat().st_size == 0  # so these may be other ones
+        if none or not check_settings(path, settings, made="answers"):
             write_whole(path, json.dumps(settings, indent=2) + "\n")
     except OSError as error:
         raise InputError(
