@@ -3,7 +3,8 @@
 Two levels:
 
 simple  two to four shapes apart from each other; one to three of them asked for by name
-full    two to six shapes that may hide parts of each other; all kinds of questions
+full    two to six shapes that may hide parts of each other; all kinds of questions, for training
+        more of those that are rare and hard
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from PIL import Image
 from data_pipeline.draws import Draws
 from data_pipeline.example import Example, Target, Turn
 from data_pipeline.masks import encode
-from data_pipeline.sources.shapes_questions import KINDS, MOST_TARGETS, Question, ask
+from data_pipeline.sources.shapes_questions import (
+    KINDS,
+    MOST_TARGETS,
+    TRAINED_KINDS,
+    Question,
+    ask,
+)
 from data_pipeline.sources.shapes_scene import Scene, SceneSettings, draw_scene, paint
 from pixellm_jax.errors import InputError
 
@@ -31,7 +38,6 @@ DATASETS = {"shapes": "full", "shapes_simple": "simple"}
 """Level of each dataset's name."""
 
 _SCENES = {"simple": SceneSettings(most=4, overlap=False), "full": SceneSettings()}
-_KINDS = {"simple": {"names": 1}, "full": KINDS}
 _MOST = {"simple": 3, "full": MOST_TARGETS}
 _SMALLEST = 64
 
@@ -99,8 +105,13 @@ class Shapes(Sequence[Example]):
         scene = draw_scene(draws, _SCENES[self.level], self.side)
         key, counter = np.array([seed, level], np.uint64), np.array([0, 0, 1, number], np.uint64)
         image = paint(scene, draws, np.random.Philox(key=key, counter=counter))
+        kinds = TRAINED_KINDS if self.split == "train" else KINDS
         questions = ask(
-            scene, draws, self.questions, kinds=_KINDS[self.level], most=_MOST[self.level]
+            scene,
+            draws,
+            self.questions,
+            kinds={"names": 1} if self.level == "simple" else kinds,
+            most=_MOST[self.level],
         )
         stream = io.BytesIO()
         Image.fromarray(image).save(stream, "PNG", compress_level=1)

@@ -43,7 +43,8 @@ KINDS = {
     "superlative": 12,
     "all but": 9,
     "everything": 9,
-    "absent": 16,
+    "absent": 12,
+    "nowhere": 4,
 }
 """What is asked, and how often it is tried; what a scene does not allow is drawn again.
 
@@ -56,7 +57,13 @@ relation     the same on one side of a thing
 superlative  the largest, smallest, or the last towards a side, of all or of a colour or shape
 all but      the rest
 everything   all of them
-absent       one of the others about what is not there: no targets
+absent       names, an attribute, a count or a superlative of what is not in the picture: no targets
+nowhere      a ninth, a half or a side where nothing like it is: no targets
+"""
+
+TRAINED_KINDS = {**KINDS, "absent": 13, "nowhere": 12}
+"""The same for training: what is rare and hard is seen more often. With the shares of `KINDS` a
+model learned that a relation always has a target.
 """
 
 MOST_TARGETS, MOST_NAMES = 6, 4
@@ -141,11 +148,11 @@ def ask(
 
 
 def _question(kind: str, scene: Scene, draws: Decisions, most: int) -> Question | None:
-    """A question of a kind with 1 to `most` targets, none if it is "absent"."""
-    present = kind != "absent"
+    """A question of a kind with 1 to `most` targets, none if that is what the kind says."""
+    present, forms = kind in _PRESENT, _WITHOUT_TARGETS.get(kind, {})
     for _ in range(TRIES):
-        form = kind if present else _pick(list(_ABSENT), draws)
-        asked = (_PRESENT if present else _ABSENT)[form](scene, draws)
+        form = kind if present else _pick(list(forms), draws)
+        asked = (_PRESENT if present else forms)[form](scene, draws)
         if asked is not None and present <= len(asked.targets) <= present * most:
             question, answer = _pick(PHRASINGS[form], draws)
             return _write(kind, question, answer if present else NOTHING, asked, scene)
@@ -286,14 +293,14 @@ _PRESENT: dict[str, Callable[[Scene, Decisions], _Asked | None]] = {
     "all but": _all_but,
     "everything": _everything,
 }
-_ABSENT: dict[str, Callable[[Scene, Decisions], _Asked | None]] = {
-    "names": _absent_name,
-    "attribute": _absent_group,
-    "count": _absent_group,
-    "place": _ninth,
-    "half": _half,
-    "relation": _relation,
-    "superlative": _absent_group,
+_WITHOUT_TARGETS: dict[str, dict[str, Callable[[Scene, Decisions], _Asked | None]]] = {
+    "absent": {
+        "names": _absent_name,
+        "attribute": _absent_group,
+        "count": _absent_group,
+        "superlative": _absent_group,
+    },
+    "nowhere": {"place": _ninth, "half": _half, "relation": _relation},
 }
 
 

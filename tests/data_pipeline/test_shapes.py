@@ -24,7 +24,7 @@ from data_pipeline.masks import decode_many
 from data_pipeline.shapes_tokenizer import FOLDER, write
 from data_pipeline.sources.shapes import SPLITS, Shapes
 from data_pipeline.sources.shapes_phrases import NOTHING, NUMBERS
-from data_pipeline.sources.shapes_questions import KINDS
+from data_pipeline.sources.shapes_questions import KINDS, TRAINED_KINDS
 from data_pipeline.sources.shapes_scene import COLOURS, GRID, HIDDEN, JITTER, NOISE, SHAPES
 from pixellm_jax.answer import read_answer
 from pixellm_jax.batch import check
@@ -38,6 +38,10 @@ SCENES = 300
 NAMED = re.compile(r"(?:the|The) (\w+ \w+) \{seg\}")
 PLACED = re.compile(r"\{seg\} ((?:at|in) the [a-z ]+?)(?=,| and |\.)")
 LABELS = ("user", "assistant")
+EMPTY = dict.fromkeys(("names", "attribute", "count", "superlative"), ("absent",))
+EMPTY |= dict.fromkeys(("place", "half", "relation"), ("nowhere",))
+EMPTY |= dict.fromkeys(("all but", "everything"), ())
+"""Kinds of a question without targets, by what it looks like."""
 
 # Areas in radii squared, from the formulas of the shapes; a raster is off by a part of its outline.
 AREAS = {
@@ -54,8 +58,8 @@ def vocabulary():
 
 
 @cache
-def draw_many(level):
-    return [Shapes(level=level).draw(i) for i in range(SCENES)]
+def draw_many(level, split="train", scenes=SCENES):
+    return [Shapes(level=level, split=split).draw(i) for i in range(scenes)]
 
 
 @pytest.fixture(params=["full", "simple"])
@@ -165,7 +169,7 @@ def test_questions_are_true(drawn):
         for q in questions:
             form, targets, doubt = truth(q.question, scene.things, shapes.side)
             assert (set(q.targets), doubt) == (targets, ""), q
-            assert form == q.kind or (q.kind == "absent" and not targets), q
+            assert form == q.kind or (q.kind in EMPTY[form] and not targets), q
 
 
 def test_answers_name_their_targets_in_order(drawn):
@@ -179,7 +183,7 @@ def test_answers_name_their_targets_in_order(drawn):
             assert order == sorted(order)
             assert NAMED.findall(q.answer) == [thing.name for thing in things]
             assert q.answer.count(SEG) == len(things)
-            assert (q.answer == NOTHING) == (q.kind == "absent") == (not things)
+            assert (q.answer == NOTHING) == (q.kind in ("absent", "nowhere")) == (not things)
             said = [word for word in re.findall(r"\w+", q.answer.lower()) if word in NUMBERS]
             assert said in ([], [NUMBERS[len(things)]])
             if q.kind == "count":
@@ -228,13 +232,14 @@ def test_the_oracle_notices_a_wrong_answer():
     assert {kind for kind, count in contradicted.items() if count} == set(KINDS) - {"everything"}
 
 
-def test_shares_of_kinds_and_numbers_of_targets():
-    shapes = Shapes()
-    questions = [q for _, asked, _ in draw_many("full") for q in asked]
-    kinds = Counter(q.kind for q in questions)
-    for kind, weight in KINDS.items():  # many scenes allow no "relation": something is too close
-        share = weight / sum(KINDS.values())
-        assert 0.6 * share < kinds[kind] / len(questions) < 1.3 * share, kind
+@pytest.mark.parametrize(("split", "kinds"), [("train", TRAINED_KINDS), ("test", KINDS)])
+def test_shares_of_kinds_and_numbers_of_targets(split, kinds):
+    shapes = Shapes(split=split)
+    questions = [q for _, asked, _ in draw_many("full", split, 1000) for q in asked]
+    drawn = Counter(q.kind for q in questions)
+    for kind, weight in kinds.items():  # many scenes allow no "relation": something is too close
+        share = weight / sum(kinds.values())
+        assert 0.6 * share < drawn[kind] / len(questions) < 1.3 * share, kind
     counts = Counter(len(q.targets) for q in questions)
     assert set(counts) == set(range(7)) and min(counts.values()) > len(questions) / 100
     assert shapes.kinds(3) == tuple(q.kind for q in shapes.draw(3).questions)
