@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import pprint
+import re
 
 import jax
 import pytest
 
 from pixellm_jax import ahead
 from pixellm_jax.cli.bench_sizes import TINY
+from pixellm_jax.cli.main import main
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.hlo import Array, collectives, traffic
@@ -83,6 +86,28 @@ def test_a_step_compiles_for_four_chips_and_gathers_no_vocabulary():
     assert ahead.vocabulary_gathers(compiled.text, CONFIG.language.vocabulary) == []
     # Two layers of the language model in each of two micro-batches.
     assert {each.times for each in collectives(compiled.text)} >= {2, 4}
+
+
+@pytest.mark.tpu
+def test_the_command_says_what_fits_and_what_is_gathered(tmp_path, capfd):
+    values = {
+        "model": dataclasses.asdict(CONFIG),
+        "data": {"batch": 8, "length": 64, "targets": 4, "masks": 28},
+        "train": {"accumulation": 2, "mesh": {"fsdp": 2, "tensor": 2}},
+    }
+    recipe = tmp_path / "small.py"
+    recipe.write_text(
+        "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
+        f"    return ConfigDict({pprint.pformat(values)})\n"
+    )
+    command = ["compile", "--config", str(recipe), "--topology", "v5e:2x2"]
+    assert main(command) == 0
+    said = capfd.readouterr().out
+    assert "4 x TPU v5 lite, mesh data 1 x fsdp 2 x tensor 2" in said
+    assert re.search(r"at most 0\.\d\d GiB of 16 GiB", said)
+    assert "gathered nowhere: a stack of layers, the vocabulary" in said
+    assert main([*command, "--config.data.batch=6"]) == 2
+    assert "data.batch=6 is no multiple of 4" in capfd.readouterr().err
 
 
 @pytest.mark.tpu

@@ -78,7 +78,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--train",
         action="store_true",
-        help="train a smaller model on simpler scenes first, from nothing: about 5 minutes",
+        help="train a smaller model on simpler scenes first, from nothing: about 3 minutes",
     )
     return parser
 

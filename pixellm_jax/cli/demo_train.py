@@ -73,16 +73,15 @@ DATA = DataConfig(
     batch=8,
     length=176,
     targets=6,
-    masks=48,
+    masks=96,
 )
 HELD_OUT = dataclasses.replace(
     DATA,
     families=(FamilyConfig(weight=1.0, datasets=(f"shapes_{LEVEL}/val",)),),
     batch=32,
-    masks=96,
     seed=1,
 )
-"""The scenes of the curve; their masks have all pixels."""
+"""The scenes of the curve."""
 
 SEEN_SCENES = 400
 """Training scenes that the constant mask is chosen on."""
