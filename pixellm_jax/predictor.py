@@ -103,7 +103,7 @@ class Predictor:
         *,
         temperature: float = 0.0,
         top_p: float = 1.0,
-        seed: int = 0,
+        seed: int | np.integer = 0,
     ) -> Answer:
         """Answers `question` about `image`.
 
@@ -114,7 +114,7 @@ class Predictor:
             InputError: an image that cannot be read or is too elongated, a question that is empty
                 or too long for the model, or weights that are not finite.
         """
-        draw = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        draw: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
         answer = _wait(self.submit(image, question, **draw))
         if answer.reason == "damaged":
             self._check_weights()

@@ -182,7 +182,7 @@ def test_the_peer_needs_torch(capsys, monkeypatch):
 @pytest.mark.slow
 def test_a_checkpoint_in_every_precision(capsys):
     """Words of the shipped model's shapes: the bytes of a pass fall with the bits of a weight."""
-    command = f"bench generate --checkpoint {checkpoint.SHAPES_MODEL} --batch 1 --masks 2"
+    command = f"bench generate --checkpoint {checkpoint.SHAPES_MODEL} --batch 1 --masks 3"
     kinds = ["float32", "bfloat16", "int8", "int4"]
     assert main([*command.split(), "--repeat", "1", "--precision", *kinds]) == 0
     heading, own = capsys.readouterr().out.split("\n\n")
