@@ -85,6 +85,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def batch_ways(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are shared out."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
 def batch_share(mesh: Mesh) -> tuple[int, int]:
     """Which share of every batch this process reads, and of how many.
 
@@ -93,7 +98,7 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     Raises:
         InputError: the rows of two processes overlap, but are not the same.
     """
-    ways = math.prod(mesh.shape[axis] for axis in BATCH)
+    ways = batch_ways(mesh)
     rows: dict[int, set[int]] = {}
     places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((ways,))
     for device, (row, *_) in places.items():

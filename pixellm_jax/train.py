@@ -22,7 +22,7 @@ from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.run_checkpoints import RunCheckpoints
 from pixellm_jax.run_log import RunLog, Stopwatch, memory_bytes
 from pixellm_jax.run_recipe import keep_recipe, refuse_other_recipe
-from pixellm_jax.sharding import BATCH, batch_sharding, batch_share
+from pixellm_jax.sharding import batch_sharding, batch_share, batch_ways
 from pixellm_jax.train_state import (
     Blueprint,
     TrainState,
@@ -195,7 +195,7 @@ class _Put:
 
     def __init__(self, mesh: Mesh, parts: int) -> None:
         self.sharding, (_, self.shares) = batch_sharding(mesh), batch_share(mesh)
-        self.ways = int(np.prod([mesh.shape[axis] for axis in BATCH])) * parts
+        self.ways = batch_ways(mesh) * parts
 
     def __call__(self, batch: Batch) -> Batch:
         rows = len(batch.tokens) * self.shares

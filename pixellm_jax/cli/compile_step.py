@@ -14,7 +14,7 @@ from pixellm_jax.cli.recipe import Recipe, read_recipe
 from pixellm_jax.cli.table import format_table
 from pixellm_jax.errors import InputError
 from pixellm_jax.hlo import collectives, traffic
-from pixellm_jax.sharding import make_mesh
+from pixellm_jax.sharding import batch_ways, make_mesh
 from pixellm_jax.train_state import Blueprint, make_blueprint
 
 GIB = 2**30
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")  # else JAX looks for the TPU that is not there
     recipe, _ = read_recipe(options.config, options.changes)
     mesh = make_mesh(recipe.train.mesh, ahead.describe(options.topology))
-    ways = mesh.shape["data"] * mesh.shape["fsdp"] * recipe.train.accumulation
+    ways = batch_ways(mesh) * recipe.train.accumulation
     if recipe.data.batch % ways:
         raise InputError(
             f"data.batch={recipe.data.batch} is no multiple of {ways} (mesh data x fsdp x "

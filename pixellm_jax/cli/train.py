@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +26,7 @@ from pixellm_jax.folders import write_whole
 from pixellm_jax.json_files import read_optional_json
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.run_export import MODEL, write_model
-from pixellm_jax.sharding import BATCH, batch_share, make_mesh
+from pixellm_jax.sharding import batch_share, batch_ways, make_mesh
 from pixellm_jax.train import fit
 from pixellm_jax.train_state import Blueprint, make_blueprint
 from pixellm_jax.vocabulary import Vocabulary
@@ -170,7 +169,7 @@ def _validation(
     data = recipe.validation
     if data is None or not recipe.train.evaluate_every:
         return None
-    ways = math.prod(mesh.shape[axis] for axis in BATCH)
+    ways = batch_ways(mesh)
     if data.batch % ways:
         raise InputError(
             f"validation.batch={data.batch} is no multiple of {ways} (mesh data x fsdp); change "
