@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from data_pipeline.example import SEG, Example, Rle
+from data_pipeline.example import SEG, Example
 from data_pipeline.masks import decode_many, encode
 from data_pipeline.sources.instruct import LlavaInstruct
 from data_pipeline.sources.jsonl import Jsonl
@@ -23,7 +23,7 @@ from data_pipeline.sources.shapes import Shapes
 from data_pipeline.templates import enumerate_words
 from data_pipeline.transforms import Composed, compose_evaluation
 from pixellm_jax.answer import MARKER
-from pixellm_jax.benchmark_question import BenchmarkQuestion
+from pixellm_jax.benchmark_question import BenchmarkQuestion, Rle
 from pixellm_jax.errors import InputError
 
 FEW = 3
@@ -166,8 +166,8 @@ def read_questions(benchmark: Benchmark, root: Path, split: str, entry: Any) -> 
                 messages=one.messages,
                 given=one.given,
                 expected=one.expected,
-                truth=tuple(dict(_known(example.masks[m], example.void)) for m in one.masks),
-                void=None if example.void is None else dict(example.void),
+                truth=tuple(_known(example.masks[m], example.void) for m in one.masks),
+                void=example.void,
                 groups=own,
                 descriptions=one.phrases,
                 united=benchmark.united,

@@ -7,7 +7,9 @@ Readers (`sources/`) make it from published files, builders (`builders.py`) stor
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
+
+from pixellm_jax.benchmark_question import Rle
 
 KINDS = ("names", "short", "long", "muse", "instruct", "ready")
 """How conversations come from an example:
@@ -25,13 +27,6 @@ ready     Questions and answers are used as they are; an answer holds one `{seg}
 
 SEG = "{seg}"
 """Stands for a target in the text of an answer."""
-
-
-class Rle(TypedDict):
-    """A mask in COCO's compressed run-length encoding; `size` is [height, width]."""
-
-    size: list[int]
-    counts: str
 
 
 class Target(NamedTuple):

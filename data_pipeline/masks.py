@@ -14,7 +14,7 @@ from jaxtyping import Bool, UInt8
 from pycocotools import mask as coco
 
 from data_pipeline.damage import Damaged
-from data_pipeline.example import Rle
+from pixellm_jax.benchmark_question import Rle
 from pixellm_jax.image import PIXEL_LIMIT
 from pixellm_jax.rle import read_counts
 

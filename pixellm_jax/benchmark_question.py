@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
-from pixellm_jax.rle import Rle
+
+class Rle(TypedDict):
+    """A mask in COCO's compressed run-length encoding; `size` is [height, width]."""
+
+    size: list[int]
+    counts: str
 
 
 class BenchmarkQuestion(NamedTuple):

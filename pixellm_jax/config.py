@@ -23,6 +23,9 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 POSITION_RESIZES = ("released", "correct")
 DTYPES = ("float32", "bfloat16")
 
+TRAINING = "train config"
+"""Where the errors of `LoraConfig` and `MeshConfig` are: fields of a training recipe."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
@@ -196,9 +199,51 @@ class ModelConfig:
         _require(self.dtype in DTYPES, f"dtype={self.dtype!r}: choose from {DTYPES}")
 
 
-def _require(condition: bool, message: str) -> None:
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank pairs beside frozen projections of the language model (reference.md 4.3).
+
+    `projections`: attributes of `language_model.LanguageBlock`. The product is scaled by
+    alpha / rank; `dropout` acts on its input in training.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.05
+    projections: tuple[str, ...] = ("query", "value")
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"lora.rank={self.rank} must be at least 1", TRAINING)
+        _require(0 <= self.dropout < 1, f"lora.dropout={self.dropout} must be in [0, 1)", TRAINING)
+        _require(
+            len(self.projections) > 0, "lora.projections is empty; leave lora out instead", TRAINING
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; one of them may be -1, which takes the rest.
+
+    data: copies of the weights, each with its share of the batch. fsdp: the batch is shared out and
+    so are the weights. tensor: heads, MLP and vocabulary are shared out.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        _require(
+            all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
+            f"mesh={sizes}: expected sizes of at least 1, at most one of them -1 (the rest)",
+            TRAINING,
+        )
+
+
+def _require(condition: bool, message: str, where: str = "model config") -> None:
     if not condition:
-        raise InputError(f"model config: {message}")
+        raise InputError(f"{where}: {message}")
 
 
 SIZES: dict[str, ModelConfig] = {

@@ -15,8 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 from pycocotools import mask as coco
 
-Rle = dict[str, Any]
-"""A mask in COCO's compressed run-length encoding."""
+from pixellm_jax.benchmark_question import Rle
 
 _LONGEST_COUNT = 7
 """Characters of a compressed count: 35 bits, more than any mask needs."""
@@ -57,7 +56,7 @@ def check(rle: object) -> Rle:
     runs = read_counts(counts.encode("ascii"))
     if (runs < 0).any() or runs.sum() != size[0] * size[1]:
         raise ValueError(f"a mask whose run lengths do not fill {size[0]} x {size[1]} pixels")
-    return rle
+    return Rle(size=size, counts=counts)
 
 
 def read_counts(text: bytes) -> Int64[np.ndarray, "n"]:

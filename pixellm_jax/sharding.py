@@ -1,6 +1,6 @@
 """Axis names -> places on a mesh of devices: one table of rules, for weights and activations.
 
-The mesh has the axes `data`, `fsdp` and `tensor` (see `train_config.MeshConfig`). Weights are
+The mesh has the axes `data`, `fsdp` and `tensor` (see `config.MeshConfig`). Weights are
 shared out over `fsdp` by their width and over `tensor` by heads, MLP and vocabulary; activations
 over `data` and `fsdp` by the batch and over `tensor` like the weights that make them.
 """
@@ -17,8 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from pixellm_jax.axes import logical_axes
+from pixellm_jax.config import MeshConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.train_config import MeshConfig
 
 MESH = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from pixellm_jax.config import LoraConfig, MeshConfig
 from pixellm_jax.errors import InputError
 
 METHODS = ("adamw", "muon")
@@ -29,25 +30,6 @@ REFERENCE_FROZEN = (
     "codebook.mask_fusion",
 )
 """What the released script leaves as it is (reference.md 4.4, bug T3): more than the paper says."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Low-rank pairs beside frozen projections of the language model (reference.md 4.3).
-
-    `projections`: attributes of `language_model.LanguageBlock`. The product is scaled by
-    alpha / rank; `dropout` acts on its input in training.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.05
-    projections: tuple[str, ...] = ("query", "value")
-
-    def __post_init__(self) -> None:
-        _require(self.rank >= 1, f"lora.rank={self.rank} must be at least 1")
-        _require(0 <= self.dropout < 1, f"lora.dropout={self.dropout} must be in [0, 1)")
-        _require(len(self.projections) > 0, "lora.projections is empty; leave lora out instead")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,26 +84,6 @@ class OptimizerConfig:
         _require(
             self.schedule in SCHEDULES,
             f"optimizer.schedule={self.schedule!r}: choose from {SCHEDULES}",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """Devices along each axis of the mesh; one of them may be -1, which takes the rest.
-
-    data: copies of the weights, each with its share of the batch. fsdp: the batch is shared out and
-    so are the weights. tensor: heads, MLP and vocabulary are shared out.
-    """
-
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
-
-    def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.tensor)
-        _require(
-            all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
-            f"mesh={sizes}: expected sizes of at least 1, at most one of them -1 (the rest)",
         )
 
 

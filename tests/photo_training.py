@@ -22,7 +22,7 @@ from data_pipeline.masks import decode_many
 from data_pipeline.sources import SOURCES
 from pixellm_jax import checkpoint
 from pixellm_jax.cli.demo_train import CODEBOOK, make_model_config
-from pixellm_jax.config import ModelConfig
+from pixellm_jax.config import MeshConfig, ModelConfig
 from pixellm_jax.engine import Engine, EngineConfig
 from pixellm_jax.evaluate import Evaluation, evaluate_given
 from pixellm_jax.evaluate_generated import answer_generated
@@ -34,7 +34,7 @@ from pixellm_jax.serving import serve
 from pixellm_jax.sharding import make_mesh
 from pixellm_jax.stopwatch import Stopwatch
 from pixellm_jax.train import Outcome, fit
-from pixellm_jax.train_config import MeshConfig, OptimizerConfig, TrainConfig
+from pixellm_jax.train_config import OptimizerConfig, TrainConfig
 from pixellm_jax.train_state import make_blueprint
 from pixellm_jax.vocabulary import Vocabulary
 from tests.small_training import EVERYTHING

@@ -15,10 +15,11 @@ from pixellm_jax.config import (
     CodebookConfig,
     DecoderConfig,
     LanguageConfig,
+    LoraConfig,
     ModelConfig,
     VisionConfig,
 )
-from pixellm_jax.train_config import LoraConfig, OptimizerConfig, TrainConfig
+from pixellm_jax.train_config import OptimizerConfig, TrainConfig
 from pixellm_jax.vocabulary import Vocabulary
 
 CODEBOOK = CodebookConfig(tokens_per_scale=1, scales=2)

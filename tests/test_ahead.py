@@ -12,11 +12,11 @@ import pytest
 from pixellm_jax import ahead
 from pixellm_jax.cli.bench_sizes import TINY
 from pixellm_jax.cli.main import main
-from pixellm_jax.config import ModelConfig
+from pixellm_jax.config import MeshConfig, ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.hlo import Array, collectives, traffic
 from pixellm_jax.sharding import make_mesh
-from pixellm_jax.train_config import MeshConfig, TrainConfig
+from pixellm_jax.train_config import TrainConfig
 from pixellm_jax.train_state import Blueprint, make_blueprint
 
 CONFIG = dataclasses.replace(

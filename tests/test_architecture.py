@@ -37,7 +37,7 @@ LAYERS = {
     "pixellm_jax.rle": 1.0,
     "pixellm_jax.stopwatch": 1.0,
     "pixellm_jax.question_record": 1.1,
-    "pixellm_jax.benchmark_question": 1.1,
+    "pixellm_jax.benchmark_question": 0.2,
     "pixellm_jax.geometry": 1.0,
     "pixellm_jax.image": 1.0,
     "pixellm_jax.overlay": 1.0,

@@ -14,12 +14,12 @@ import pytest
 from PIL import ExifTags, Image
 
 from pixellm_jax.answer_record import Answer, AnswerMaker
+from pixellm_jax.config import MeshConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.predictor import LEAST_ANSWER, Predictor
 from pixellm_jax.prompt import TEMPLATES, question_ids
 from pixellm_jax.question import Result, Targets
 from pixellm_jax.sharding import make_mesh
-from pixellm_jax.train_config import MeshConfig
 
 HEIGHT, WIDTH = 53, 89
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pixellm_jax.config import LoraConfig, MeshConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.model.language_model import LanguageModel
 from pixellm_jax.model.layers import Projection
@@ -17,7 +18,6 @@ from pixellm_jax.model.lora import add_lora
 from pixellm_jax.quantize import GROUP, QuantizedProjection
 from pixellm_jax.serving import serve
 from pixellm_jax.sharding import make_mesh
-from pixellm_jax.train_config import LoraConfig, MeshConfig
 
 # Float32 with sums in another order, relative to the largest value.
 TOLERANCE = 2e-5

@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 
 from pixellm_jax import checkpoint
+from pixellm_jax.config import MeshConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluate import Evaluation
 from pixellm_jax.run_checkpoints import CHECKPOINTS, RunCheckpoints
 from pixellm_jax.run_export import write_model
 from pixellm_jax.sharding import make_mesh
 from pixellm_jax.train import fit
-from pixellm_jax.train_config import MeshConfig, OptimizerConfig
+from pixellm_jax.train_config import OptimizerConfig
 from pixellm_jax.train_state import make_blueprint
 from tests.small_training import (
     lora_train,

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from pixellm_jax.config import MeshConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.model.lora import LORA, merge_lora
 from pixellm_jax.sharding import batch_sharding, make_mesh
-from pixellm_jax.train_config import REFERENCE_FROZEN, MeshConfig, OptimizerConfig
+from pixellm_jax.train_config import REFERENCE_FROZEN, OptimizerConfig
 from pixellm_jax.train_state import TrainState, initial_state, make_blueprint
 from pixellm_jax.train_step import StepMetrics, make_step
 from tests.small_training import lora_train, small_batch, small_model, small_train

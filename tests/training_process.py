@@ -18,11 +18,11 @@ import numpy as np
 
 from data_pipeline.loader import Loader
 from pixellm_jax.batch import Batch
+from pixellm_jax.config import LoraConfig, MeshConfig
 from pixellm_jax.evaluate import Evaluation
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.sharding import make_mesh
 from pixellm_jax.train import fit
-from pixellm_jax.train_config import LoraConfig, MeshConfig
 from pixellm_jax.train_state import make_blueprint
 from tests.small_training import lora_train, small_loader, small_model
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.damage import Damaged
-from data_pipeline.example import SEG, Example, Rle, Target, Turn
+from data_pipeline.example import SEG, Example, Target, Turn
 from data_pipeline.masks import area, encode, to_rle
 from data_pipeline.sources.json_items import ITEM_LIMIT, Span, fetch
 from data_pipeline.sources.label_map import read_label_map
@@ -26,6 +26,7 @@ from data_pipeline.sources.reading import (
     find_index,
     read_picture,
 )
+from pixellm_jax.benchmark_question import Rle
 from pixellm_jax.errors import InputError
 
 IMAGE = "<image>"

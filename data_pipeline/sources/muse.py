@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.damage import Damaged
-from data_pipeline.example import SEG, Example, Rle, Target, Turn
+from data_pipeline.example import SEG, Example, Target, Turn
 from data_pipeline.masks import check_size, to_rle
 from data_pipeline.sources.json_items import Span, fetch, items
 from data_pipeline.sources.reading import (
@@ -27,6 +27,7 @@ from data_pipeline.sources.reading import (
     find_picture,
     read_picture,
 )
+from pixellm_jax.benchmark_question import Rle
 
 
 class Entry(NamedTuple):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.damage import Damaged
-from data_pipeline.example import Example, Rle, Target
+from data_pipeline.example import Example, Target
 from data_pipeline.masks import check_size, to_rle, union
 from data_pipeline.restricted_pickle import load
 from data_pipeline.sources.json_items import Span, fetch, items
@@ -28,6 +28,7 @@ from data_pipeline.sources.reading import (
     find_picture,
     read_picture,
 )
+from pixellm_jax.benchmark_question import Rle
 from pixellm_jax.errors import InputError
 
 NO_TARGET = -1

@@ -17,13 +17,13 @@ from pixellm_jax.cli import bench_peer
 from pixellm_jax.cli.bench_parts import parts_of_a_step
 from pixellm_jax.cli.bench_sizes import BENCH_SIZES
 from pixellm_jax.cli.table import format_table
-from pixellm_jax.config import SIZES, ModelConfig
+from pixellm_jax.config import SIZES, MeshConfig, ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.host_memory import keep_freed_memory
 from pixellm_jax.prompt import IMAGE_TOKEN, Conversation, pack
 from pixellm_jax.run_log import memory_bytes
 from pixellm_jax.sharding import batch_sharding, make_mesh
-from pixellm_jax.train_config import LossConfig, MeshConfig, TrainConfig
+from pixellm_jax.train_config import LossConfig, TrainConfig
 from pixellm_jax.train_state import Blueprint, initial_state, make_blueprint
 from pixellm_jax.train_step import make_step
 

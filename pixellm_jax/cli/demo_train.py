@@ -25,6 +25,7 @@ from pixellm_jax.config import (
     CodebookConfig,
     DecoderConfig,
     LanguageConfig,
+    MeshConfig,
     ModelConfig,
     VisionConfig,
 )
@@ -35,7 +36,7 @@ from pixellm_jax.run_export import write_model
 from pixellm_jax.run_log import METRICS
 from pixellm_jax.sharding import make_mesh
 from pixellm_jax.train import Evaluation, fit
-from pixellm_jax.train_config import MeshConfig, OptimizerConfig, TrainConfig
+from pixellm_jax.train_config import OptimizerConfig, TrainConfig
 from pixellm_jax.train_state import initial_state, make_blueprint
 from pixellm_jax.vocabulary import Vocabulary
 

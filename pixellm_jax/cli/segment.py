@@ -23,7 +23,7 @@ from pixellm_jax.cli.answer_files import (
     read_questions,
 )
 from pixellm_jax.cli.settings import check_settings, describe_model
-from pixellm_jax.config import DTYPES
+from pixellm_jax.config import DTYPES, MeshConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.folders import whole_folder, write_whole
 from pixellm_jax.image import read_image
@@ -32,7 +32,6 @@ from pixellm_jax.predictor import Predictor
 from pixellm_jax.question_checks import check_question
 from pixellm_jax.serving import WEIGHTS
 from pixellm_jax.sharding import make_mesh
-from pixellm_jax.train_config import MeshConfig
 
 RESULTS = ("answer.json", "mask_*.png", "overlay.png")
 """What an answer's folder holds; a folder that holds anything else is never replaced."""

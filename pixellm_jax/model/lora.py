@@ -8,9 +8,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from pixellm_jax.config import LoraConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.model.layers import Projection, parameter
-from pixellm_jax.train_config import LoraConfig
 
 LORA = "lora"
 """Attribute of a projection, and so a part of its parameters' dotted names."""

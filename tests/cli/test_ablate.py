@@ -25,8 +25,9 @@ from pixellm_jax.cli.ablation_report import (
     write_report,
 )
 from pixellm_jax.cli.recipe import Recipe
+from pixellm_jax.config import MeshConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.train_config import MeshConfig, TrainConfig
+from pixellm_jax.train_config import TrainConfig
 from pixellm_jax.train_state import Blueprint, make_blueprint
 from tests.small_training import small_data, small_model, small_train
 

@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.damage import Damaged
-from data_pipeline.example import Example, Rle, from_json, to_json
+from data_pipeline.example import Example, from_json, to_json
 from data_pipeline.masks import decode
 from data_pipeline.sources.reading import Reading, Source
+from pixellm_jax.benchmark_question import Rle
 from pixellm_jax.errors import InputError
 
 HW = (5, 7)

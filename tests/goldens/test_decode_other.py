@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.damage import Damaged
-from data_pipeline.example import Example, Rle
+from data_pipeline.example import Example
 from data_pipeline.masks import area, decode
 from data_pipeline.sources.instruct import LlavaInstruct
 from data_pipeline.sources.parts import PacoLvis, PascalPart, part_phrases
@@ -28,6 +28,7 @@ from data_pipeline.sources.semantic import (
     CocoStuff,
     Mapillary,
 )
+from pixellm_jax.benchmark_question import Rle
 from pixellm_jax.prompt import LLAVA_V1
 
 INDICES = {

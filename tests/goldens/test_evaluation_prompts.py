@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.example import Example, Rle
+from data_pipeline.example import Example
 from data_pipeline.masks import decode_many
 from data_pipeline.sources.instruct import LlavaInstruct
 from data_pipeline.sources.muse import Muse
@@ -19,6 +19,7 @@ from data_pipeline.sources.reason import ReasonSeg
 from data_pipeline.sources.refer import Refer
 from data_pipeline.templates import LONG_QUESTIONS, ask
 from data_pipeline.transforms import compose_evaluation
+from pixellm_jax.benchmark_question import Rle
 from pixellm_jax.prompt import LLAVA_V1
 from pixellm_jax.vocabulary import Vocabulary
 
