@@ -25,7 +25,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.damage import Damaged
 from data_pipeline.draws import Draws
 from data_pipeline.example import Example
-from data_pipeline.sources import shapes
+from data_pipeline.sources.shapes import DATASETS, Shapes
 from data_pipeline.stored import find_splits
 from data_pipeline.transforms import Composed, compose
 from pixellm_jax.batch import Batch
@@ -89,8 +89,8 @@ def open_datasets(data: DataConfig, folder: Path | None) -> dict[str, Sequence[E
         dataset, slash, split = name.partition("/")
         if not slash:
             raise InputError(f"data.families names {name!r}: write it as dataset/split")
-        if dataset in shapes.DATASETS:
-            splits[name] = shapes.Shapes(split=split, level=shapes.DATASETS[dataset])
+        if dataset in DATASETS:
+            splits[name] = Shapes(split=split, level=DATASETS[dataset])
         elif folder is None:
             raise InputError(f"data.families names {name!r}: give a folder of `pixellm prepare`")
         else:

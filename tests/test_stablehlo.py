@@ -15,10 +15,11 @@ import pytest
 from PIL import ExifTags, Image
 from safetensors.numpy import load_file
 
-from pixellm_jax import geometry, image, stablehlo_runner
+from pixellm_jax import geometry, stablehlo_runner
 from pixellm_jax.answer import read_answer
 from pixellm_jax.cli.main import main
 from pixellm_jax.errors import InputError
+from pixellm_jax.image import read_image
 from pixellm_jax.predictor import Predictor
 from pixellm_jax.stablehlo import PLATFORMS, Buckets, describe_tokenizer, write_programs
 from pixellm_jax.stablehlo_runner import Runner, RunnerError, Tokenizer
@@ -266,7 +267,7 @@ def palette(file, rgb):
 def test_pictures_are_read_alike(tmp_path, pictures, save):
     save(tmp_path / "a.png", pictures[0])
     found = stablehlo_runner.read_image(tmp_path / "a.png")
-    np.testing.assert_array_equal(found, image.read_image(tmp_path / "a.png"))
+    np.testing.assert_array_equal(found, read_image(tmp_path / "a.png"))
 
 
 @pytest.mark.parametrize("hw", [(50, 70), (90, 40), (7, 300), (112, 112)])

@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import pickle_machine, restricted_pickle
+from data_pipeline import pickle_machine
+from data_pipeline import restricted_pickle as restricted_pickle
 from data_pipeline.restricted_pickle import loads
 from pixellm_jax.errors import InputError
 from tests.data_pipeline.mutation import mutate_bytes
