@@ -13,7 +13,7 @@ import pytest
 
 # test_harness.py copies this file alone.
 _TINY = Path(__file__).with_name("tiny_checkpoint.py")
-pytest_plugins = ["tests.tiny_checkpoint"] if _TINY.is_file() else []
+pytest_plugins = ["tests.support.tiny_checkpoint"] if _TINY.is_file() else []
 
 DEVICE_COUNT = 8
 IN_CI = os.environ.get("CI") == "true"

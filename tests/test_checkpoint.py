@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pixellm_jax import checkpoint, hf
 from pixellm_jax.errors import InputError
 from pixellm_jax.predictor import Predictor
-from tests.tiny_checkpoint import change_json, read_tensors
+from tests.support.tiny_checkpoint import change_json, read_tensors
 
 
 def parameters(model: nnx.Module) -> dict[str, jax.Array]:

@@ -23,7 +23,7 @@ import pixellm_jax.cli.convert as convert_command
 from pixellm_jax.cli import segment
 from pixellm_jax.cli.main import main
 from pixellm_jax.predictor import Answer
-from tests.tiny_checkpoint import change_json, read_tensors, write_tensors
+from tests.support.tiny_checkpoint import change_json, read_tensors, write_tensors
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("convert", "export", "segment")

@@ -22,7 +22,7 @@ from pixellm_jax.errors import InputError
 from pixellm_jax.hf_config import OWN_KEY
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.predictor import Predictor
-from tests.tiny_checkpoint import (
+from tests.support.tiny_checkpoint import (
     assert_same_tensors,
     change_json,
     read_arrays,

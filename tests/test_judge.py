@@ -19,7 +19,7 @@ from pixellm_jax.judge_report import Price, judge_folder, summarise_judged
 from pixellm_jax.judge_words import WordJudge
 from pixellm_jax.question_record import read_records
 from pixellm_jax.question_scores import summarise
-from tests.judging import mask, record
+from tests.support.judging import mask, record
 
 
 class FixedJudge:

@@ -9,7 +9,7 @@ import pytest
 from pixellm_jax.judge_cache import ReplyCache
 from pixellm_jax.judge_question import JudgeDownError, NotJudgedError, put_in_words
 from pixellm_jax.judge_request import Reply, read_reply, read_scores, write_request
-from tests.judging import record
+from tests.support.judging import record
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pixellm_jax.judge_question import NotJudgedError, put_in_words
 from pixellm_jax.judge_report import judge_folder
 from pixellm_jax.judge_server import KEY, ServerConfig, ServerJudge
 from pixellm_jax.question_record import read_records
-from tests.judging import Bad, Server, good_scores, record, serve
+from tests.support.judging import Bad, Server, good_scores, record, serve
 
 SECRET = "sk-0123456789abcdef"
 

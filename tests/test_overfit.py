@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pixellm_jax.run_log import METRICS
-from tests.photo_training import answer_photos, learn_photos
+from tests.support.photo_training import answer_photos, learn_photos
 
 
 def curve(run, name):

@@ -24,7 +24,7 @@ from pixellm_jax.predictor import Predictor
 from pixellm_jax.stablehlo import PLATFORMS, Buckets, describe_tokenizer, write_programs
 from pixellm_jax.stablehlo_runner import Runner, RunnerError, Tokenizer
 from pixellm_jax.vocabulary import Vocabulary
-from tests.tiny_checkpoint import change_json
+from tests.support.tiny_checkpoint import change_json
 
 # The same float32 programs, cut and fused in other places: logits differ by about 1e-5 of the
 # largest. One pixel in a thousand is so near to zero.

@@ -27,14 +27,14 @@ from pixellm_jax.sharding import make_mesh
 from pixellm_jax.train import fit
 from pixellm_jax.train_config import OptimizerConfig
 from pixellm_jax.train_state import make_blueprint
-from tests.small_training import (
+from tests.support.small_training import (
     lora_train,
     small_loader,
     small_model,
     small_train,
     small_vocabulary,
 )
-from tests.training_process import SECONDS
+from tests.support.training_process import SECONDS
 
 ROOT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY = 12, 3
@@ -70,7 +70,7 @@ def start(run: Path, cache: Path) -> subprocess.Popen:
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-m", "tests.training_process", str(run), str(STEPS)]
+    command = [sys.executable, "-m", "tests.support.training_process", str(run), str(STEPS)]
     command += [str(SAVE_EVERY)]
     return subprocess.Popen(
         command,

@@ -22,7 +22,7 @@ from pixellm_jax.checkpoint import load_model
 from pixellm_jax.cli.processes import JOINING
 from pixellm_jax.config import MeshConfig
 from pixellm_jax.train_config import OptimizerConfig
-from tests.small_training import small_data, small_model, small_train
+from tests.support.small_training import small_data, small_model, small_train
 
 ROOT = Path(__file__).parents[1]
 STEPS = 4

@@ -24,7 +24,7 @@ from pixellm_jax.sharding import batch_sharding, make_mesh
 from pixellm_jax.train_config import REFERENCE_FROZEN, OptimizerConfig
 from pixellm_jax.train_state import TrainState, initial_state, make_blueprint
 from pixellm_jax.train_step import StepMetrics, make_step
-from tests.small_training import lora_train, small_batch, small_model, small_train
+from tests.support.small_training import lora_train, small_batch, small_model, small_train
 
 TOLERANCE, UPDATE_TOLERANCE = 1e-4, 5e-4
 SMOOTH = OptimizerConfig(warmup=0, learning_rate=1.0, eps=1.0, clip=1e9, schedule="constant")

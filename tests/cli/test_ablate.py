@@ -29,7 +29,7 @@ from pixellm_jax.config import MeshConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.train_config import TrainConfig
 from pixellm_jax.train_state import Blueprint, make_blueprint
-from tests.small_training import small_data, small_model, small_train
+from tests.support.small_training import small_data, small_model, small_train
 
 # Settings, without training
 

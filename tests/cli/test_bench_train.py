@@ -8,7 +8,7 @@ from pixellm_jax.batch import check
 from pixellm_jax.cli import bench_peer, bench_train
 from pixellm_jax.cli.bench_sizes import TINY
 from pixellm_jax.cli.main import main
-from tests.small_training import small_model
+from tests.support.small_training import small_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -10,7 +10,7 @@ from pixellm_jax.cli.main import main
 from pixellm_jax.cli.report_numbers import read_run
 from pixellm_jax.errors import InputError
 from pixellm_jax.question_scores import summarise, tally_record
-from tests.made_up_run import box, judged, question, random_questions, write_run
+from tests.support.made_up_run import box, judged, question, random_questions, write_run
 
 MASK = box(3, 4, 10, 10)
 

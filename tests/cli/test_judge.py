@@ -8,7 +8,7 @@ import pytest
 
 from pixellm_jax.cli.main import main
 from pixellm_jax.judge_server import KEY
-from tests.judging import Bad, Server, record, serve
+from tests.support.judging import Bad, Server, record, serve
 
 
 @pytest.fixture

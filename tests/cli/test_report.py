@@ -25,7 +25,7 @@ from pixellm_jax.cli.report_numbers import make_report, question_iou, read_run
 from pixellm_jax.cli.report_pictures import EXTRA, HIT, MISSED, draw_figures
 from pixellm_jax.errors import InputError
 from pixellm_jax.question_scores import summarise, tally_record
-from tests.made_up_run import HW, box, judged, question, random_questions, write_run
+from tests.support.made_up_run import HW, box, judged, question, random_questions, write_run
 
 
 class Page(HTMLParser):

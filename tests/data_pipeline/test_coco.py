@@ -4,7 +4,7 @@ import pytest
 
 from data_pipeline.sources.coco import Coco
 from pixellm_jax.errors import InputError
-from tests.data_pipeline.made_up import (
+from tests.support.made_up import (
     HW,
     mutations,
     named,

@@ -7,7 +7,7 @@ import pytest
 from data_pipeline.example import Turn
 from data_pipeline.sources.instruct import LlavaInstruct
 from pixellm_jax.errors import InputError
-from tests.data_pipeline.made_up import mutations, read_all, survives, write_json, write_picture
+from tests.support.made_up import mutations, read_all, survives, write_json, write_picture
 
 
 def llava(root, *conversations, image="1.jpg"):

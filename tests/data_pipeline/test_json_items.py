@@ -13,7 +13,7 @@ from data_pipeline.damage import Damaged
 from data_pipeline.sources import json_items
 from data_pipeline.sources.json_items import Item, Span, fetch, items
 from pixellm_jax.errors import InputError
-from tests.data_pipeline.mutation import mutate_bytes
+from tests.support.mutation import mutate_bytes
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

@@ -15,7 +15,7 @@ from data_pipeline.example import Turn
 from data_pipeline.sources.jsonl import LINE_KEYS, Jsonl
 from data_pipeline.transforms import ComposeSettings, compose
 from pixellm_jax.errors import InputError
-from tests.data_pipeline.made_up import (
+from tests.support.made_up import (
     HW,
     mutations,
     named,

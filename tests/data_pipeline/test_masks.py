@@ -13,7 +13,7 @@ from pycocotools import mask as coco
 
 from data_pipeline import masks
 from data_pipeline.damage import Damaged
-from tests.data_pipeline.mutation import mutate
+from tests.support.mutation import mutate
 
 HW = (5, 7)
 SQUARE = [1, 1, 4, 1, 4, 3, 1, 3]

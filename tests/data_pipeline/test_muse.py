@@ -19,7 +19,7 @@ from data_pipeline.example import Target, Turn, from_json, to_json
 from data_pipeline.sources.muse import Muse
 from data_pipeline.sources.reading import Entry, Reading, Source
 from pixellm_jax.errors import InputError
-from tests.data_pipeline.mutation import mutate
+from tests.support.mutation import mutate
 
 HW = (11, 13)
 CUP: dict[str, Any] = {

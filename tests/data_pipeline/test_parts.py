@@ -7,7 +7,7 @@ import pytest
 
 from data_pipeline.sources.parts import PacoLvis, PascalPart, part_phrases
 from pixellm_jax.errors import InputError
-from tests.data_pipeline.made_up import (
+from tests.support.made_up import (
     HW,
     named,
     pixels,

@@ -14,7 +14,7 @@ from data_pipeline.damage import Damaged
 from data_pipeline.example import Turn
 from data_pipeline.sources.reason import TARGET, VOID, ReasonSeg, Shape, rasterise
 from pixellm_jax.errors import InputError
-from tests.data_pipeline.made_up import (
+from tests.support.made_up import (
     HW,
     mutations,
     pixels,

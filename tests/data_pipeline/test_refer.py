@@ -27,7 +27,7 @@ from data_pipeline.sources.refer import (
     in_split,
 )
 from pixellm_jax.errors import InputError
-from tests.data_pipeline.mutation import mutate
+from tests.support.mutation import mutate
 
 SETS = {source.dataset: source for source in (REFCOCO, REFCOCO_PLUS, REFCOCOG, REFCLEF, GREFCOCO)}
 HW = (7, 11)

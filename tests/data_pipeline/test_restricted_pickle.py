@@ -22,7 +22,7 @@ from data_pipeline import pickle_machine
 from data_pipeline import restricted_pickle as restricted_pickle
 from data_pipeline.restricted_pickle import loads
 from pixellm_jax.errors import InputError
-from tests.data_pipeline.mutation import mutate_bytes
+from tests.support.mutation import mutate_bytes
 
 PROTOCOLS = range(6)
 

@@ -14,7 +14,7 @@ from data_pipeline.sources.semantic import (
     Mapillary,
 )
 from pixellm_jax.errors import InputError
-from tests.data_pipeline.made_up import (
+from tests.support.made_up import (
     HW,
     mutations,
     named,

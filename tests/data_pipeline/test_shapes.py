@@ -32,7 +32,7 @@ from pixellm_jax.config import CodebookConfig, LanguageConfig, ModelConfig, Visi
 from pixellm_jax.errors import InputError
 from pixellm_jax.prompt import PLAIN, encode_conversation
 from pixellm_jax.vocabulary import Vocabulary
-from tests.data_pipeline.shapes_oracle import truth
+from tests.support.shapes_oracle import truth
 
 SCENES = 300
 NAMED = re.compile(r"(?:the|The) (\w+ \w+) \{seg\}")

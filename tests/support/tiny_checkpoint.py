@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pixellm_jax.predictor import Predictor
     from pixellm_jax.vocabulary import Vocabulary
 
-MAKER = Path(__file__).parents[1] / "scripts" / "make_random_checkpoint.py"
+MAKER = Path(__file__).parents[2] / "scripts" / "make_random_checkpoint.py"
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 

@@ -24,7 +24,7 @@ from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.sharding import make_mesh
 from pixellm_jax.train import fit
 from pixellm_jax.train_state import make_blueprint
-from tests.small_training import lora_train, small_loader, small_model
+from tests.support.small_training import lora_train, small_loader, small_model
 
 SECONDS = 0.1
 """Of a step, at least."""

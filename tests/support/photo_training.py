@@ -37,7 +37,7 @@ from pixellm_jax.train import Outcome, fit
 from pixellm_jax.train_config import OptimizerConfig, TrainConfig
 from pixellm_jax.train_state import make_blueprint
 from pixellm_jax.vocabulary import Vocabulary
-from tests.small_training import EVERYTHING
+from tests.support.small_training import EVERYTHING
 
 MUSE = "muse"
 SPLITS = ("train", "val", "test_less", "test_many")
