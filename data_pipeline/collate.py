@@ -16,8 +16,8 @@ from data_pipeline.masks import decode_many
 from data_pipeline.transforms import Composed
 from pixellm_jax.batch import Batch
 from pixellm_jax.config import ModelConfig
-from pixellm_jax.geometry import VOID, fit, mask_to_canvas
-from pixellm_jax.image import read_image
+from pixellm_jax.images.geometry import VOID, fit, mask_to_canvas
+from pixellm_jax.images.read import read_image
 from pixellm_jax.prompt import TEMPLATES, Conversation, Packed, encode_conversation, pack
 from pixellm_jax.vocabulary import Vocabulary
 

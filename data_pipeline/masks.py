@@ -15,8 +15,8 @@ from pycocotools import mask as coco
 
 from data_pipeline.damage import Damaged
 from pixellm_jax.benchmark_question import Rle
-from pixellm_jax.image import PIXEL_LIMIT
-from pixellm_jax.rle import read_counts
+from pixellm_jax.images.read import PIXEL_LIMIT
+from pixellm_jax.images.rle import read_counts
 
 COORDINATE_LIMIT = 2**20
 """Largest distance of a polygon's corner from the origin, in pixels."""

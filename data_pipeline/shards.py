@@ -35,7 +35,7 @@ from data_pipeline.stored import VERSION, to_record
 from pixellm_jax import __version__
 from pixellm_jax.errors import InputError
 from pixellm_jax.folders import whole_file
-from pixellm_jax.image import read_image
+from pixellm_jax.images.read import read_image
 
 RUN, MOST_RUNS = 256, 4096
 """Entries of a shard, unless that makes more than `MOST_RUNS` shards."""

@@ -9,7 +9,7 @@ import numpy as np
 from pixellm_jax.answer import read_answer
 from pixellm_jax.benchmark_question import BenchmarkQuestion
 from pixellm_jax.engine import Engine
-from pixellm_jax.geometry import unfit
+from pixellm_jax.images.geometry import unfit
 from pixellm_jax.prompt import TEMPLATES
 from pixellm_jax.question import Question, Result
 from pixellm_jax.question_prompt import Canvases, encode_question

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from pixellm_jax.batch import Batch
 from pixellm_jax.benchmark_question import BenchmarkQuestion
 from pixellm_jax.config import ModelConfig
-from pixellm_jax.geometry import unfit
+from pixellm_jax.images.geometry import unfit
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.programs import Programs, bucket
 from pixellm_jax.prompt import TEMPLATES, Conversation, pack

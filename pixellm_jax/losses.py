@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pixellm_jax.batch import Batch, Prediction
-from pixellm_jax.geometry import VOID
+from pixellm_jax.images.geometry import VOID
 from pixellm_jax.model.layers import resize_bilinear
 from pixellm_jax.train_config import LossConfig
 

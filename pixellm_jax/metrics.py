@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Bool, Int, UInt8
 
-from pixellm_jax.geometry import VOID
+from pixellm_jax.images.geometry import VOID
 
 Array = Any
 """On the host a numpy array, on the device a jax array."""

@@ -23,8 +23,8 @@ from pixellm_jax.answer_record import Answer, AnswerMaker
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.engine import Engine, EngineConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.geometry import fit
-from pixellm_jax.image import read_image
+from pixellm_jax.images.geometry import fit
+from pixellm_jax.images.read import read_image
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.prompt import TEMPLATES, encode_conversation, question_ids
 from pixellm_jax.question import Question, Result, Seen

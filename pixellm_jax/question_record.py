@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from pixellm_jax.benchmark_question import Rle
 from pixellm_jax.errors import InputError
-from pixellm_jax.rle import check
+from pixellm_jax.images.rle import check
 
 QUESTIONS, SETTINGS = "questions", "settings.json"
 """Files in the folder of an evaluation; the first has the ending .jsonl."""

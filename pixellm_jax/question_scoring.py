@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
-from pixellm_jax import released_metrics, rle
+from pixellm_jax import released_metrics
 from pixellm_jax.benchmark_question import BenchmarkQuestion
-from pixellm_jax.geometry import VOID
+from pixellm_jax.images import rle
+from pixellm_jax.images.geometry import VOID
 from pixellm_jax.matching import NOBODY, match, measure_pairs
 from pixellm_jax.question_record import QuestionRecord
 from pixellm_jax.released_metrics import Question, ReleasedSums, merge

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from pixellm_jax.geometry import VOID
+from pixellm_jax.images.geometry import VOID
 from pixellm_jax.matching import NOBODY, match
 
 

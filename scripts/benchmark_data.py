@@ -30,7 +30,7 @@ from data_pipeline.example import Example
 from data_pipeline.loader import Draw, stream
 from data_pipeline.sources.muse import Muse
 from pixellm_jax.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
-from pixellm_jax.geometry import fitted_size
+from pixellm_jax.images.geometry import fitted_size
 from pixellm_jax.vocabulary import Vocabulary
 
 DATA = DataConfig(

@@ -17,7 +17,7 @@ from pixellm_jax.config import (
     ModelConfig,
     VisionConfig,
 )
-from pixellm_jax.geometry import VOID
+from pixellm_jax.images.geometry import VOID
 from pixellm_jax.model.pixellm import PixelLM
 
 CONFIG = ModelConfig(

@@ -14,7 +14,7 @@ import pixellm_jax.engine as module
 from pixellm_jax import generate, programs
 from pixellm_jax.batch import Batch
 from pixellm_jax.engine import Engine, EngineConfig
-from pixellm_jax.geometry import fit
+from pixellm_jax.images.geometry import fit
 from pixellm_jax.programs import Programs
 from pixellm_jax.prompt import TEMPLATES, question_ids
 from pixellm_jax.question import Question, Result

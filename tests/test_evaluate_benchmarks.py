@@ -20,7 +20,6 @@ from data_pipeline.benchmarks import (
     read_questions,
 )
 from data_pipeline.damage import Damaged
-from pixellm_jax import rle
 from pixellm_jax.benchmark_question import BenchmarkQuestion
 from pixellm_jax.cli.evaluate import Share, evaluate
 from pixellm_jax.cli.main import main
@@ -28,6 +27,7 @@ from pixellm_jax.cli.question_log import QuestionLog
 from pixellm_jax.cli.report import write_report
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluate_given import answer_given
+from pixellm_jax.images import rle
 from pixellm_jax.metrics import merge
 from pixellm_jax.question_scores import summarise, tally_record
 from pixellm_jax.question_scoring import (

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pixellm_jax.batch import Batch, Prediction
-from pixellm_jax.geometry import VOID
+from pixellm_jax.images.geometry import VOID
 from pixellm_jax.losses import Counts, Losses, count, losses, mask_sums, overlap, text_sum
 from pixellm_jax.model.layers import resize_bilinear
 from pixellm_jax.train_config import LossConfig

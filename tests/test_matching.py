@@ -7,7 +7,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from pixellm_jax.geometry import VOID
+from pixellm_jax.images.geometry import VOID
 from pixellm_jax.matching import (
     GRID,
     NOBODY,

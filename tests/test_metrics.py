@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pixellm_jax import metrics
-from pixellm_jax.geometry import VOID
+from pixellm_jax.images.geometry import VOID
 from pixellm_jax.metrics import (
     IOU_UNIT,
     Areas,

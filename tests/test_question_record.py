@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from pixellm_jax import rle
 from pixellm_jax.errors import InputError
+from pixellm_jax.images import rle
 from pixellm_jax.metrics import IOU_UNIT
 from pixellm_jax.question_record import QuestionRecord, natural_order, read_records
 from pixellm_jax.question_scores import group_records, summarise, tally_record

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pixellm_jax.geometry import VOID
+from pixellm_jax.images.geometry import VOID
 from pixellm_jax.released_metrics import (
     Question,
     ReleasedSums,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pixellm_jax.engine import Engine, EngineConfig
-from pixellm_jax.geometry import fit
+from pixellm_jax.images.geometry import fit
 from pixellm_jax.prompt import TEMPLATES, question_ids
 from pixellm_jax.question import Question
 from pixellm_jax.service import Service

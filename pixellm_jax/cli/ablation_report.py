@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pixellm_jax.errors import InputError
 from pixellm_jax.folders import whole_file, write_whole
-from pixellm_jax.overlay import colours
+from pixellm_jax.images.overlay import colours
 
 RESULTS, TABLE, PLOT = "ablations.jsonl", "ablations.md", "ablations.png"
 NO_MATPLOTLIB = "the plot needs matplotlib: pip install 'pixellm_jax[figures]'"

@@ -19,7 +19,7 @@ from data_pipeline.example import Example
 from data_pipeline.stored import StoredSplit, find_splits
 from pixellm_jax.cli.table import format_table
 from pixellm_jax.errors import InputError
-from pixellm_jax.overlay import colours
+from pixellm_jax.images.overlay import colours
 
 FORMATS = (".png", ".pdf", ".svg")
 SHADES = "Blues"

@@ -23,8 +23,8 @@ from pixellm_jax import checkpoint
 from pixellm_jax.cli.page import Mask, Sample, Talk, Token, write_page
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.geometry import VOID, fit, mask_to_canvas
-from pixellm_jax.image import read_image
+from pixellm_jax.images.geometry import VOID, fit, mask_to_canvas
+from pixellm_jax.images.read import read_image
 from pixellm_jax.prompt import IMAGE_TOKEN, TEMPLATES, encode_conversation, pack
 from pixellm_jax.vocabulary import Vocabulary
 

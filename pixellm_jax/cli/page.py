@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from pixellm_jax.geometry import VOID
-from pixellm_jax.overlay import colours, draw_overlay
+from pixellm_jax.images.geometry import VOID
+from pixellm_jax.images.overlay import colours, draw_overlay
 
 IMAGE = "<image>\n"
 """Stands for the picture in front of a question."""

@@ -26,8 +26,8 @@ from pixellm_jax.cli.settings import check_settings, describe_model
 from pixellm_jax.config import DTYPES, MeshConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.folders import whole_folder, write_whole
-from pixellm_jax.image import read_image
-from pixellm_jax.overlay import draw_overlay
+from pixellm_jax.images.overlay import draw_overlay
+from pixellm_jax.images.read import read_image
 from pixellm_jax.predictor import Predictor
 from pixellm_jax.question_checks import check_question
 from pixellm_jax.serving import WEIGHTS

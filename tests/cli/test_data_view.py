@@ -22,7 +22,7 @@ from data_pipeline.stored import find_splits
 from pixellm_jax import checkpoint
 from pixellm_jax.cli.main import main
 from pixellm_jax.cli.page import Mask, Sample, Talk, Token, write_page
-from pixellm_jax.geometry import VOID
+from pixellm_jax.images.geometry import VOID
 from pixellm_jax.prompt import IMAGE_TOKEN
 
 VOID_TAGS = {"meta", "img", "br"}

@@ -29,7 +29,7 @@ from pixellm_jax.cli.quiz import (
     number_markers,
     summarise,
 )
-from pixellm_jax.overlay import colours
+from pixellm_jax.images.overlay import colours
 
 VOID_TAGS = {"meta", "img", "br"}
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.geometry import fit, fitted_size
-from pixellm_jax.image import read_image
+from pixellm_jax.images.geometry import fit, fitted_size
+from pixellm_jax.images.read import read_image
 
 # Float32 normalisation of identical bytes; the file stores float32 grids and float64 statistics.
 TOLERANCE = 1e-5

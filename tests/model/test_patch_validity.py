@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pixellm_jax.config import VisionConfig
-from pixellm_jax.geometry import fit
+from pixellm_jax.images.geometry import fit
 from pixellm_jax.model.vision_encoder import image_token_valid, patch_valid
 
 

@@ -32,7 +32,7 @@ from pixellm_jax.checkpoint import load_model
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.convert import convert
 from pixellm_jax.generate import generate
-from pixellm_jax.geometry import VOID, fitted_size, unfit
+from pixellm_jax.images.geometry import VOID, fitted_size, unfit
 from pixellm_jax.losses import Losses, losses
 from pixellm_jax.model.layers import resize_bilinear
 from pixellm_jax.model.pixellm import PixelLM

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pixellm_jax.geometry import fitted_size, unfit
+from pixellm_jax.images.geometry import fitted_size, unfit
 
 # Against float64, only the float32 products on our side are rounded.
 TOLERANCE = 1e-5

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pixellm_jax import rle
+from pixellm_jax.images import rle
 from pixellm_jax.question_record import QuestionRecord
 
 HW = (47, 61)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.image import PIXEL_LIMIT, read_image
+from pixellm_jax.images.read import PIXEL_LIMIT, read_image
 
 HEIGHT, WIDTH = 23, 31
 

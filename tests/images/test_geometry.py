@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.geometry import (
+from pixellm_jax.images.geometry import (
     VOID,
     fit,
     fitted_size,

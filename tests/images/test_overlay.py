@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixellm_jax import overlay
 from pixellm_jax.errors import InputError
-from pixellm_jax.overlay import FILL, colours, draw_overlay
+from pixellm_jax.images import overlay
+from pixellm_jax.images.overlay import FILL, colours, draw_overlay
 
 HEIGHT, WIDTH = 211, 307
 

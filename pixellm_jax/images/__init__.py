@@ -1,0 +1,1 @@
+"""Pixels on the host: reading, canvas geometry, run-length masks and overlays."""
