@@ -26,8 +26,8 @@ from pixellm_jax.config import (
     ModelConfig,
     VisionConfig,
 )
+from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.train_config import OptimizerConfig, TrainConfig
-from pixellm_jax.vocabulary import Vocabulary
 
 
 def get_config() -> ml_collections.ConfigDict:

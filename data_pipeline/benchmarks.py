@@ -22,9 +22,9 @@ from data_pipeline.sources.refer import GREFCOCO, REFCOCO, REFCOCO_PLUS, REFCOCO
 from data_pipeline.sources.shapes import Shapes
 from data_pipeline.templates import enumerate_words
 from data_pipeline.transforms import Composed, compose_evaluation
-from pixellm_jax.answer import MARKER
 from pixellm_jax.benchmark_question import BenchmarkQuestion, Rle
 from pixellm_jax.errors import InputError
+from pixellm_jax.text.answer import MARKER
 
 FEW = 3
 """A question of MUSE has "few" targets up to here, and "many" above."""

@@ -18,8 +18,8 @@ from pixellm_jax.batch import Batch
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.images.geometry import VOID, fit, mask_to_canvas
 from pixellm_jax.images.read import read_image
-from pixellm_jax.prompt import TEMPLATES, Conversation, Packed, encode_conversation, pack
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.prompt import TEMPLATES, Conversation, Packed, encode_conversation, pack
+from pixellm_jax.text.vocabulary import Vocabulary
 
 
 class Sample(NamedTuple):

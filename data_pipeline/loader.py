@@ -31,7 +31,7 @@ from data_pipeline.transforms import Composed, compose
 from pixellm_jax.batch import Batch
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.vocabulary import Vocabulary
 
 EPOCHS = 1 << 20
 """The stream ends after so many epochs of a dataset (Grain cannot slice what has no end)."""

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from pixellm_jax.answer import read_answer
 from pixellm_jax.images.geometry import unfit
 from pixellm_jax.question import Result
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.answer import read_answer
+from pixellm_jax.text.vocabulary import Vocabulary
 
 
 class Answer(NamedTuple):

@@ -29,9 +29,9 @@ from pixellm_jax.errors import InputError
 from pixellm_jax.folders import whole_folder
 from pixellm_jax.json_files import read_json
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.prompt import TEMPLATES
 from pixellm_jax.sharding import weight_sharding
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.prompt import TEMPLATES
+from pixellm_jax.text.vocabulary import Vocabulary
 
 CONFIG, PARAMS, UNUSED = "config.json", "params", "unused"
 TOKENIZER, SOURCE = "tokenizer", "source"

@@ -12,7 +12,7 @@ from pixellm_jax.config import CodebookConfig, ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.json_files import read_json
 from pixellm_jax.source_folders import SourceFolders, constant, whole
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.vocabulary import Vocabulary
 
 
 def convert(

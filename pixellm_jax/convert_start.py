@@ -18,7 +18,7 @@ from pixellm_jax.config import CodebookConfig, ModelConfig, VisionConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.source_folders import SourceFolders, constant, whole
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.vocabulary import Vocabulary
 
 DISCARDED = ("model.mm_projector.", "model.vision_tower.")
 """What a LLaVA folder may hold and a training does not start from: its projector, linear or not, is

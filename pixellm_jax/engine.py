@@ -27,7 +27,7 @@ from pixellm_jax.programs import Programs, bucket, round_capacity
 from pixellm_jax.question import Question, Result, Seen, Targets
 from pixellm_jax.sampling import Sampling
 from pixellm_jax.targets import Found, decode_targets, join, no_targets
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.vocabulary import Vocabulary
 
 AHEAD = 64
 """A row is given room for so many new tokens at a time."""

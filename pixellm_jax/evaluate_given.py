@@ -20,12 +20,12 @@ from pixellm_jax.config import ModelConfig
 from pixellm_jax.images.geometry import unfit
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.programs import Programs, bucket
-from pixellm_jax.prompt import TEMPLATES, Conversation, pack
 from pixellm_jax.question_prompt import Canvases, encode_question
 from pixellm_jax.question_record import GIVEN
 from pixellm_jax.question_scoring import TOO_LONG, Answered, no_masks, sound
 from pixellm_jax.stopwatch import Stopwatch
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.prompt import TEMPLATES, Conversation, pack
+from pixellm_jax.text.vocabulary import Vocabulary
 
 LENGTH, TARGETS = 1024, 32
 """Positions and targets of a row, if no single question needs more."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pixellm_jax.answer import MARKER
 from pixellm_jax.question_record import QuestionRecord
+from pixellm_jax.text.answer import MARKER
 
 NOTHING = "<nothing>"
 """Stands in the answer for a predicted mask that matches no true one."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from pixellm_jax.answer import MARKER, find_phrases
 from pixellm_jax.judge_question import JudgeQuestion
+from pixellm_jax.text.answer import MARKER, find_phrases
 
 _WORD = re.compile(r"[^\W_]+")
 _EMPTY = frozenset(

@@ -26,12 +26,12 @@ from pixellm_jax.errors import InputError
 from pixellm_jax.images.geometry import fit
 from pixellm_jax.images.read import read_image
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.prompt import TEMPLATES, encode_conversation, question_ids
 from pixellm_jax.question import Question, Result, Seen
 from pixellm_jax.question_checks import check_draw, check_question
 from pixellm_jax.service import Service
 from pixellm_jax.serving import serve
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.prompt import TEMPLATES, encode_conversation, question_ids
+from pixellm_jax.text.vocabulary import Vocabulary
 
 LEAST_ANSWER = 64
 """Room for so many new tokens must be left by a prompt, of the positions that the model has."""

@@ -8,13 +8,13 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from pixellm_jax.answer import MARKER
 from pixellm_jax.benchmark_question import BenchmarkQuestion
 from pixellm_jax.errors import InputError
 from pixellm_jax.images.geometry import fit
 from pixellm_jax.images.read import read_image
-from pixellm_jax.prompt import Conversation, Template, encode_conversation
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.answer import MARKER
+from pixellm_jax.text.prompt import Conversation, Template, encode_conversation
+from pixellm_jax.text.vocabulary import Vocabulary
 
 
 def encode_question(

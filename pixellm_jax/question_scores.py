@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pixellm_jax.answer import MARKER
 from pixellm_jax.images.rle import area
 from pixellm_jax.metrics import Areas, Sums, merge, scores, tally
 from pixellm_jax.question_record import GIVEN, QuestionRecord
+from pixellm_jax.text.answer import MARKER
 
 
 class Summary(NamedTuple):

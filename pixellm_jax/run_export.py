@@ -12,8 +12,8 @@ from pixellm_jax.checkpoint import Leaf
 from pixellm_jax.errors import InputError
 from pixellm_jax.model.lora import LORA
 from pixellm_jax.run_checkpoints import CHECKPOINTS, STATE
+from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.train_state import Blueprint
-from pixellm_jax.vocabulary import Vocabulary
 
 MODEL = "model"
 

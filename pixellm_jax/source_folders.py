@@ -16,7 +16,7 @@ from pixellm_jax.config import ModelConfig, VisionConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.json_files import read_json
 from pixellm_jax.tensor_files import open_folder
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.vocabulary import Vocabulary
 
 NAMES_SHOWN = 1000
 """Of each kind of problem; a report names every tensor of any model in use."""

@@ -37,11 +37,11 @@ from pixellm_jax.errors import InputError
 from pixellm_jax.export import ExportedTensor, write_shards
 from pixellm_jax.folders import whole_folder
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.prompt import IMAGE_TOKEN, TEMPLATES, question_ids
 from pixellm_jax.sampling import Sampling
 from pixellm_jax.serving import serve
-from pixellm_jax.tokenizer_files import SentencePieceChunks
-from pixellm_jax.vocabulary import IM_END, Vocabulary
+from pixellm_jax.text.prompt import IMAGE_TOKEN, TEMPLATES, question_ids
+from pixellm_jax.text.tokenizer import SentencePieceChunks
+from pixellm_jax.text.vocabulary import IM_END, Vocabulary
 
 FORMAT = 1
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from pixellm_jax.answer import MARKER
 from pixellm_jax.errors import InputError
+from pixellm_jax.text.answer import MARKER
 
 
 class TextScore(NamedTuple):

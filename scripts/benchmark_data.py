@@ -31,7 +31,7 @@ from data_pipeline.loader import Draw, stream
 from data_pipeline.sources.muse import Muse
 from pixellm_jax.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from pixellm_jax.images.geometry import fitted_size
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.vocabulary import Vocabulary
 
 DATA = DataConfig(
     families=(FamilyConfig(weight=1.0, datasets=("muse/train",)),),

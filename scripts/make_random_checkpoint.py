@@ -37,9 +37,9 @@ from pixellm_jax.config import (
 from pixellm_jax.errors import InputError
 from pixellm_jax.folders import whole_folder
 from pixellm_jax.hf_config import OWN_KEY, hf_model, hf_vision
-from pixellm_jax.prompt import LLAVA_V1, question_ids
 from pixellm_jax.tensor_files import write_safetensors
-from pixellm_jax.vocabulary import IM_END, IM_START, Vocabulary
+from pixellm_jax.text.prompt import LLAVA_V1, question_ids
+from pixellm_jax.text.vocabulary import IM_END, IM_START, Vocabulary
 
 ANSWER = "It is {group}."
 SENTENCES = [LLAVA_V1.opening, "It is . USER: ASSISTANT: Please segment the dog in this image."]

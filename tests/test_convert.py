@@ -17,7 +17,7 @@ from pixellm_jax.config import CodebookConfig, VisionConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.hf_config import OWN_KEY
 from pixellm_jax.tensor_files import write_safetensors
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.vocabulary import Vocabulary
 from tests.support.tiny_checkpoint import (
     assert_same_tensors,
     change_json,

@@ -16,9 +16,9 @@ from pixellm_jax.batch import Batch
 from pixellm_jax.engine import Engine, EngineConfig
 from pixellm_jax.images.geometry import fit
 from pixellm_jax.programs import Programs
-from pixellm_jax.prompt import TEMPLATES, question_ids
 from pixellm_jax.question import Question, Result
 from pixellm_jax.serving import serve
+from pixellm_jax.text.prompt import TEMPLATES, question_ids
 
 # Float32 with sums in another order, relative to the largest value; two layers and the pixel
 # decoder amplify rounding (1e-7) by two orders of magnitude at most.

@@ -13,9 +13,9 @@ import pytest
 
 from pixellm_jax.engine import Engine, EngineConfig
 from pixellm_jax.images.geometry import fit
-from pixellm_jax.prompt import TEMPLATES, question_ids
 from pixellm_jax.question import Question
 from pixellm_jax.service import Service
+from pixellm_jax.text.prompt import TEMPLATES, question_ids
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -16,7 +16,6 @@ from PIL import ExifTags, Image
 from safetensors.numpy import load_file
 
 from pixellm_jax import stablehlo_runner
-from pixellm_jax.answer import read_answer
 from pixellm_jax.cli.main import main
 from pixellm_jax.errors import InputError
 from pixellm_jax.images import geometry
@@ -24,7 +23,8 @@ from pixellm_jax.images.read import read_image
 from pixellm_jax.predictor import Predictor
 from pixellm_jax.stablehlo import PLATFORMS, Buckets, describe_tokenizer, write_programs
 from pixellm_jax.stablehlo_runner import Runner, RunnerError, Tokenizer
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.answer import read_answer
+from pixellm_jax.text.vocabulary import Vocabulary
 from tests.support.tiny_checkpoint import change_json
 
 # The same float32 programs, cut and fused in other places: logits differ by about 1e-5 of the

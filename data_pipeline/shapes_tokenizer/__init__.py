@@ -21,7 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from data_pipeline.sources.shapes_phrases import words
 from data_pipeline.sources.shapes_scene import COLOURS, SHAPES
-from pixellm_jax.prompt import PLAIN
+from pixellm_jax.text.prompt import PLAIN
 
 FOLDER = Path(__file__).parent
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}

@@ -47,10 +47,10 @@ from pixellm_jax.json_files import read_optional_json
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.run_log import METRICS
 from pixellm_jax.sharding import make_mesh
+from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.train import fit
 from pixellm_jax.train_config import LossConfig
 from pixellm_jax.train_state import Blueprint, make_blueprint
-from pixellm_jax.vocabulary import Vocabulary
 
 GRID = "grid.json"
 """What all runs of a folder share."""

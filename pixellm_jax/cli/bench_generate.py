@@ -29,7 +29,7 @@ from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.question import Question
 from pixellm_jax.run_log import memory_bytes
 from pixellm_jax.serving import WEIGHTS, serve
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.vocabulary import Vocabulary
 
 PRECISIONS = (*DTYPES, *WEIGHTS)
 

@@ -17,9 +17,9 @@ from flax import nnx
 from pixellm_jax.cli.bench_train import PROMPT, QUESTION
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.prompt import IMAGE_TOKEN
 from pixellm_jax.question import Question
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.prompt import IMAGE_TOKEN
+from pixellm_jax.text.vocabulary import Vocabulary
 
 WORDS = 10
 """Ids of a sentence before its target."""

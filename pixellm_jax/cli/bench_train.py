@@ -20,9 +20,9 @@ from pixellm_jax.cli.table import format_table
 from pixellm_jax.config import SIZES, MeshConfig, ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.host_memory import keep_freed_memory
-from pixellm_jax.prompt import IMAGE_TOKEN, Conversation, pack
 from pixellm_jax.run_log import memory_bytes
 from pixellm_jax.sharding import batch_sharding, make_mesh
+from pixellm_jax.text.prompt import IMAGE_TOKEN, Conversation, pack
 from pixellm_jax.train_config import LossConfig, TrainConfig
 from pixellm_jax.train_state import Blueprint, initial_state, make_blueprint
 from pixellm_jax.train_step import make_step

@@ -25,8 +25,8 @@ from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.images.geometry import VOID, fit, mask_to_canvas
 from pixellm_jax.images.read import read_image
-from pixellm_jax.prompt import IMAGE_TOKEN, TEMPLATES, encode_conversation, pack
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.prompt import IMAGE_TOKEN, TEMPLATES, encode_conversation, pack
+from pixellm_jax.text.vocabulary import Vocabulary
 
 GROUP = "[SEG]"
 """Stands for a target where there is no vocabulary."""

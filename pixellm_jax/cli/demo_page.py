@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from pixellm_jax.answer import MARKER
 from pixellm_jax.cli.quiz import Reply, Scene, number_markers
 from pixellm_jax.images.overlay import colours, draw_overlay
+from pixellm_jax.text.answer import MARKER
 
 ENLARGED = 3
 """Pixels of a picture on the page for each of its own, along a side."""

@@ -35,10 +35,10 @@ from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.run_export import write_model
 from pixellm_jax.run_log import METRICS
 from pixellm_jax.sharding import make_mesh
+from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.train import Evaluation, fit
 from pixellm_jax.train_config import OptimizerConfig, TrainConfig
 from pixellm_jax.train_state import initial_state, make_blueprint
-from pixellm_jax.vocabulary import Vocabulary
 
 LEVEL = "simple"
 QUESTIONS = 2

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pixellm_jax import __version__
-from pixellm_jax.answer import MARKER
 from pixellm_jax.cli.bars import Layer, draw_bars, draw_grid
 from pixellm_jax.cli.demo_page import FAIR, GOOD, STYLE, Tile, draw_chip
 from pixellm_jax.cli.report_numbers import (
@@ -24,6 +23,7 @@ from pixellm_jax.cli.report_pictures import EXTRA, HIT, MISSED, draw_figures
 from pixellm_jax.cli.report_tables import cell, describe, notes, published_rows, score_rows
 from pixellm_jax.question_record import GIVEN, QuestionRecord, natural_order
 from pixellm_jax.question_scores import count_targets
+from pixellm_jax.text.answer import MARKER
 
 WORST, SAMPLE = 60, 40
 """Questions with pictures: the worst, and some evenly taken from the rest. About 50 kB each."""

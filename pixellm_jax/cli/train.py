@@ -27,9 +27,9 @@ from pixellm_jax.json_files import read_optional_json
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.run_export import MODEL, write_model
 from pixellm_jax.sharding import batch_share, batch_ways, make_mesh
+from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.train import fit
 from pixellm_jax.train_state import Blueprint, make_blueprint
-from pixellm_jax.vocabulary import Vocabulary
 
 EXAMPLES = """examples:
   pixellm train --config configs/shapes.py --out runs/shapes

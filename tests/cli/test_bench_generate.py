@@ -21,7 +21,7 @@ from pixellm_jax.programs import Programs
 from pixellm_jax.quantize import GROUP
 from pixellm_jax.question import Question, Result
 from pixellm_jax.serving import serve
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.vocabulary import Vocabulary
 
 ROWS, SENTENCES = 2, 3
 

@@ -23,7 +23,7 @@ from pixellm_jax import checkpoint
 from pixellm_jax.cli.main import main
 from pixellm_jax.cli.page import Mask, Sample, Talk, Token, write_page
 from pixellm_jax.images.geometry import VOID
-from pixellm_jax.prompt import IMAGE_TOKEN
+from pixellm_jax.text.prompt import IMAGE_TOKEN
 
 VOID_TAGS = {"meta", "img", "br"}
 

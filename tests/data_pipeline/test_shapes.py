@@ -26,12 +26,12 @@ from data_pipeline.sources.shapes import SPLITS, Shapes
 from data_pipeline.sources.shapes_phrases import NOTHING, NUMBERS
 from data_pipeline.sources.shapes_questions import KINDS, TRAINED_KINDS
 from data_pipeline.sources.shapes_scene import COLOURS, GRID, HIDDEN, JITTER, NOISE, SHAPES
-from pixellm_jax.answer import read_answer
 from pixellm_jax.batch import check
 from pixellm_jax.config import CodebookConfig, LanguageConfig, ModelConfig, VisionConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.prompt import PLAIN, encode_conversation
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.answer import read_answer
+from pixellm_jax.text.prompt import PLAIN, encode_conversation
+from pixellm_jax.text.vocabulary import Vocabulary
 from tests.support.shapes_oracle import truth
 
 SCENES = 300

@@ -29,7 +29,7 @@ from data_pipeline.sources.semantic import (
     Mapillary,
 )
 from pixellm_jax.benchmark_question import Rle
-from pixellm_jax.prompt import LLAVA_V1
+from pixellm_jax.text.prompt import LLAVA_V1
 
 INDICES = {
     "paco_lvis": (PacoLvis(), "vlpart/paco/annotations/paco_lvis_v1_train.json"),

@@ -20,8 +20,8 @@ from data_pipeline.sources.reason import ReasonSeg
 from data_pipeline.sources.refer import GREFCOCO, REFCLEF, REFCOCO, REFCOCO_PLUS, REFCOCOG
 from data_pipeline.sources.semantic import Ade20k, CocoStuff, Mapillary
 from data_pipeline.transforms import ComposeSettings, compose
-from pixellm_jax.prompt import IMAGE_TOKEN, LLAVA_V1, encode_conversation
-from pixellm_jax.vocabulary import IM_END, IM_START, Vocabulary
+from pixellm_jax.text.prompt import IMAGE_TOKEN, LLAVA_V1, encode_conversation
+from pixellm_jax.text.vocabulary import IM_END, IM_START, Vocabulary
 
 SOURCES: dict[str, Source] = {
     "sem_seg:ade20k": Ade20k(),

@@ -20,8 +20,8 @@ from data_pipeline.sources.refer import Refer
 from data_pipeline.templates import LONG_QUESTIONS, ask
 from data_pipeline.transforms import compose_evaluation
 from pixellm_jax.benchmark_question import Rle
-from pixellm_jax.prompt import LLAVA_V1
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.prompt import LLAVA_V1
+from pixellm_jax.text.vocabulary import Vocabulary
 
 GROUP = (6, 5, 4)
 """How many sentences the sets named "multi..." ask for at once."""

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pixellm_jax.prompt import (
+from pixellm_jax.text.prompt import (
     IMAGE_TOKEN,
     LLAVA_V1,
     TEMPLATES,
@@ -17,7 +17,7 @@ from pixellm_jax.prompt import (
     pack,
     question_ids,
 )
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.vocabulary import Vocabulary
 
 LONGEST = 257  # columns that the reference keeps in training; the models here have their own budget
 

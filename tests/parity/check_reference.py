@@ -37,7 +37,7 @@ from pixellm_jax.losses import Losses, losses
 from pixellm_jax.model.layers import resize_bilinear
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.model.vision_encoder import patch_valid
-from pixellm_jax.prompt import IMAGE_TOKEN
+from pixellm_jax.text.prompt import IMAGE_TOKEN
 from pixellm_jax.train_config import LossConfig
 
 STATE, LOSS, GRADIENT, IOU = 1e-4, 1e-4, 1e-3, 1 - 1e-4

@@ -33,10 +33,10 @@ from pixellm_jax.run_export import write_model
 from pixellm_jax.serving import serve
 from pixellm_jax.sharding import make_mesh
 from pixellm_jax.stopwatch import Stopwatch
+from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.train import Outcome, fit
 from pixellm_jax.train_config import OptimizerConfig, TrainConfig
 from pixellm_jax.train_state import make_blueprint
-from pixellm_jax.vocabulary import Vocabulary
 from tests.support.small_training import EVERYTHING
 
 MUSE = "muse"

@@ -19,8 +19,8 @@ from pixellm_jax.config import (
     ModelConfig,
     VisionConfig,
 )
+from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.train_config import OptimizerConfig, TrainConfig
-from pixellm_jax.vocabulary import Vocabulary
 
 CODEBOOK = CodebookConfig(tokens_per_scale=1, scales=2)
 EVERYTHING = (

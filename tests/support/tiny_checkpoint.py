@@ -20,7 +20,7 @@ import pytest
 if TYPE_CHECKING:
     from pixellm_jax.model.pixellm import PixelLM
     from pixellm_jax.predictor import Predictor
-    from pixellm_jax.vocabulary import Vocabulary
+    from pixellm_jax.text.vocabulary import Vocabulary
 
 MAKER = Path(__file__).parents[2] / "scripts" / "make_random_checkpoint.py"
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Int32
 
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.vocabulary import Vocabulary
 
 _Span = tuple[int, int]  # first and last + 1 character
 

@@ -15,7 +15,7 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.vocabulary import Vocabulary
 
 SENTENCES = [
     "USER: Can you segment the red cup and the plate? ASSISTANT: It is here.",

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from pixellm_jax.answer import MARKER, read_answer
-from pixellm_jax.prompt import (
+from pixellm_jax.text.answer import MARKER, read_answer
+from pixellm_jax.text.prompt import (
     IMAGE_TOKEN,
     LLAVA_LLAMA_2,
     LLAVA_V1,
@@ -20,7 +20,7 @@ from pixellm_jax.prompt import (
     pack,
     question_ids,
 )
-from pixellm_jax.vocabulary import Vocabulary
+from pixellm_jax.text.vocabulary import Vocabulary
 
 SENTENCES = [
     LLAVA_V1.opening + "USER: Where is the red cup? ASSISTANT: It is here.",

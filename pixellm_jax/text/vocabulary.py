@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.tokenizer_files import (
+from pixellm_jax.text.tokenizer import (
     JsonChunks,
     SentencePieceChunks,
     TokenizerFiles,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from pixellm_jax.vocabulary import IM_END, IM_START, Vocabulary
+from pixellm_jax.text.vocabulary import IM_END, IM_START, Vocabulary
 
 IMAGE_TOKEN = -200
 """Stands for an image in ids; in packed sequences it is repeated at every image position."""

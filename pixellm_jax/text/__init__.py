@@ -1,0 +1,1 @@
+"""Token ids on the host: tokenizer, vocabulary, prompts and answers."""
