@@ -10,7 +10,7 @@ from pixellm_jax.errors import InputError
 from pixellm_jax.model.layers import Projection
 from pixellm_jax.model.lora import merge_lora
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.quantize import Bits, quantize
+from pixellm_jax.model.quantize import Bits, quantize
 from pixellm_jax.sharding import weight_sharding
 
 WEIGHTS: dict[str, Bits] = {"int8": 8, "int4": 4}

@@ -14,10 +14,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from pixellm_jax import flops
 from pixellm_jax.batch import Batch
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluate import Evaluation
+from pixellm_jax.model import flops
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.run_checkpoints import RunCheckpoints
 from pixellm_jax.run_log import RunLog, Stopwatch, memory_bytes

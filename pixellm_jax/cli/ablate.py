@@ -41,9 +41,9 @@ from pixellm_jax.cli.recipe import Recipe
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluate import Evaluation, evaluate_given
-from pixellm_jax.flops import train_flops
 from pixellm_jax.folders import write_whole
 from pixellm_jax.json_files import read_optional_json
+from pixellm_jax.model.flops import train_flops
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.run_log import METRICS
 from pixellm_jax.sharding import make_mesh

@@ -16,7 +16,7 @@ import jax
 from flax import nnx
 
 from data_pipeline.shapes_tokenizer import FOLDER
-from pixellm_jax import checkpoint, flops
+from pixellm_jax import checkpoint
 from pixellm_jax.cli import bench_peer
 from pixellm_jax.cli.bench_peer import PeerRun
 from pixellm_jax.cli.bench_recital import random_model, recital, recite, sentence
@@ -25,6 +25,7 @@ from pixellm_jax.cli.table import format_table
 from pixellm_jax.config import DTYPES, ModelConfig
 from pixellm_jax.engine import Engine, EngineConfig
 from pixellm_jax.errors import InputError
+from pixellm_jax.model import flops
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.question import Question
 from pixellm_jax.run_log import memory_bytes

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pixellm_jax import flops
 from pixellm_jax.batch import Batch
 from pixellm_jax.cli import bench_peer
 from pixellm_jax.cli.bench_parts import parts_of_a_step
@@ -20,6 +19,7 @@ from pixellm_jax.cli.table import format_table
 from pixellm_jax.config import SIZES, MeshConfig, ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.host_memory import keep_freed_memory
+from pixellm_jax.model import flops
 from pixellm_jax.run_log import memory_bytes
 from pixellm_jax.sharding import batch_sharding, make_mesh
 from pixellm_jax.text.prompt import IMAGE_TOKEN, Conversation, pack

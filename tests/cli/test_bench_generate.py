@@ -17,8 +17,8 @@ from pixellm_jax.cli.bench_recital import STRIDE, WORDS, random_model, recital, 
 from pixellm_jax.cli.bench_sizes import TINY
 from pixellm_jax.cli.main import main
 from pixellm_jax.engine import Engine, EngineConfig
+from pixellm_jax.model.quantize import GROUP
 from pixellm_jax.programs import Programs
-from pixellm_jax.quantize import GROUP
 from pixellm_jax.question import Question, Result
 from pixellm_jax.serving import serve
 from pixellm_jax.text.vocabulary import Vocabulary

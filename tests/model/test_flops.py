@@ -6,7 +6,6 @@ import jax
 import pytest
 
 from pixellm_jax import batch as batches
-from pixellm_jax import flops
 from pixellm_jax.config import (
     SIZES,
     DecoderConfig,
@@ -15,6 +14,7 @@ from pixellm_jax.config import (
     VisionConfig,
 )
 from pixellm_jax.losses import losses
+from pixellm_jax.model import flops
 from pixellm_jax.train_config import FROZEN, TRAINABLE, TrainConfig
 from pixellm_jax.train_state import make_blueprint
 
