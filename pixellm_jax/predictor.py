@@ -18,7 +18,6 @@ from jaxtyping import Bool, Int32, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from pixellm_jax import checkpoint
 from pixellm_jax.answer_record import Answer, AnswerMaker
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.engine import Engine, EngineConfig
@@ -32,6 +31,7 @@ from pixellm_jax.service import Service
 from pixellm_jax.serving import serve
 from pixellm_jax.text.prompt import TEMPLATES, encode_conversation, question_ids
 from pixellm_jax.text.vocabulary import Vocabulary
+from pixellm_jax.weights import checkpoint
 
 LEAST_ANSWER = 64
 """Room for so many new tokens must be left by a prompt, of the positions that the model has."""

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import tensorstore
 
-from pixellm_jax import checkpoint
-from pixellm_jax.checkpoint import Leaf
 from pixellm_jax.errors import InputError
 from pixellm_jax.model.lora import LORA
 from pixellm_jax.run_checkpoints import CHECKPOINTS, STATE
 from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.train_state import Blueprint
+from pixellm_jax.weights import checkpoint
+from pixellm_jax.weights.checkpoint import Leaf
 
 MODEL = "model"
 

@@ -34,7 +34,6 @@ from jaxtyping import Int32
 from pixellm_jax import generate
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.export import ExportedTensor, write_shards
 from pixellm_jax.folders import whole_folder
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.sampling import Sampling
@@ -42,6 +41,7 @@ from pixellm_jax.serving import serve
 from pixellm_jax.text.prompt import IMAGE_TOKEN, TEMPLATES, question_ids
 from pixellm_jax.text.tokenizer import SentencePieceChunks
 from pixellm_jax.text.vocabulary import IM_END, Vocabulary
+from pixellm_jax.weights.export import ExportedTensor, write_shards
 
 FORMAT = 1
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -16,7 +16,6 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Int
 
-from pixellm_jax import checkpoint
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.model.layers import Constant
@@ -25,6 +24,7 @@ from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.optimizer import make_optimizer, state_shardings, trainable_names
 from pixellm_jax.sharding import replicated, weight_sharding
 from pixellm_jax.train_config import TrainConfig
+from pixellm_jax.weights import checkpoint
 
 
 class TrainState(NamedTuple):

@@ -25,7 +25,6 @@ import ml_dtypes
 import numpy as np
 import sentencepiece
 
-from pixellm_jax import hf
 from pixellm_jax.config import (
     SIZES,
     CodebookConfig,
@@ -36,10 +35,11 @@ from pixellm_jax.config import (
 )
 from pixellm_jax.errors import InputError
 from pixellm_jax.folders import whole_folder
-from pixellm_jax.hf_config import OWN_KEY, hf_model, hf_vision
-from pixellm_jax.tensor_files import write_safetensors
 from pixellm_jax.text.prompt import LLAVA_V1, question_ids
 from pixellm_jax.text.vocabulary import IM_END, IM_START, Vocabulary
+from pixellm_jax.weights import torch_layout
+from pixellm_jax.weights.torch_config import OWN_KEY, hf_model, hf_vision
+from pixellm_jax.weights.torch_folder import write_safetensors
 
 ANSWER = "It is {group}."
 SENTENCES = [LLAVA_V1.opening, "It is . USER: ASSISTANT: Please segment the dog in this image."]
@@ -84,9 +84,9 @@ def write(out: Path, config: ModelConfig, *, dtype: str = "float32", seed: int =
     model, vision = _folders(out)
     vocabulary = write_tokenizer(model, config)
     config = _with_rows(config, max(config.language.vocabulary, vocabulary.size))
-    for folder, source in ((model, hf.MODEL), (vision, hf.VISION)):
+    for folder, source in ((model, torch_layout.MODEL), (vision, torch_layout.VISION)):
         shards = _shards(_shapes(config, source), dtype, seed)
-        wired = source == hf.MODEL and config.language.width == 64
+        wired = source == torch_layout.MODEL and config.language.width == 64
         _write_weights(folder, (_wire(s, vocabulary, config) if wired else s for s in shards))
     settings = hf_model(config)
     if config.image_grid == ModelConfig().image_grid:
@@ -116,12 +116,12 @@ def write_llava(
     shapes = {"model.mm_projector.weight": (d, e), "model.mm_projector.bias": (d,)}
     shapes |= {
         name: entry.torch
-        for entry in hf.table(config)
+        for entry in torch_layout.table(config)
         if entry.path.startswith("language_model.")
         for name in entry.names
     }
     _write_weights(model, _shards(shapes, dtype, seed))
-    _write_weights(vision, _shards(_shapes(config, hf.VISION), dtype, seed))
+    _write_weights(vision, _shards(_shapes(config, torch_layout.VISION), dtype, seed))
     settings = {key: value for key, value in hf_model(config).items() if key in LLAVA_KEYS}
     settings["architectures"] = ["LlavaLlamaForCausalLM"]
     settings["mm_use_im_start_end"] = IM_START in added
@@ -191,10 +191,10 @@ def _write_configs(out: Path, settings: dict[str, Any], config: ModelConfig) -> 
 def _shapes(config: ModelConfig, source: str) -> dict[str, tuple[int, ...]]:
     return {
         name: entry.torch
-        for entry in hf.table(config)
+        for entry in torch_layout.table(config)
         if entry.source == source
         for name in entry.names
-    } | hf.unused(config, source)
+    } | torch_layout.unused(config, source)
 
 
 def _shards(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pixellm_jax.checkpoint import SHAPES_MODEL
 from pixellm_jax.cli.processes import JOINING
+from pixellm_jax.weights.checkpoint import SHAPES_MODEL
 
 ROOT = Path(__file__).parents[1]
 PICTURES = 5

@@ -17,7 +17,6 @@ import jax
 import numpy as np
 import pytest
 
-from pixellm_jax import checkpoint
 from pixellm_jax.config import MeshConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluate import Evaluation
@@ -27,6 +26,7 @@ from pixellm_jax.sharding import make_mesh
 from pixellm_jax.train import fit
 from pixellm_jax.train_config import OptimizerConfig
 from pixellm_jax.train_state import make_blueprint
+from pixellm_jax.weights import checkpoint
 from tests.support.small_training import (
     lora_train,
     small_loader,

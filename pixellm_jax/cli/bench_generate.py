@@ -16,7 +16,6 @@ import jax
 from flax import nnx
 
 from data_pipeline.shapes_tokenizer import FOLDER
-from pixellm_jax import checkpoint
 from pixellm_jax.cli import bench_peer
 from pixellm_jax.cli.bench_peer import PeerRun
 from pixellm_jax.cli.bench_recital import random_model, recital, recite, sentence
@@ -31,6 +30,7 @@ from pixellm_jax.question import Question
 from pixellm_jax.run_log import memory_bytes
 from pixellm_jax.serving import WEIGHTS, serve
 from pixellm_jax.text.vocabulary import Vocabulary
+from pixellm_jax.weights import checkpoint
 
 PRECISIONS = (*DTYPES, *WEIGHTS)
 

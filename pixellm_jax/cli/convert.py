@@ -8,10 +8,10 @@ from typing import Any
 
 from pixellm_jax.cli.progress import byte_bar
 from pixellm_jax.config import POSITION_RESIZES, CodebookConfig, VisionConfig
-from pixellm_jax.convert import convert
-from pixellm_jax.convert_start import Start, start_from_llava
 from pixellm_jax.errors import InputError
 from pixellm_jax.text.prompt import TEMPLATES
+from pixellm_jax.weights.convert import convert
+from pixellm_jax.weights.convert_llava import Start, start_from_llava
 
 EXAMPLES = """examples:
   pixellm convert --hf PixelLM-7B/hf_model --vision clip-vit-large-patch14-336 --out pixellm-7b

@@ -13,7 +13,6 @@ import jax
 from flax import nnx
 
 from data_pipeline.sources.shapes import Shapes
-from pixellm_jax.checkpoint import SHAPES_MODEL
 from pixellm_jax.cli import demo_train
 from pixellm_jax.cli.curves import Curve, Level, draw_chart
 from pixellm_jax.cli.demo_page import Tile, write_page
@@ -29,6 +28,7 @@ from pixellm_jax.cli.quiz import (
 from pixellm_jax.errors import InputError
 from pixellm_jax.folders import whole_folder
 from pixellm_jax.predictor import Predictor
+from pixellm_jax.weights.checkpoint import SHAPES_MODEL
 
 RECORD, PAGE, MODEL = "demo.json", "index.html", "model"
 RESULTS = (RECORD, PAGE, MODEL)

@@ -20,7 +20,7 @@ from data_pipeline.benchmarks import (
     read_questions,
 )
 from data_pipeline.damage import Damaged
-from pixellm_jax import __version__, checkpoint
+from pixellm_jax import __version__
 from pixellm_jax.benchmark_question import BenchmarkQuestion
 from pixellm_jax.cli.judge_options import (
     add_judge_options,
@@ -48,6 +48,7 @@ from pixellm_jax.question_scoring import Answered, make_record, make_released_li
 from pixellm_jax.serving import WEIGHTS, serve
 from pixellm_jax.stopwatch import Stopwatch
 from pixellm_jax.text_scores import TextScorer
+from pixellm_jax.weights import checkpoint
 
 GENERATED = "generated"
 EXAMPLES = """examples:

@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 
-from pixellm_jax import checkpoint
 from pixellm_jax.cli.progress import byte_bar
 from pixellm_jax.config import DTYPES
 from pixellm_jax.errors import InputError
-from pixellm_jax.export import VISION_FOLDER, export
 from pixellm_jax.stablehlo import PLATFORMS, RUN, Buckets, write_programs
+from pixellm_jax.weights import checkpoint
+from pixellm_jax.weights.export import VISION_FOLDER, export
 
 EXAMPLES = """examples:
   pixellm export --checkpoint pixellm-7b --hf PixelLM-7B-again

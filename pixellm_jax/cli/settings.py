@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pixellm_jax import checkpoint
 from pixellm_jax.errors import InputError
 from pixellm_jax.json_files import read_optional_json
+from pixellm_jax.weights import checkpoint
 
 
 def describe_model(folder: Path, dtype: str | None, weights: str | None) -> dict[str, Any]:

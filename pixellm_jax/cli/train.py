@@ -16,7 +16,6 @@ import jax
 from jax.experimental import multihost_utils
 
 from data_pipeline.loader import Loader, open_datasets
-from pixellm_jax.checkpoint import read_config
 from pixellm_jax.cli.processes import HELP, join
 from pixellm_jax.cli.recipe import Recipe, read_recipe
 from pixellm_jax.config import DTYPES
@@ -30,6 +29,7 @@ from pixellm_jax.sharding import batch_share, batch_ways, make_mesh
 from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.train import fit
 from pixellm_jax.train_state import Blueprint, make_blueprint
+from pixellm_jax.weights.checkpoint import read_config
 
 EXAMPLES = """examples:
   pixellm train --config configs/shapes.py --out runs/shapes

@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 
 from data_pipeline.shapes_tokenizer import FOLDER
-from pixellm_jax import checkpoint
 from pixellm_jax.cli import bench_generate, bench_peer
 from pixellm_jax.cli.bench_recital import STRIDE, WORDS, random_model, recital, recite, sentence
 from pixellm_jax.cli.bench_sizes import TINY
@@ -22,6 +21,7 @@ from pixellm_jax.programs import Programs
 from pixellm_jax.question import Question, Result
 from pixellm_jax.serving import serve
 from pixellm_jax.text.vocabulary import Vocabulary
+from pixellm_jax.weights import checkpoint
 
 ROWS, SENTENCES = 2, 3
 

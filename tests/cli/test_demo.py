@@ -15,7 +15,6 @@ import pytest
 from data_pipeline.shapes_tokenizer import FOLDER
 from data_pipeline.sources.shapes import Shapes
 from data_pipeline.sources.shapes_questions import KINDS, Question
-from pixellm_jax import checkpoint
 from pixellm_jax.answer_record import Answer
 from pixellm_jax.cli import demo, demo_train
 from pixellm_jax.cli.curves import Curve, Level, draw_chart
@@ -30,6 +29,7 @@ from pixellm_jax.cli.quiz import (
     summarise,
 )
 from pixellm_jax.images.overlay import colours
+from pixellm_jax.weights import checkpoint
 
 VOID_TAGS = {"meta", "img", "br"}
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pixellm_jax import hf
 from pixellm_jax.config import LanguageConfig, ModelConfig
 from pixellm_jax.model.language_model import Cache, LanguageBlock, LanguageModel
 from pixellm_jax.model.layers import attend
+from pixellm_jax.weights import torch_layout
 
 # Float32 with sums in another order: relative to the largest value. Cached decoding, packing and
 # unrolling multiply the same numbers in other shapes, so they share the bound of a layer.
@@ -142,7 +142,7 @@ def converted(llama) -> LanguageModel:
         jax.eval_shape(partial(LanguageModel, config=CONFIG), jax.random.key(0))
     )
     variables = {".".join(map(str, path)): v for path, v in nnx.to_flat_state(state)}
-    for entry in hf.table(ModelConfig(language=CONFIG)):
+    for entry in torch_layout.table(ModelConfig(language=CONFIG)):
         if entry.path.startswith("language_model."):
             layers = [entry.to_ours(tensors.pop(name)) for name in entry.names]
             value = np.stack(layers) if entry.count else layers[0]

@@ -10,7 +10,6 @@ import jax
 import pytest
 from flax import nnx
 
-from pixellm_jax import hf
 from pixellm_jax.axes import AXES, LOGICAL
 from pixellm_jax.config import (
     SIZES,
@@ -22,6 +21,7 @@ from pixellm_jax.config import (
 )
 from pixellm_jax.model.layers import Constant
 from pixellm_jax.model.pixellm import PixelLM
+from pixellm_jax.weights import torch_layout
 
 # D, layers, heads * head size, MLP width of LLaMA; 32,000 ids, 6 codebook tokens, im_start, im_end.
 LLAMA = {"7b": (4096, 32, 11008), "13b": (5120, 40, 13824)}
@@ -105,8 +105,8 @@ def test_parameters_and_unused_tensors_are_those_of_the_published_checkpoints(si
     published += heads(LLAMA[size][0]) + prompt_encoder() + mask_decoder()
     unused = sum(
         math.prod(shape)
-        for source in (hf.MODEL, hf.VISION)
-        for shape in hf.unused(config, source).values()
+        for source in (torch_layout.MODEL, torch_layout.VISION)
+        for shape in torch_layout.unused(config, source).values()
     )
     assert count(config) - FUSION + unused == published
 
@@ -171,13 +171,17 @@ def test_table_names_every_parameter_once_with_its_shape(scales, tokens):
         decoder=DecoderConfig(width=48, heads=3, mlp=19, depth=3, mask_tokens=11),
     )
     ours = {path: v.get_value().shape for path, v in variables(config).items()}
-    entries = hf.table(config)
+    entries = torch_layout.table(config)
     paths = Counter(entry.path for entry in entries)
     assert set(paths.values()) == {1}
     assert ours.keys() - paths.keys() == {"codebook.token_fusion", "codebook.mask_fusion"}
-    assert ours.keys() - paths.keys() == hf.FUSION.keys()
+    assert ours.keys() - paths.keys() == torch_layout.FUSION.keys()
     assert not paths.keys() - ours.keys()
     assert {entry.path: entry.shape for entry in entries} == {path: ours[path] for path in paths}
     names = Counter(name for entry in entries for name in entry.names)
-    names.update(name for source in (hf.MODEL, hf.VISION) for name in hf.unused(config, source))
+    names.update(
+        name
+        for source in (torch_layout.MODEL, torch_layout.VISION)
+        for name in torch_layout.unused(config, source)
+    )
     assert set(names.values()) == {1}  # no tensor is read twice, or both read and unused

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pixellm_jax import hf
 from pixellm_jax.config import CodebookConfig, ModelConfig, VisionConfig
 from pixellm_jax.model.vision_encoder import (
     VisionBlock,
@@ -20,6 +19,7 @@ from pixellm_jax.model.vision_encoder import (
     quick_gelu,
     resize_positions,
 )
+from pixellm_jax.weights import torch_layout
 
 # Float32 with sums in another order: relative to the largest value.
 LAYER, WHOLE = 1e-5, 1e-4
@@ -127,7 +127,9 @@ def converted(clip, config: VisionConfig, table: np.ndarray) -> VisionEncoder:
     graph, state = nnx.split(jax.eval_shape(build, jax.random.key(0)))
     variables = {".".join(map(str, path)): v for path, v in nnx.to_flat_state(state)}
     whole = ModelConfig(vision=config, codebook=CodebookConfig(scales=len(config.taps)))
-    for entry in (entry for entry in hf.table(whole) if entry.source == hf.VISION):
+    for entry in (
+        entry for entry in torch_layout.table(whole) if entry.source == torch_layout.VISION
+    ):
         layers = [entry.to_ours(tensors.pop(name)) for name in entry.names]
         value = np.stack(layers) if entry.count else layers[0]
         variables.pop(entry.path.removeprefix("vision_encoder.")).set_value(jnp.asarray(value))

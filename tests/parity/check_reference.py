@@ -26,11 +26,8 @@ import numpy as np
 from flax import nnx
 from reference import write_folders
 
-from pixellm_jax import hf
 from pixellm_jax.batch import Batch
-from pixellm_jax.checkpoint import load_model
 from pixellm_jax.config import ModelConfig
-from pixellm_jax.convert import convert
 from pixellm_jax.generate import generate
 from pixellm_jax.images.geometry import VOID, fitted_size, unfit
 from pixellm_jax.losses import Losses, losses
@@ -39,6 +36,9 @@ from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.model.vision_encoder import patch_valid
 from pixellm_jax.text.prompt import IMAGE_TOKEN
 from pixellm_jax.train_config import LossConfig
+from pixellm_jax.weights import torch_layout
+from pixellm_jax.weights.checkpoint import load_model
+from pixellm_jax.weights.convert import convert
 
 STATE, LOSS, GRADIENT, IOU = 1e-4, 1e-4, 1e-3, 1 - 1e-4
 
@@ -229,12 +229,12 @@ def _gradients(file: Any, settings: dict[str, Any], model: PixelLM, batch: Batch
 
     flat = {".".join(map(str, p)): v.get_value() for p, v in nnx.to_flat_state(gradient)}
     norms = {}
-    for entry in hf.table(model.config):
+    for entry in torch_layout.table(model.config):
         if entry.path in flat:
             layers = np.asarray(flat[entry.path], np.float64)
             for name, layer in zip(entry.names, layers if entry.count else [layers], strict=True):
                 norms[name] = float(np.linalg.norm(layer))
-    unused = hf.unused(model.config, hf.MODEL)
+    unused = torch_layout.unused(model.config, torch_layout.MODEL)
     wanted = dict(zip(map(str, file["grad_names"]), file["grad_norms"], strict=True))
     worst, where = 0.0, ""
     largest = max(wanted.values())

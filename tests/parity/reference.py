@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
-from pixellm_jax.tensor_files import write_safetensors
+from pixellm_jax.weights.torch_folder import write_safetensors
 
 CANVAS = 448
 

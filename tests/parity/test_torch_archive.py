@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.tensor_files import open_file, open_folder, write_safetensors
+from pixellm_jax.weights.torch_folder import open_file, open_folder, write_safetensors
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch

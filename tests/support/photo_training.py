@@ -20,7 +20,6 @@ from data_pipeline.example import Example
 from data_pipeline.loader import Loader
 from data_pipeline.masks import decode_many
 from data_pipeline.sources import SOURCES
-from pixellm_jax import checkpoint
 from pixellm_jax.cli.demo_train import CODEBOOK, make_model_config
 from pixellm_jax.config import MeshConfig, ModelConfig
 from pixellm_jax.engine import Engine, EngineConfig
@@ -37,6 +36,7 @@ from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.train import Outcome, fit
 from pixellm_jax.train_config import OptimizerConfig, TrainConfig
 from pixellm_jax.train_state import make_blueprint
+from pixellm_jax.weights import checkpoint
 from tests.support.small_training import EVERYTHING
 
 MUSE = "muse"

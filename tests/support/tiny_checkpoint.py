@@ -49,7 +49,7 @@ def maker() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def tiny(maker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    from pixellm_jax.convert import convert
+    from pixellm_jax.weights.convert import convert
 
     folder = tmp_path_factory.mktemp("tiny")
     maker.write(folder, maker.tiny())
@@ -106,7 +106,7 @@ def copied(tmp_path: Path, tiny: Tiny) -> Callable[[str], Path]:
 
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    from pixellm_jax.tensor_files import open_folder
+    from pixellm_jax.weights.torch_folder import open_folder
 
     return {name: tensor.read() for name, tensor in open_folder(folder).items()}
 
@@ -121,7 +121,7 @@ def read_arrays(folder: Path, part: str = "params") -> dict[str, np.ndarray]:
 
 def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Replaces all weights of a folder by these, in one file."""
-    from pixellm_jax.tensor_files import write_safetensors
+    from pixellm_jax.weights.torch_folder import write_safetensors
 
     for pattern in WEIGHTS:
         for file in folder.glob(pattern):

@@ -14,14 +14,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pixellm_jax import checkpoint, convert, convert_start, export, hf, hf_config
 from pixellm_jax.cli.main import main
 from pixellm_jax.config import CodebookConfig
-from pixellm_jax.convert_start import start_from_llava
 from pixellm_jax.errors import InputError
-from pixellm_jax.hf_config import OWN_KEY
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.predictor import Predictor
+from pixellm_jax.weights import (
+    checkpoint,
+    convert,
+    convert_llava,
+    export,
+    torch_config,
+    torch_layout,
+)
+from pixellm_jax.weights.convert_llava import start_from_llava
+from pixellm_jax.weights.torch_config import OWN_KEY
 from tests.support.tiny_checkpoint import (
     assert_same_tensors,
     change_json,
@@ -49,7 +56,7 @@ class Llava(NamedTuple):
     model: Path
     clip: Path
     jax: Path
-    start: convert_start.Start
+    start: convert_llava.Start
 
 
 def make(maker: ModuleType, folder: Path, **options) -> Llava:
@@ -109,14 +116,17 @@ def test_loaded_model_has_the_weights_of_both_folders_bit_for_bit(llava):
     model = checkpoint.load_model(llava.jax)
     flat = nnx.to_flat_state(nnx.state(model))
     found = {".".join(map(str, path)): np.asarray(v.get_value()) for path, v in flat}
-    sources = {hf.MODEL: read_tensors(llava.model), hf.VISION: read_tensors(llava.clip)}
+    sources = {
+        torch_layout.MODEL: read_tensors(llava.model),
+        torch_layout.VISION: read_tensors(llava.clip),
+    }
     compared = set()
-    for entry in hf.table(model.config):
+    for entry in torch_layout.table(model.config):
         if entry.path.split(".")[0] in NEW:
             continue
         kept = found[entry.path]
-        if entry.path in convert_start.TABLES:
-            expected = sources[hf.MODEL][entry.name]
+        if entry.path in convert_llava.TABLES:
+            expected = sources[torch_layout.MODEL][entry.name]
             kept = kept[: len(expected)]
         else:
             layers = [entry.to_ours(sources[entry.source][name]) for name in entry.names]
@@ -124,10 +134,19 @@ def test_loaded_model_has_the_weights_of_both_folders_bit_for_bit(llava):
         assert kept.dtype == expected.dtype, entry.path
         assert kept.tobytes() == expected.tobytes(), entry.path
         compared |= set(entry.names)
-    of_model, of_clip = (sources[source].keys() for source in (hf.MODEL, hf.VISION))
-    left = {n for n in of_model if n.startswith(convert_start.DISCARDED) or n.endswith(hf.DERIVED)}
+    of_model, of_clip = (
+        sources[source].keys() for source in (torch_layout.MODEL, torch_layout.VISION)
+    )
+    left = {
+        n
+        for n in of_model
+        if n.startswith(convert_llava.DISCARDED) or n.endswith(torch_layout.DERIVED)
+    }
     assert compared & of_model == of_model - left
-    assert compared & of_clip == of_clip - hf.unused(model.config, hf.VISION).keys()
+    assert (
+        compared & of_clip
+        == of_clip - torch_layout.unused(model.config, torch_layout.VISION).keys()
+    )
 
 
 def test_export_has_the_weights_of_both_folders_and_goes_round(v1, tmp_path):
@@ -136,7 +155,7 @@ def test_export_has_the_weights_of_both_folders_and_goes_round(v1, tmp_path):
     found, expected = read_tensors(again), read_tensors(v1.model)
     tables = ("model.embed_tokens.weight", "lm_head.weight")
     for name, array in expected.items():
-        if name.startswith("model.layers.") and not name.endswith(hf.DERIVED):
+        if name.startswith("model.layers.") and not name.endswith(torch_layout.DERIVED):
             assert found[name].tobytes() == array.tobytes(), name
         if name in tables:
             assert found[name][: len(array)].tobytes() == array.tobytes(), name
@@ -172,7 +191,7 @@ def test_vocabulary_grows_by_what_it_lacks(llava):
 
 def new_rows(folder: Path, old: int) -> list[np.ndarray]:
     arrays = read_arrays(folder)
-    return [arrays[path][old:].astype(np.float64) for path in convert_start.TABLES]
+    return [arrays[path][old:].astype(np.float64) for path in convert_llava.TABLES]
 
 
 def assert_normal(rows: np.ndarray, scale: float) -> None:
@@ -208,7 +227,7 @@ def test_rows_without_an_id_are_cut(v1, changed, tmp_path):
     old, size = v1.start.rows
     assert start.rows == (old + 40, size)
     arrays = read_arrays(tmp_path / "jax")
-    for path, name in zip(convert_start.TABLES, ("embed_tokens", "lm_head"), strict=True):
+    for path, name in zip(convert_llava.TABLES, ("embed_tokens", "lm_head"), strict=True):
         expected = next(array for key, array in tensors.items() if name in key)[:size]
         assert arrays[path].tobytes() == expected.tobytes()
 
@@ -248,7 +267,7 @@ def test_new_parts_depend_on_the_seed_alone(v1, padded, tmp_path):
     assert_same_tensors(others[0], first)
     old = v1.start.rows[0]
     for name, other in others[1].items():
-        if name in convert_start.TABLES:
+        if name in convert_llava.TABLES:
             assert not np.array_equal(other[old:], first[name][old:]), name
             assert other[:old].tobytes() == first[name][:old].tobytes(), name
         elif name.split(".")[0] not in NEW:
@@ -260,9 +279,9 @@ def test_new_parts_depend_on_the_seed_alone(v1, padded, tmp_path):
 
 
 def test_settings_are_those_of_the_paper_or_of_the_options(v1):
-    language, vision = v1.start.config.language, hf_config.read_vision(v1.clip)
+    language, vision = v1.start.config.language, torch_config.read_vision(v1.clip)
     shapes = {"model.embed_tokens.weight": (language.vocabulary, language.width)}
-    config = hf_config.read_start(v1.model, vision, shapes, OPTIONS["codebook"])
+    config = torch_config.read_start(v1.model, vision, shapes, OPTIONS["codebook"])
     assert config.language == language
     paper = {"canvas": 448, "taps": (-2, -11), "position_resize": "correct"}
     assert config.vision == dataclasses.replace(vision, **paper)

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.torch_archive import MAX_AXES, TensorView, is_size
+from pixellm_jax.weights.torch_file import MAX_AXES, TensorView, is_size
 
 MAX_HEADER_BYTES = 100_000_000
 """Limit of a safetensors header (the format's own) and of an index."""

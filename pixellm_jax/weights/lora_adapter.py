@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pixellm_jax import hf
 from pixellm_jax.errors import InputError
 from pixellm_jax.json_files import read_optional_json
-from pixellm_jax.tensor_files import open_folder
+from pixellm_jax.weights import torch_layout
+from pixellm_jax.weights.torch_folder import open_folder
 
 PREFIX = "base_model.model."
 ALPHA = 16.0
@@ -22,9 +22,9 @@ ALPHA = 16.0
 class LoraTensor:
     """W + (alpha / r) B A, read from the three tensors; float32 sum in the dtype of W."""
 
-    weight: hf.Tensor
-    a: hf.Tensor
-    b: hf.Tensor
+    weight: torch_layout.Tensor
+    a: torch_layout.Tensor
+    b: torch_layout.Tensor
     scale: float
 
     @property
@@ -45,7 +45,7 @@ class LoraTensor:
 
 def open_merged(
     folder: Path, alpha: float | None = None
-) -> tuple[dict[str, hf.Tensor], dict[str, list[str]]]:
+) -> tuple[dict[str, torch_layout.Tensor], dict[str, list[str]]]:
     """The tensors of a folder with the training prefix removed and low-rank pairs merged.
 
     Also what is wrong with them, by kind. `alpha` overrides what adapter_config.json says.
@@ -56,8 +56,8 @@ def open_merged(
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise InputError(f"lora_alpha {alpha}: expected a number above 0")
     found = open_folder(folder)
-    plain: dict[str, hf.Tensor] = {}
-    pairs: dict[str, dict[str, hf.Tensor]] = {}
+    plain: dict[str, torch_layout.Tensor] = {}
+    pairs: dict[str, dict[str, torch_layout.Tensor]] = {}
     doubled = []
     for full, tensor in found.items():
         name = full.removeprefix(PREFIX).replace(".base_layer.", ".")

@@ -20,10 +20,10 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 import safetensors.numpy
 
-from pixellm_jax import safetensors_archive, torch_archive
 from pixellm_jax.errors import InputError
 from pixellm_jax.folders import whole_file
-from pixellm_jax.safetensors_archive import (
+from pixellm_jax.weights import safetensors_file, torch_file
+from pixellm_jax.weights.safetensors_file import (
     AGAIN,
     MAX_HEADER_BYTES,
     contiguous,
@@ -124,7 +124,7 @@ def open_file(file: Path) -> dict[str, LazyTensor]:
                 raise InputError("a Git LFS pointer, expected weights; run git lfs pull")
             if head[:5].lower() in (b"<html", b"<!doc"):
                 raise InputError(f"a web page, expected weights; {AGAIN}")
-            archive = safetensors_archive if file.suffix == ".safetensors" else torch_archive
+            archive = safetensors_file if file.suffix == ".safetensors" else torch_file
             found = archive.find_tensors(stream)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore
 
-from pixellm_jax import checkpoint, hf, hf_config
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.folders import whole_folder
-from pixellm_jax.tensor_files import write_safetensors
+from pixellm_jax.weights import checkpoint, torch_config, torch_layout
+from pixellm_jax.weights.torch_folder import write_safetensors
 
 SHARD_BYTES = 1 << 30
 """Tensors share a file up to this size; a larger one has its own."""
@@ -52,19 +52,29 @@ def export(
     params = checkpoint.open_arrays(folder, checkpoint.PARAMS)
     unused = checkpoint.open_arrays(folder, checkpoint.UNUSED)
     checkpoint.check_arrays(folder, config, params)
-    imported = [hf.VISION, hf.MODEL] if "config.json" in source else [hf.VISION]
-    wanted = [name for kind in imported for name in hf.unused(config, kind)]
+    imported = (
+        [torch_layout.VISION, torch_layout.MODEL]
+        if "config.json" in source
+        else [torch_layout.VISION]
+    )
+    wanted = [name for kind in imported for name in torch_layout.unused(config, kind)]
     if missing := [name for name in wanted if name not in unused]:
         raise InputError(
             f"{folder / checkpoint.UNUSED}: missing {', '.join(missing)}; convert or copy it again"
         )
-    tensors = {k: list(_tensors(config, params, unused, k)) for k in (hf.MODEL, hf.VISION)}
+    tensors = {
+        k: list(_tensors(config, params, unused, k))
+        for k in (torch_layout.MODEL, torch_layout.VISION)
+    }
     total = sum(tensor.nbytes for some in tensors.values() for tensor in some)
     progress(0, total)
     with whole_folder(out) as made:
         vocabulary.save(made)
         (made / VISION_FOLDER).mkdir()
-        for kind, place in ((hf.MODEL, made), (hf.VISION, made / VISION_FOLDER)):
+        for kind, place in (
+            (torch_layout.MODEL, made),
+            (torch_layout.VISION, made / VISION_FOLDER),
+        ):
             write_shards(place, tensors[kind], lambda new: progress(new, total))
         if "generation_config.json" in source:
             _write_json(made / "generation_config.json", source["generation_config.json"])
@@ -75,23 +85,25 @@ def _tensors(
     config: ModelConfig, params: Arrays, unused: Arrays, source: str
 ) -> Iterator[ExportedTensor]:
     """All tensors of a folder: the table's, trained fusion weights, and what was carried along."""
-    for entry in hf.table(config):
+    for entry in torch_layout.table(config):
         array = params[entry.path]
         itemsize = array.dtype.numpy_dtype.itemsize
         for i, name in enumerate(entry.names if entry.source == source else []):
             layer = array[i] if entry.count else array
 
-            def read(layer: tensorstore.TensorStore = layer, entry: hf.Entry = entry) -> np.ndarray:
+            def read(
+                layer: tensorstore.TensorStore = layer, entry: torch_layout.Entry = entry
+            ) -> np.ndarray:
                 return entry.to_torch(checkpoint.read(layer))
 
             yield ExportedTensor(name, math.prod(entry.torch) * itemsize, read)
-    if source == hf.MODEL:
-        for path, released in hf.released_fusion(config).items():
+    if source == torch_layout.MODEL:
+        for path, released in torch_layout.released_fusion(config).items():
             if not np.array_equal(checkpoint.read(params[path]), released):
-                yield _same(hf.FUSION[path], params[path])
-    shapes = hf.unused(config, source)
+                yield _same(torch_layout.FUSION[path], params[path])
+    shapes = torch_layout.unused(config, source)
     for name, array in unused.items():
-        if name.startswith("vision_") == (source == hf.VISION):
+        if name.startswith("vision_") == (source == torch_layout.VISION):
             yield _same(name, array)
     for name in sorted(shapes.keys() - unused.keys()):  # a model that never had them
         nbytes = 4 * math.prod(shapes[name])
@@ -136,16 +148,16 @@ def _write_configs(made: Path, config: ModelConfig, source: dict[str, dict[str, 
     """The configs of the imported folders, with our own key where they do not say it all."""
     vision = made / VISION_FOLDER
     _write_json(
-        vision / "config.json", source.get("vision.json", hf_config.hf_vision(config.vision))
+        vision / "config.json", source.get("vision.json", torch_config.hf_vision(config.vision))
     )
-    model = source.get("config.json", hf_config.hf_model(config))
+    model = source.get("config.json", torch_config.hf_model(config))
     _write_json(made / "config.json", model)
-    if hf_config.OWN_KEY not in model:
-        shapes = {name: entry.torch for entry in hf.table(config) for name in entry.names}
-        seen = hf_config.read_vision(vision)
-        if hf_config.read_model(made, seen, shapes, config.codebook) == config:
+    if torch_config.OWN_KEY not in model:
+        shapes = {name: entry.torch for entry in torch_layout.table(config) for name in entry.names}
+        seen = torch_config.read_vision(vision)
+        if torch_config.read_model(made, seen, shapes, config.codebook) == config:
             return
-    own = {hf_config.OWN_KEY: dataclasses.asdict(config)}
+    own = {torch_config.OWN_KEY: dataclasses.asdict(config)}
     _write_json(made / "config.json", {**model, **own})
 
 

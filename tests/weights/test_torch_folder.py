@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pixellm_jax import safetensors_archive, tensor_files, torch_archive
 from pixellm_jax.errors import InputError
-from pixellm_jax.tensor_files import open_file, open_folder, write_safetensors
+from pixellm_jax.weights import safetensors_file, torch_file, torch_folder
+from pixellm_jax.weights.torch_folder import open_file, open_folder, write_safetensors
 
 ORDERED = b"ccollections\nOrderedDict\n)R"
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
@@ -169,7 +169,7 @@ def test_write_failure_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(tensor_files.os, "replace", fail)
+    monkeypatch.setattr(torch_folder.os, "replace", fail)
     assert "disk full" in message(write_safetensors, file, {"w": np.ones(3, np.float32)})
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     assert not open_file(file)["w"].read().any()
@@ -232,7 +232,7 @@ def test_not_weights_at_all(tmp_path, name, content, found):
 
 def test_header_limit(tmp_path, monkeypatch):
     split(tmp_path, {"model.safetensors": ["w"]})
-    monkeypatch.setattr(safetensors_archive, "MAX_HEADER_BYTES", 20)
+    monkeypatch.setattr(safetensors_file, "MAX_HEADER_BYTES", 20)
     assert "20 at most" in message(open_folder, tmp_path)
 
 
@@ -570,7 +570,7 @@ def test_other_archives_are_refused(tmp_path):
 
 
 def test_pickle_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_archive, "MAX_PICKLE_BYTES", 100)
+    monkeypatch.setattr(torch_file, "MAX_PICKLE_BYTES", 100)
     assert "at most 100" in message(open_file, archive(tmp_path, GOOD))
 
 
@@ -636,7 +636,7 @@ def test_mutated_files_raise_nothing_else(tmp_path, kind):
 MEASURE = """
 import re, sys
 from pathlib import Path
-from pixellm_jax.tensor_files import open_folder
+from pixellm_jax.weights.torch_folder import open_folder
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
@@ -658,7 +658,7 @@ def test_memory_is_that_of_one_tensor(tmp_path):
     value = dictionary(**{f"w{k}": weight for k, weight in enumerate(weights)})
     archive(tmp_path, value, **{f"data/{k}": zeros for k in range(count)})
     command = [sys.executable, "-c", MEASURE, str(tmp_path)]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     found, growth = done.stdout.split()
     assert int(found) == count

@@ -12,9 +12,9 @@ import tensorstore
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pixellm_jax import checkpoint, hf
 from pixellm_jax.errors import InputError
 from pixellm_jax.predictor import Predictor
+from pixellm_jax.weights import checkpoint, torch_layout
 from tests.support.tiny_checkpoint import change_json, read_tensors
 
 
@@ -34,13 +34,13 @@ def test_model_has_the_values_and_dtypes_of_the_source(tiny):
     model = checkpoint.load_model(tiny.jax)
     source = read_tensors(tiny.hf) | read_tensors(tiny.clip)
     found = parameters(model)
-    entries = hf.table(model.config)
+    entries = torch_layout.table(model.config)
     for entry in entries:
         layers = [entry.to_ours(source[name]) for name in entry.names]
         expected = np.stack(layers) if entry.count else layers[0]
         np.testing.assert_array_equal(found.pop(entry.path), expected)
         assert expected.dtype == np.float32
-    assert found.keys() == hf.released_fusion(model.config).keys()
+    assert found.keys() == torch_layout.released_fusion(model.config).keys()
     np.testing.assert_array_equal(
         found["codebook.token_fusion"], np.full((2, 3), np.float32(1 / 6))
     )

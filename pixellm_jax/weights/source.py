@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from pixellm_jax import checkpoint, hf, hf_config, lora_files
-from pixellm_jax.checkpoint import Leaf
 from pixellm_jax.config import ModelConfig, VisionConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.json_files import read_json
-from pixellm_jax.tensor_files import open_folder
 from pixellm_jax.text.vocabulary import Vocabulary
+from pixellm_jax.weights import checkpoint, lora_adapter, torch_config, torch_layout
+from pixellm_jax.weights.checkpoint import Leaf
+from pixellm_jax.weights.torch_folder import open_folder
 
 NAMES_SHOWN = 1000
 """Of each kind of problem; a report names every tensor of any model in use."""
@@ -33,7 +33,7 @@ class SourceFolders:
     model: Path
     vision: Path
     vision_config: VisionConfig
-    tensors: Mapping[str, Mapping[str, hf.Tensor]]
+    tensors: Mapping[str, Mapping[str, torch_layout.Tensor]]
     problems: Mapping[str, list[str]]
 
     @classmethod
@@ -43,24 +43,24 @@ class SourceFolders:
         Raises:
             InputError: a folder or a file is missing or damaged, or not what it should be.
         """
-        vision_config = hf_config.read_vision(vision)
-        merged, problems = lora_files.open_merged(model, lora_alpha)
+        vision_config = torch_config.read_vision(vision)
+        merged, problems = lora_adapter.open_merged(model, lora_alpha)
         return cls(
             model=model,
             vision=vision,
             vision_config=vision_config,
-            tensors={hf.MODEL: merged, hf.VISION: open_folder(vision)},
+            tensors={torch_layout.MODEL: merged, torch_layout.VISION: open_folder(vision)},
             problems=problems,
         )
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the model's tensors."""
-        return {name: tensor.shape for name, tensor in self.tensors[hf.MODEL].items()}
+        return {name: tensor.shape for name, tensor in self.tensors[torch_layout.MODEL].items()}
 
     def check(
         self,
-        entries: Iterable[hf.Entry],
+        entries: Iterable[torch_layout.Entry],
         unused: Mapping[str, Mapping[str, tuple[int, ...]]],
         *,
         optional: Mapping[str, tuple[int, ...]] | None = None,
@@ -76,13 +76,13 @@ class SourceFolders:
         """
         reports = []
         for source, found in self.tensors.items():
-            of_model = source == hf.MODEL
+            of_model = source == torch_layout.MODEL
             wanted = dict(unused[source])
             for entry in entries:
                 if entry.source == source:
                     wanted |= dict.fromkeys(entry.names, entry.torch)
             known = wanted | dict(optional or {}) if of_model else wanted
-            passed = (*hf.IGNORED[source], *(ignored if of_model else ()))
+            passed = (*torch_layout.IGNORED[source], *(ignored if of_model else ()))
             kinds = {
                 **(self.problems if of_model else {}),
                 "missing": [name for name in wanted if name not in found],
@@ -91,7 +91,7 @@ class SourceFolders:
                     for name in found
                     if name not in known
                     and not name.startswith(passed)
-                    and not name.endswith(hf.DERIVED)
+                    and not name.endswith(torch_layout.DERIVED)
                 ],
                 "wrong shape": [
                     f"{name} {tensor.shape}, expected {known[name]}"
@@ -114,7 +114,7 @@ class SourceFolders:
                 "download the folder again, or name the right one)"
             )
 
-    def leaf(self, entry: hf.Entry) -> Leaf:
+    def leaf(self, entry: torch_layout.Entry) -> Leaf:
         """One of our parameters, to be read layer by layer."""
         layers = [self.tensors[entry.source][name] for name in entry.names]
         dtypes = {layer.dtype for layer in layers}
@@ -154,7 +154,7 @@ class SourceFolders:
         )
 
 
-def whole(tensor: hf.Tensor) -> Leaf:
+def whole(tensor: torch_layout.Tensor) -> Leaf:
     """A tensor as it is in its file."""
     return Leaf(shape=tensor.shape, dtype=tensor.dtype, read=lambda _: tensor.read())
 

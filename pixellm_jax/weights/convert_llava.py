@@ -12,13 +12,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from pixellm_jax import hf, hf_config
-from pixellm_jax.checkpoint import Leaf
 from pixellm_jax.config import CodebookConfig, ModelConfig, VisionConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.source_folders import SourceFolders, constant, whole
 from pixellm_jax.text.vocabulary import Vocabulary
+from pixellm_jax.weights import torch_config, torch_layout
+from pixellm_jax.weights.checkpoint import Leaf
+from pixellm_jax.weights.source import SourceFolders, constant, whole
 
 DISCARDED = ("model.mm_projector.", "model.vision_tower.")
 """What a LLaVA folder may hold and a training does not start from: its projector, linear or not, is
@@ -70,12 +70,12 @@ def start_from_llava(
     if not 0 <= seed < 2**32:
         raise InputError(f"seed {seed}: expected 0 to {2**32 - 1}; choose another")
     folders = SourceFolders.open(model, vision, lora_alpha)
-    if hf_config.is_pixellm(folders.shapes):
+    if torch_config.is_pixellm(folders.shapes):
         raise InputError(
             f"{model}: a PixelLM folder, it has a codebook and a pixel decoder of its own; convert "
             "it without --from-llava, or name a LLaVA folder"
         )
-    config = hf_config.read_start(model, folders.vision_config, folders.shapes, codebook, canvas)
+    config = torch_config.read_start(model, folders.vision_config, folders.shapes, codebook, canvas)
     config = dataclasses.replace(
         config,
         template=template or config.template,
@@ -88,17 +88,20 @@ def start_from_llava(
     )
     entries = [
         entry
-        for entry in hf.table(config)
-        if entry.source == hf.VISION or entry.path.startswith("language_model.")
+        for entry in torch_layout.table(config)
+        if entry.source == torch_layout.VISION or entry.path.startswith("language_model.")
     ]
-    unused = {hf.MODEL: {}, hf.VISION: hf.unused(config, hf.VISION)}
+    unused = {
+        torch_layout.MODEL: {},
+        torch_layout.VISION: torch_layout.unused(config, torch_layout.VISION),
+    }
     folders.check(entries, unused, ignored=DISCARDED)
 
     params = {entry.path: folders.leaf(entry) for entry in entries}
     rows = config.language.vocabulary
     language = dataclasses.replace(config.language, vocabulary=vocabulary.size)
     config = dataclasses.replace(config, language=language)
-    scale = hf_config.read_initializer_range(model)
+    scale = torch_config.read_initializer_range(model)
     for index, path in enumerate(TABLES):
         random = np.random.default_rng([seed, index])
         params[path] = _with_rows(params[path], vocabulary.size, scale, random)
@@ -108,7 +111,9 @@ def start_from_llava(
         out,
         config=config,
         params=params | {path: constant(np.asarray(array)) for path, array in drawn.items()},
-        unused={name: whole(tensors[hf.VISION][name]) for name in unused[hf.VISION]},
+        unused={
+            name: whole(tensors[torch_layout.VISION][name]) for name in unused[torch_layout.VISION]
+        },
         vocabulary=vocabulary,
         source={},
         progress=progress,
@@ -117,7 +122,7 @@ def start_from_llava(
         config=config,
         rows=(rows, vocabulary.size),
         drawn=tuple(sorted({path.split(".")[0] for path in drawn})),
-        discarded=tuple(name for name in tensors[hf.MODEL] if name.startswith(DISCARDED)),
+        discarded=tuple(name for name in tensors[torch_layout.MODEL] if name.startswith(DISCARDED)),
     )
 
 

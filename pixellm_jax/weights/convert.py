@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pixellm_jax import hf, hf_config
-from pixellm_jax.checkpoint import Leaf
 from pixellm_jax.config import CodebookConfig, ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.json_files import read_json
-from pixellm_jax.source_folders import SourceFolders, constant, whole
 from pixellm_jax.text.vocabulary import Vocabulary
+from pixellm_jax.weights import torch_config, torch_layout
+from pixellm_jax.weights.checkpoint import Leaf
+from pixellm_jax.weights.source import SourceFolders, constant, whole
 
 
 def convert(
@@ -36,23 +36,26 @@ def convert(
     """
     folders = SourceFolders.open(model, vision, lora_alpha)
     shapes = folders.shapes
-    if not hf_config.is_pixellm(shapes):
+    if not torch_config.is_pixellm(shapes):
         raise InputError(
-            f"{model}: no tensor of PixelLM's own parts ({', '.join(hf_config.PARTS)}); name the "
+            f"{model}: no tensor of PixelLM's own parts ({', '.join(torch_config.PARTS)}); name the "
             "folder of a trained PixelLM, or start a training from a LLaVA folder with --from-llava"
         )
     _check_width(folders)
-    scales = hf_config.read_scales(model, shapes)
+    scales = torch_config.read_scales(model, shapes)
     vocabulary = Vocabulary.load(model, scales=scales)
     codebook = CodebookConfig(tokens_per_scale=vocabulary.tokens_per_scale, scales=scales)
-    config = hf_config.read_model(model, folders.vision_config, shapes, codebook, template)
+    config = torch_config.read_model(model, folders.vision_config, shapes, codebook, template)
     if position_resize is not None:
         seen = dataclasses.replace(config.vision, position_resize=position_resize)
         config = dataclasses.replace(config, vision=seen)
-    entries = hf.table(config)
-    unused = {source: hf.unused(config, source) for source in (hf.MODEL, hf.VISION)}
-    fusion = hf.released_fusion(config)
-    optional = {hf.FUSION[path]: value.shape for path, value in fusion.items()}
+    entries = torch_layout.table(config)
+    unused = {
+        source: torch_layout.unused(config, source)
+        for source in (torch_layout.MODEL, torch_layout.VISION)
+    }
+    fusion = torch_layout.released_fusion(config)
+    optional = {torch_layout.FUSION[path]: value.shape for path, value in fusion.items()}
     folders.check(entries, unused, optional=optional)
     if vocabulary.size > config.language.vocabulary:
         raise InputError(
@@ -65,13 +68,16 @@ def convert(
         for source, tensors in folders.tensors.items()
         for name, tensor in tensors.items()
         if name in unused[source]
-        or (name.endswith(hf.DERIVED) and not name.startswith(hf.IGNORED[source]))
+        or (
+            name.endswith(torch_layout.DERIVED)
+            and not name.startswith(torch_layout.IGNORED[source])
+        )
     }
     names = ("config.json", "generation_config.json")
     folders.write(
         out,
         config=config,
-        params=params | _fusion(config, folders.tensors[hf.MODEL]),
+        params=params | _fusion(config, folders.tensors[torch_layout.MODEL]),
         unused=kept,
         vocabulary=vocabulary,
         source={name: read_json(model / name) for name in names if (model / name).exists()},
@@ -93,10 +99,10 @@ def _check_width(folders: SourceFolders) -> None:
         )
 
 
-def _fusion(config: ModelConfig, tensors: Mapping[str, hf.Tensor]) -> dict[str, Leaf]:
+def _fusion(config: ModelConfig, tensors: Mapping[str, torch_layout.Tensor]) -> dict[str, Leaf]:
     """Trained fusion weights where the folder has them, else the released constants."""
     leaves = {}
-    for path, value in hf.released_fusion(config).items():
-        tensor = tensors.get(hf.FUSION[path])
+    for path, value in torch_layout.released_fusion(config).items():
+        tensor = tensors.get(torch_layout.FUSION[path])
         leaves[path] = whole(tensor) if tensor else constant(value)
     return leaves

@@ -1,0 +1,1 @@
+"""PyTorch checkpoints and Orbax checkpoints, converted in both directions."""
