@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from pixellm_jax.benchmark_question import BenchmarkQuestion
-from pixellm_jax.engine import Engine
 from pixellm_jax.images.geometry import unfit
-from pixellm_jax.question import Question, Result
+from pixellm_jax.inference.engine import Engine
+from pixellm_jax.inference.request import Question, Result
 from pixellm_jax.question_prompt import Canvases, encode_question
 from pixellm_jax.question_scoring import TOO_LONG, Answered, no_masks, sound
 from pixellm_jax.stopwatch import Stopwatch

@@ -18,8 +18,8 @@ from pixellm_jax.batch import Batch
 from pixellm_jax.benchmark_question import BenchmarkQuestion
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.images.geometry import unfit
+from pixellm_jax.inference.compilation import Programs, bucket
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.programs import Programs, bucket
 from pixellm_jax.question_prompt import Canvases, encode_question
 from pixellm_jax.question_record import GIVEN
 from pixellm_jax.question_scoring import TOO_LONG, Answered, no_masks, sound

@@ -22,7 +22,7 @@ from pycocotools import mask as coco
 import pixellm_jax.cli.convert as convert_command
 from pixellm_jax.cli import segment
 from pixellm_jax.cli.main import main
-from pixellm_jax.predictor import Answer
+from pixellm_jax.inference.predictor import Answer
 from tests.support.tiny_checkpoint import change_json, read_tensors, write_tensors
 
 ROOT = Path(__file__).parents[1]

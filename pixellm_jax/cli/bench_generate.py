@@ -22,13 +22,13 @@ from pixellm_jax.cli.bench_recital import random_model, recital, recite, sentenc
 from pixellm_jax.cli.bench_sizes import BENCH_SIZES
 from pixellm_jax.cli.table import format_table
 from pixellm_jax.config import DTYPES, ModelConfig
-from pixellm_jax.engine import Engine, EngineConfig
 from pixellm_jax.errors import InputError
+from pixellm_jax.inference.engine import Engine, EngineConfig
+from pixellm_jax.inference.prepare import WEIGHTS, serve
+from pixellm_jax.inference.request import Question
 from pixellm_jax.model import flops
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.question import Question
 from pixellm_jax.run_log import memory_bytes
-from pixellm_jax.serving import WEIGHTS, serve
 from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.weights import checkpoint
 

@@ -16,8 +16,8 @@ from flax import nnx
 
 from pixellm_jax.cli.bench_train import PROMPT, QUESTION
 from pixellm_jax.config import ModelConfig
+from pixellm_jax.inference.request import Question
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.question import Question
 from pixellm_jax.text.prompt import IMAGE_TOKEN
 from pixellm_jax.text.vocabulary import Vocabulary
 

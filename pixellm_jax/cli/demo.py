@@ -27,7 +27,7 @@ from pixellm_jax.cli.quiz import (
 )
 from pixellm_jax.errors import InputError
 from pixellm_jax.folders import whole_folder
-from pixellm_jax.predictor import Predictor
+from pixellm_jax.inference.predictor import Predictor
 from pixellm_jax.weights.checkpoint import SHAPES_MODEL
 
 RECORD, PAGE, MODEL = "demo.json", "index.html", "model"

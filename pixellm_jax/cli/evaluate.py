@@ -36,16 +36,16 @@ from pixellm_jax.cli.report import JSON, PAGE, write_report
 from pixellm_jax.cli.settings import describe_model
 from pixellm_jax.cli.table import format_table
 from pixellm_jax.config import DTYPES
-from pixellm_jax.engine import Engine, EngineConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluate_generated import answer_generated
 from pixellm_jax.evaluate_given import answer_given
+from pixellm_jax.inference.engine import Engine, EngineConfig
+from pixellm_jax.inference.prepare import WEIGHTS, serve
 from pixellm_jax.json_files import read_json
 from pixellm_jax.metrics import Sums, merge, merge_hosts
 from pixellm_jax.question_record import GIVEN, QuestionRecord
 from pixellm_jax.question_scores import Summary, group_records, summarise, tally_record
 from pixellm_jax.question_scoring import Answered, make_record, make_released_line
-from pixellm_jax.serving import WEIGHTS, serve
 from pixellm_jax.stopwatch import Stopwatch
 from pixellm_jax.text_scores import TextScorer
 from pixellm_jax.weights import checkpoint

@@ -11,7 +11,7 @@ import jax
 from pixellm_jax.cli.progress import byte_bar
 from pixellm_jax.config import DTYPES
 from pixellm_jax.errors import InputError
-from pixellm_jax.stablehlo import PLATFORMS, RUN, Buckets, write_programs
+from pixellm_jax.inference.stablehlo import PLATFORMS, RUN, Buckets, write_programs
 from pixellm_jax.weights import checkpoint
 from pixellm_jax.weights.export import VISION_FOLDER, export
 

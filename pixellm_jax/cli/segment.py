@@ -14,23 +14,23 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pixellm_jax.answer_record import Answer
-from pixellm_jax.cli.answer_files import (
-    AnswerLog,
-    Asked,
-    answer_record,
-    ask_about_folder,
-    read_questions,
-)
 from pixellm_jax.cli.settings import check_settings, describe_model
 from pixellm_jax.config import DTYPES, MeshConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.folders import whole_folder, write_whole
 from pixellm_jax.images.overlay import draw_overlay
 from pixellm_jax.images.read import read_image
-from pixellm_jax.predictor import Predictor
-from pixellm_jax.question_checks import check_question
-from pixellm_jax.serving import WEIGHTS
+from pixellm_jax.inference.answer import Answer
+from pixellm_jax.inference.answer_files import (
+    AnswerLog,
+    Asked,
+    answer_record,
+    ask_about_folder,
+    read_questions,
+)
+from pixellm_jax.inference.predictor import Predictor
+from pixellm_jax.inference.prepare import WEIGHTS
+from pixellm_jax.inference.request_checks import check_question
 from pixellm_jax.sharding import make_mesh
 
 RESULTS = ("answer.json", "mask_*.png", "overlay.png")

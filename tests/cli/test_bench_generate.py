@@ -15,11 +15,11 @@ from pixellm_jax.cli import bench_generate, bench_peer
 from pixellm_jax.cli.bench_recital import STRIDE, WORDS, random_model, recital, recite, sentence
 from pixellm_jax.cli.bench_sizes import TINY
 from pixellm_jax.cli.main import main
-from pixellm_jax.engine import Engine, EngineConfig
+from pixellm_jax.inference.compilation import Programs
+from pixellm_jax.inference.engine import Engine, EngineConfig
+from pixellm_jax.inference.prepare import serve
+from pixellm_jax.inference.request import Question, Result
 from pixellm_jax.model.quantize import GROUP
-from pixellm_jax.programs import Programs
-from pixellm_jax.question import Question, Result
-from pixellm_jax.serving import serve
 from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.weights import checkpoint
 

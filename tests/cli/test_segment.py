@@ -14,7 +14,7 @@ from pycocotools import mask as coco
 
 from pixellm_jax.cli import segment
 from pixellm_jax.cli.main import main
-from pixellm_jax.predictor import Predictor
+from pixellm_jax.inference.predictor import Predictor
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -20,9 +20,9 @@ from pixellm_jax.config import (
     ModelConfig,
     VisionConfig,
 )
-from pixellm_jax.generate import LENGTH as CUT
-from pixellm_jax.generate import STOP, Rows, generate
 from pixellm_jax.images.geometry import VOID
+from pixellm_jax.inference.decoding import LENGTH as CUT
+from pixellm_jax.inference.decoding import STOP, Rows, generate
 from pixellm_jax.losses import Losses, losses
 from pixellm_jax.model.pixellm import ImageFeatures, PixelLM, gather_states, visibility
 from pixellm_jax.text.prompt import IMAGE_TOKEN, Conversation, pack

@@ -28,8 +28,8 @@ from reference import write_folders
 
 from pixellm_jax.batch import Batch
 from pixellm_jax.config import ModelConfig
-from pixellm_jax.generate import generate
 from pixellm_jax.images.geometry import VOID, fitted_size, unfit
+from pixellm_jax.inference.decoding import generate
 from pixellm_jax.losses import Losses, losses
 from pixellm_jax.model.layers import resize_bilinear
 from pixellm_jax.model.pixellm import PixelLM

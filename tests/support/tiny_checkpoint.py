@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
+    from pixellm_jax.inference.predictor import Predictor
     from pixellm_jax.model.pixellm import PixelLM
-    from pixellm_jax.predictor import Predictor
     from pixellm_jax.text.vocabulary import Vocabulary
 
 MAKER = Path(__file__).parents[2] / "scripts" / "make_random_checkpoint.py"
@@ -61,7 +61,7 @@ def tiny(maker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 @pytest.fixture(scope="session")
 def predictor(tiny: Tiny) -> Predictor:
     """The tiny model; every question is answered by "It is [SEG]."."""
-    from pixellm_jax.predictor import Predictor
+    from pixellm_jax.inference.predictor import Predictor
 
     return Predictor.load(tiny.jax, max_new_tokens=12)
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.predictor import Predictor
+from pixellm_jax.inference.predictor import Predictor
 from pixellm_jax.weights import checkpoint, torch_layout
 from tests.support.tiny_checkpoint import change_json, read_tensors
 

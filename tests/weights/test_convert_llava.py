@@ -17,8 +17,8 @@ from flax import nnx
 from pixellm_jax.cli.main import main
 from pixellm_jax.config import CodebookConfig
 from pixellm_jax.errors import InputError
+from pixellm_jax.inference.predictor import Predictor
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.predictor import Predictor
 from pixellm_jax.weights import (
     checkpoint,
     convert,

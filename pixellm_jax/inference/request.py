@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Float32, Int32, UInt8
 
-from pixellm_jax.generate import Prefix
+from pixellm_jax.inference.decoding import Prefix
 
 
 class Seen(NamedTuple):

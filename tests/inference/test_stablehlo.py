@@ -15,14 +15,14 @@ import pytest
 from PIL import ExifTags, Image
 from safetensors.numpy import load_file
 
-from pixellm_jax import stablehlo_runner
 from pixellm_jax.cli.main import main
 from pixellm_jax.errors import InputError
 from pixellm_jax.images import geometry
 from pixellm_jax.images.read import read_image
-from pixellm_jax.predictor import Predictor
-from pixellm_jax.stablehlo import PLATFORMS, Buckets, describe_tokenizer, write_programs
-from pixellm_jax.stablehlo_runner import Runner, RunnerError, Tokenizer
+from pixellm_jax.inference import stablehlo_runner
+from pixellm_jax.inference.predictor import Predictor
+from pixellm_jax.inference.stablehlo import PLATFORMS, Buckets, describe_tokenizer, write_programs
+from pixellm_jax.inference.stablehlo_runner import Runner, RunnerError, Tokenizer
 from pixellm_jax.text.answer import read_answer
 from pixellm_jax.text.vocabulary import Vocabulary
 from tests.support.tiny_checkpoint import change_json

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pixellm_jax import generate
+from pixellm_jax.inference import decoding
+from pixellm_jax.inference.compilation import Programs, bucket
+from pixellm_jax.inference.request import Question, Seen
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.programs import Programs, bucket
-from pixellm_jax.question import Question, Seen
 
 _Key = tuple[bytes, tuple[int, int], bytes]
 
@@ -54,11 +54,11 @@ class Pictures:
         canvases = np.stack([question.canvas for question in questions])  # type: ignore[misc]
         hw = np.asarray([question.hw for question in questions], np.int32)
         tokens = np.stack([question.tokens[:length] for question in questions])
-        features = self.programs(generate.encode, self.model, canvases, hw)
+        features = self.programs(decoding.encode, self.model, canvases, hw)
         prefix = self.programs(
-            generate.read_prefix, self.model, features.tokens, features.token_valid, tokens
+            decoding.read_prefix, self.model, features.tokens, features.token_valid, tokens
         )
-        pictures = self.programs(generate.apart, Seen(prefix, features.maps))
+        pictures = self.programs(decoding.apart, Seen(prefix, features.maps))
         self._seen.update(zip(unread, pictures, strict=False))
 
 

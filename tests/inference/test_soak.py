@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_pipeline.sources.shapes import Shapes
 from pixellm_jax.errors import InputError
-from pixellm_jax.predictor import Predictor
+from pixellm_jax.inference.predictor import Predictor
 from pixellm_jax.weights.checkpoint import SHAPES_MODEL
 
 COUNT, PICTURES, SCENES, LONGEST, MOST = 2000, 200, 150, 2000, 12

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as coco
 
-from pixellm_jax.answer_record import Answer
 from pixellm_jax.errors import InputError
 from pixellm_jax.folders import write_whole
-from pixellm_jax.question_checks import check_question
+from pixellm_jax.inference.answer import Answer
+from pixellm_jax.inference.request_checks import check_question
 
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 """Endings of the files of a folder that are taken for pictures."""

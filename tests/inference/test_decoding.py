@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixellm_jax import generate
-from pixellm_jax.generate import FREE, RUNNING, Rows
-from pixellm_jax.sampling import Sampling
-from pixellm_jax.serving import serve
+from pixellm_jax.inference import decoding
+from pixellm_jax.inference.decoding import FREE, RUNNING, Rows
+from pixellm_jax.inference.prepare import serve
+from pixellm_jax.inference.sampling import Sampling
 
 ROWS, CAPACITY, ROOM = 3, 256, 8
 
@@ -57,7 +57,7 @@ def test_a_step_moves_nothing_but_what_it_writes(model, varied, fast_forward):
     """The cache is updated in place: beside it a step needs far less memory than one copy of it."""
     group = varied.vocabulary.group if fast_forward else ()
     rows = drawn(model, 0)
-    compiled = generate.decode.lower(
+    compiled = decoding.decode.lower(
         model.language_model,
         rows,
         np.int32(4),
@@ -84,7 +84,7 @@ def test_a_step_moves_nothing_but_what_it_writes(model, varied, fast_forward):
 
 def test_only_running_rows_change_and_only_at_their_places(model, varied):
     before = drawn(model, 1)
-    after, passes = generate.decode(
+    after, passes = decoding.decode(
         model.language_model, copied(before), np.int32(1), stop=-1, group=()
     )
     assert int(passes) == 1
@@ -103,8 +103,8 @@ def test_insert_overwrites_a_row_whole(model):
     """Behind the fresh row there is nothing left of the old one, which may have been NaN."""
     old = drawn(model, 2)
     old = old._replace(cache=jax.tree.map(lambda leaf: leaf * jnp.nan, old.cache))
-    fresh = generate.resize(drawn(model, 3), np.asarray([1, 0]), capacity=128)
-    found = generate.insert(copied(old), fresh, np.asarray([2, ROWS]))  # the second goes nowhere
+    fresh = decoding.resize(drawn(model, 3), np.asarray([1, 0]), capacity=128)
+    found = decoding.insert(copied(old), fresh, np.asarray([2, ROWS]))  # the second goes nowhere
     for leaf, new in zip(jax.tree.leaves(found.cache), jax.tree.leaves(fresh.cache), strict=True):
         np.testing.assert_array_equal(leaf[2, :, :128], new[0])
         assert not np.asarray(leaf)[2, :, 128:].any()
@@ -115,28 +115,28 @@ def test_insert_overwrites_a_row_whole(model):
 
 def test_resize_keeps_chosen_rows_and_frees_the_others(model):
     rows = drawn(model, 4)
-    found = generate.resize(rows, np.asarray([1, 7, 0]), capacity=384)
+    found = decoding.resize(rows, np.asarray([1, 7, 0]), capacity=384)
     assert found.status.tolist() == [RUNNING, FREE, RUNNING]
     assert found.valid.shape == (3, 384) and np.asarray(found.valid).all()
     for leaf, old in zip(jax.tree.leaves(found.cache), jax.tree.leaves(rows.cache), strict=True):
         np.testing.assert_array_equal(leaf[0, :, :CAPACITY], old[1])
         np.testing.assert_array_equal(leaf[2, :, :CAPACITY], old[0])
         assert not np.asarray(leaf)[:, :, CAPACITY:].any()
-    assert generate.resize(rows, np.asarray([0]), capacity=128).valid.shape == (1, 128)
+    assert decoding.resize(rows, np.asarray([0]), capacity=128).valid.shape == (1, 128)
 
 
 def test_decoding_stops_where_a_cache_is_full_and_where_too_few_rows_run(model, varied):
     rows = drawn(model, 5)._replace(budget=jnp.asarray([8, 4, 8]))
     stop = {"stop": -1, "group": ()}
     full = copied(rows)._replace(prompt=jnp.asarray([CAPACITY - 3, 17, 101]))
-    found, passes = generate.decode(model.language_model, full, np.int32(9), **stop)
+    found, passes = decoding.decode(model.language_model, full, np.int32(9), **stop)
     assert int(passes) == 2 and found.fed.tolist() == [3, 3, 0]
     assert found.status[0] == RUNNING
-    found, passes = generate.decode(
+    found, passes = decoding.decode(
         model.language_model, copied(rows), np.int32(9), np.int32(2), **stop
     )
     assert int(passes) == 1  # the second row is at its budget
-    found, passes = generate.decode(model.language_model, copied(rows), np.int32(9), **stop)
+    found, passes = decoding.decode(model.language_model, copied(rows), np.int32(9), **stop)
     assert int(passes) == 6 and found.said.tolist() == [8, 4, 1]
-    found, passes = generate.decode(model.language_model, found, np.int32(9), **stop)
+    found, passes = decoding.decode(model.language_model, found, np.int32(9), **stop)
     assert int(passes) == 0

@@ -12,11 +12,11 @@ from flax import nnx
 
 from pixellm_jax.config import LoraConfig, MeshConfig
 from pixellm_jax.errors import InputError
+from pixellm_jax.inference.prepare import serve
 from pixellm_jax.model.language_model import LanguageModel
 from pixellm_jax.model.layers import Projection
 from pixellm_jax.model.lora import add_lora
 from pixellm_jax.model.quantize import GROUP, QuantizedProjection
-from pixellm_jax.serving import serve
 from pixellm_jax.sharding import make_mesh
 
 # Float32 with sums in another order, relative to the largest value.

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from pixellm_jax.answer_record import Answer, AnswerMaker
 from pixellm_jax.config import MeshConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.predictor import LEAST_ANSWER, Predictor
-from pixellm_jax.question import Result, Targets
+from pixellm_jax.inference.answer import Answer, AnswerMaker
+from pixellm_jax.inference.predictor import LEAST_ANSWER, Predictor
+from pixellm_jax.inference.request import Result, Targets
 from pixellm_jax.sharding import make_mesh
 from pixellm_jax.text.prompt import TEMPLATES, question_ids
 

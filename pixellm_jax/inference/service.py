@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
-from pixellm_jax.engine import Engine
-from pixellm_jax.question import Question, Result
+from pixellm_jax.inference.engine import Engine
+from pixellm_jax.inference.request import Question, Result
 
 _Deliver = Callable[[Result | BaseException], None]
 _Item = tuple[Question, _Deliver, object]

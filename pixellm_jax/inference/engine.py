@@ -19,14 +19,14 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
-from pixellm_jax import generate
-from pixellm_jax.generate import DAMAGED, FREE, LENGTH, RUNNING, STOP, Rows
+from pixellm_jax.inference import decoding
+from pixellm_jax.inference.compilation import Programs, bucket, round_capacity
+from pixellm_jax.inference.decoding import DAMAGED, FREE, LENGTH, RUNNING, STOP, Rows
+from pixellm_jax.inference.image_cache import Pictures
+from pixellm_jax.inference.mask_decoding import Found, decode_targets, join, no_targets
+from pixellm_jax.inference.request import Question, Result, Seen, Targets
+from pixellm_jax.inference.sampling import Sampling
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.pictures import Pictures
-from pixellm_jax.programs import Programs, bucket, round_capacity
-from pixellm_jax.question import Question, Result, Seen, Targets
-from pixellm_jax.sampling import Sampling
-from pixellm_jax.targets import Found, decode_targets, join, no_targets
 from pixellm_jax.text.vocabulary import Vocabulary
 
 AHEAD = 64
@@ -174,7 +174,7 @@ class Engine:
             streams = any(slot.question.stream for _, slot in self._running())
             steps = np.int32(STREAM_STEPS if streams else self.config.steps)
             self._rows, passes = self.programs(
-                generate.decode,
+                decoding.decode,
                 self.model.language_model,
                 self._rows,
                 steps,
@@ -214,7 +214,7 @@ class Engine:
             tokens[i, : lengths[i]] = question.own
         self.passes += 1
         return self.programs(
-            generate.prefill,
+            decoding.prefill,
             self.model.language_model,
             tuple(slot.seen.prefix for slot in padded),
             tokens,
@@ -245,7 +245,7 @@ class Engine:
         places[: len(slots)] = free[: len(slots)]
         for number, slot in zip(free, slots, strict=False):
             self._slots[number] = slot
-        self._rows = self.programs(generate.insert, self._rows, fresh, places)
+        self._rows = self.programs(decoding.insert, self._rows, fresh, places)
 
     # The batch on the device
 
@@ -287,7 +287,7 @@ class Engine:
         numbers = np.full(len(self._slots), rows.status.shape[0], np.int32)
         numbers[: len(kept)] = kept
         needed = self._needed([*(slot for _, slot in self._running()), *more])
-        self._rows = self.programs(generate.resize, rows, numbers, capacity=needed)
+        self._rows = self.programs(decoding.resize, rows, numbers, capacity=needed)
 
     # Results
 
@@ -310,7 +310,7 @@ class Engine:
             ended, seen = status[number] != RUNNING, None
             if ended and slot.question.keep:
                 length = round_capacity(slot.prompt + int(fed[number]))
-                prefix = self.programs(generate.keep, rows, np.int32(number), capacity=length)
+                prefix = self.programs(decoding.keep, rows, np.int32(number), capacity=length)
                 seen = Seen(prefix, slot.seen.maps)
             result = Result(
                 tokens=tokens[number, : slot.count],

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from pixellm_jax import generate
+from pixellm_jax.inference import decoding
+from pixellm_jax.inference.compilation import Programs, bucket
+from pixellm_jax.inference.request import Targets
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.programs import Programs, bucket
-from pixellm_jax.question import Targets
 
 
 class Found(NamedTuple):
@@ -37,9 +37,9 @@ def decode_targets(
         padded = part + part[-1:] * (min(bucket(len(part)), together) - len(part))
         owners = np.asarray([target.row for target in padded], np.int32)
         index = np.stack([target.codebook_index for target in padded])
-        chosen = programs(generate.states_at, states, owners, index)
+        chosen = programs(decoding.states_at, states, owners, index)
         maps = tuple(target.maps for target in padded)
-        logits = programs(generate.decode_masks, model, chosen, maps)
+        logits = programs(decoding.decode_masks, model, chosen, maps)
         chosen, logits = jax.device_get((chosen, logits))
         for row in dict.fromkeys(target.row for target in part):
             own = np.flatnonzero(owners[: len(part)] == row)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixellm_jax.sampling import Sampling, choose, nucleus
+from pixellm_jax.inference.sampling import Sampling, choose, nucleus
 
 CHANCES = np.asarray([0.05, 0.4, 0.1, 0.3, 0.15], np.float32)
 

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import pixellm_jax.engine as module
-from pixellm_jax import generate, programs
+import pixellm_jax.inference.engine as module
 from pixellm_jax.batch import Batch
-from pixellm_jax.engine import Engine, EngineConfig
 from pixellm_jax.images.geometry import fit
-from pixellm_jax.programs import Programs
-from pixellm_jax.question import Question, Result
-from pixellm_jax.serving import serve
+from pixellm_jax.inference import compilation, decoding
+from pixellm_jax.inference.compilation import Programs
+from pixellm_jax.inference.engine import Engine, EngineConfig
+from pixellm_jax.inference.prepare import serve
+from pixellm_jax.inference.request import Question, Result
 from pixellm_jax.text.prompt import TEMPLATES, question_ids
 
 # Float32 with sums in another order, relative to the largest value; two layers and the pixel
@@ -215,7 +215,7 @@ def test_a_picture_is_read_once_for_all_its_questions(engine, questions, monkeyp
     read = Counter()
 
     def counted(programs, function, *arguments, **options):
-        if function in (generate.encode, generate.read_prefix):
+        if function in (decoding.encode, decoding.read_prefix):
             read[function.__name__] += len(np.unique(np.asarray(arguments[1]), axis=0))
         return function(*arguments, **options)
 
@@ -314,7 +314,7 @@ def test_a_lone_question_after_a_batch_does_not_pay_for_the_batch(engine, questi
 
 
 def test_the_cache_grows_with_long_answers(engine, questions, alone, monkeypatch):
-    monkeypatch.setattr(programs, "CAPACITY", 32)
+    monkeypatch.setattr(compilation, "CAPACITY", 32)
     monkeypatch.setattr(module, "AHEAD", 8)
     number = max(range(len(alone)), key=lambda i: alone[i].passes)
     assert len(alone[number].tokens) == CONFIG.max_new_tokens

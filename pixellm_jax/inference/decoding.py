@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Num
 
+from pixellm_jax.inference.sampling import Sampling, choose
 from pixellm_jax.model.language_model import Cache, LanguageModel
 from pixellm_jax.model.pixellm import ImageFeatures, PixelLM
-from pixellm_jax.sampling import Sampling, choose
 
 FREE, RUNNING, STOP, LENGTH, DAMAGED = range(5)
 """Status of a row: nothing in it; unfinished; ended by the stop token, by its budget, by NaN."""

@@ -11,10 +11,10 @@ from concurrent.futures import CancelledError
 import numpy as np
 import pytest
 
-from pixellm_jax.engine import Engine, EngineConfig
 from pixellm_jax.images.geometry import fit
-from pixellm_jax.question import Question
-from pixellm_jax.service import Service
+from pixellm_jax.inference.engine import Engine, EngineConfig
+from pixellm_jax.inference.request import Question
+from pixellm_jax.inference.service import Service
 from pixellm_jax.text.prompt import TEMPLATES, question_ids
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -165,7 +165,7 @@ def test_a_stream_that_is_left_frees_its_row(service, engine, question, monkeypa
     dropped = []
     drop = engine.drop
     monkeypatch.setattr(engine, "drop", lambda ticket: (dropped.append(ticket), drop(ticket)))
-    monkeypatch.setattr("pixellm_jax.engine.STREAM_STEPS", 1)
+    monkeypatch.setattr("pixellm_jax.inference.engine.STREAM_STEPS", 1)
     stream = service.stream(question)
     assert next(stream).reason == "running"
     stream.close()

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
 from pixellm_jax.images.geometry import unfit
-from pixellm_jax.question import Result
+from pixellm_jax.inference.request import Result
 from pixellm_jax.text.answer import read_answer
 from pixellm_jax.text.vocabulary import Vocabulary
 

@@ -18,17 +18,17 @@ from jaxtyping import Bool, Int32, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from pixellm_jax.answer_record import Answer, AnswerMaker
 from pixellm_jax.config import ModelConfig
-from pixellm_jax.engine import Engine, EngineConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.images.geometry import fit
 from pixellm_jax.images.read import read_image
+from pixellm_jax.inference.answer import Answer, AnswerMaker
+from pixellm_jax.inference.engine import Engine, EngineConfig
+from pixellm_jax.inference.prepare import serve
+from pixellm_jax.inference.request import Question, Result, Seen
+from pixellm_jax.inference.request_checks import check_draw, check_question
+from pixellm_jax.inference.service import Service
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.question import Question, Result, Seen
-from pixellm_jax.question_checks import check_draw, check_question
-from pixellm_jax.service import Service
-from pixellm_jax.serving import serve
 from pixellm_jax.text.prompt import TEMPLATES, encode_conversation, question_ids
 from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.weights import checkpoint

@@ -31,13 +31,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
-from pixellm_jax import generate
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.folders import whole_folder
+from pixellm_jax.inference import decoding
+from pixellm_jax.inference.prepare import serve
+from pixellm_jax.inference.sampling import Sampling
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.sampling import Sampling
-from pixellm_jax.serving import serve
 from pixellm_jax.text.prompt import IMAGE_TOKEN, TEMPLATES, question_ids
 from pixellm_jax.text.tokenizer import SentencePieceChunks
 from pixellm_jax.text.vocabulary import IM_END, Vocabulary
@@ -196,20 +196,20 @@ def name_leaves(tree: Any) -> Arrays:
 
 
 def _encode(model: PixelLM, inputs: Arrays) -> Arrays:
-    seen = generate.encode(model, inputs["image"], inputs["image_hw"])
+    seen = decoding.encode(model, inputs["image"], inputs["image_hw"])
     maps = {f"maps.{scale}": features for scale, features in enumerate(seen.maps)}
     return {"image_tokens": seen.tokens, "image_valid": seen.token_valid, **maps}
 
 
 def _read(
     model: PixelLM, inputs: Arrays, *, prefix: int, room: int, capacity: int
-) -> generate.Rows:
+) -> decoding.Rows:
     """Rows ready for `generate.decode`, from whole prompts padded on the right."""
     tokens, length = inputs["tokens"], inputs["length"]
-    shared = generate.read_prefix(
+    shared = decoding.read_prefix(
         model, inputs["image_tokens"], inputs["image_valid"], tokens[:, :prefix]
     )
-    rows = generate.prefill(
+    rows = decoding.prefill(
         model.language_model,
         [shared],
         tokens[:, prefix:],
@@ -218,28 +218,28 @@ def _read(
         Sampling(inputs["seed"], inputs["temperature"], inputs["top_p"]),
         room=room,
     )
-    return generate.resize(rows, jnp.arange(len(length)), capacity=capacity)
+    return decoding.resize(rows, jnp.arange(len(length)), capacity=capacity)
 
 
 def _prefill(
-    model: PixelLM, inputs: Arrays, *, read: Callable[[PixelLM, Arrays], generate.Rows]
+    model: PixelLM, inputs: Arrays, *, read: Callable[[PixelLM, Arrays], decoding.Rows]
 ) -> Arrays:
     return name_leaves(read(model, inputs))
 
 
 def _decode(
-    model: PixelLM, inputs: Arrays, *, like: generate.Rows, stop: int, group: tuple[int, ...]
+    model: PixelLM, inputs: Arrays, *, like: decoding.Rows, stop: int, group: tuple[int, ...]
 ) -> Arrays:
     """`steps`: most passes in, passes made out. Rows that have ended stay as they are."""
     leaves, language = [inputs[name] for name in name_leaves(like)], model.language_model
     rows = jax.tree.unflatten(jax.tree.structure(like), leaves)
-    rows, passes = generate.decode(language, rows, inputs["steps"], stop=stop, group=group)
+    rows, passes = decoding.decode(language, rows, inputs["steps"], stop=stop, group=group)
     return {"steps": passes, **name_leaves(rows)}
 
 
 def _masks(model: PixelLM, inputs: Arrays) -> Arrays:
     maps = tuple(inputs[f"maps.{scale}"] for scale in range(model.config.codebook.scales))
-    return {"mask_logits": generate.decode_masks(model, inputs["states"], [maps])}
+    return {"mask_logits": decoding.decode_masks(model, inputs["states"], [maps])}
 
 
 def _rows(array: jax.ShapeDtypeStruct, count: int) -> jax.ShapeDtypeStruct:

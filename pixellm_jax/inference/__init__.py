@@ -1,0 +1,1 @@
+"""From a request (image and question) to an answer (text and masks)."""
