@@ -68,7 +68,7 @@ setup(
         ],
         # `pixellm judge` with a language model.
         "judge": ["openai>=3"],
-        # Scores of answers in words (`pixellm_jax.text_scores`).
+        # Scores of answers in words (`pixellm_jax.evaluation.text_scores`).
         "text": ["rouge-score>=0.1.2"],
         # `pixellm data-stats --out`.
         "figures": ["matplotlib>=3.9"],

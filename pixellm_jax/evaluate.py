@@ -13,9 +13,9 @@ from jaxtyping import Array, Bool
 from PIL import Image
 
 from pixellm_jax.batch import Batch
+from pixellm_jax.evaluation.metrics import Areas, Sums, measure, merge, scores, tally
 from pixellm_jax.images.overlay import draw_overlay
 from pixellm_jax.losses import Losses, count, losses
-from pixellm_jax.metrics import Areas, Sums, measure, merge, scores, tally
 from pixellm_jax.model.layers import resize_bilinear
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.run_log import Picture

@@ -30,7 +30,7 @@ from pixellm_jax.config import (
     VisionConfig,
 )
 from pixellm_jax.evaluate import evaluate_given
-from pixellm_jax.metrics import measure, merge, scores, tally
+from pixellm_jax.evaluation.metrics import measure, merge, scores, tally
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.run_export import write_model
 from pixellm_jax.run_log import METRICS

@@ -31,23 +31,23 @@ from pixellm_jax.cli.judge_options import (
     refuse_failures,
 )
 from pixellm_jax.cli.processes import HELP, join
-from pixellm_jax.cli.question_log import QuestionLog
 from pixellm_jax.cli.report import JSON, PAGE, write_report
-from pixellm_jax.cli.settings import describe_model
 from pixellm_jax.cli.table import format_table
 from pixellm_jax.config import DTYPES
 from pixellm_jax.errors import InputError
-from pixellm_jax.evaluate_generated import answer_generated
-from pixellm_jax.evaluate_given import answer_given
+from pixellm_jax.evaluation.free_running import answer_generated
+from pixellm_jax.evaluation.metrics import Sums, merge, merge_hosts
+from pixellm_jax.evaluation.record import GIVEN, QuestionRecord
+from pixellm_jax.evaluation.run_folder import QuestionLog
+from pixellm_jax.evaluation.scoring import Answered, make_record, make_released_line
+from pixellm_jax.evaluation.settings import describe_model
+from pixellm_jax.evaluation.summary import Summary, group_records, summarise, tally_record
+from pixellm_jax.evaluation.teacher_forced import answer_given
+from pixellm_jax.evaluation.text_scores import TextScorer
 from pixellm_jax.inference.engine import Engine, EngineConfig
 from pixellm_jax.inference.prepare import WEIGHTS, serve
 from pixellm_jax.json_files import read_json
-from pixellm_jax.metrics import Sums, merge, merge_hosts
-from pixellm_jax.question_record import GIVEN, QuestionRecord
-from pixellm_jax.question_scores import Summary, group_records, summarise, tally_record
-from pixellm_jax.question_scoring import Answered, make_record, make_released_line
 from pixellm_jax.stopwatch import Stopwatch
-from pixellm_jax.text_scores import TextScorer
 from pixellm_jax.weights import checkpoint
 
 GENERATED = "generated"

@@ -12,7 +12,7 @@ from pixellm_jax.cli.judge_options import (
     refuse_failures,
 )
 from pixellm_jax.cli.report import PAGE, write_report
-from pixellm_jax.judge_server import KEY
+from pixellm_jax.evaluation.judge.client import KEY
 
 EXAMPLES = f"""examples:
   pixellm judge --report out/muse --judge-url http://localhost:8000/v1 --judge-model NAME

@@ -10,10 +10,16 @@ from tqdm import tqdm
 
 from pixellm_jax.cli.table import format_table
 from pixellm_jax.errors import InputError
-from pixellm_jax.judge import THRESHOLD, Judge
-from pixellm_jax.judge_report import CACHE, JudgedScores, JudgeReport, Price, judge_folder
-from pixellm_jax.judge_server import ServerConfig, ServerJudge
-from pixellm_jax.judge_words import WordJudge
+from pixellm_jax.evaluation.judge.client import ServerConfig, ServerJudge
+from pixellm_jax.evaluation.judge.judge import THRESHOLD, Judge
+from pixellm_jax.evaluation.judge.offline import WordJudge
+from pixellm_jax.evaluation.judge.report import (
+    CACHE,
+    JudgedScores,
+    JudgeReport,
+    Price,
+    judge_folder,
+)
 
 
 def add_judge_options(parser: argparse._ActionsContainer) -> None:

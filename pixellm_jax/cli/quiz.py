@@ -18,10 +18,10 @@ from data_pipeline.example import SEG
 from data_pipeline.sources.shapes import Drawn, Shapes
 from data_pipeline.sources.shapes_questions import Question
 from pixellm_jax.errors import InputError
+from pixellm_jax.evaluation.matching import NOBODY, match
+from pixellm_jax.evaluation.metrics import Scores, Sums, measure, merge, scores, tally
 from pixellm_jax.inference.answer import Answer
 from pixellm_jax.inference.predictor import Predictor
-from pixellm_jax.matching import NOBODY, match
-from pixellm_jax.metrics import Scores, Sums, measure, merge, scores, tally
 from pixellm_jax.text.answer import MARKER
 
 CANDIDATES = 8

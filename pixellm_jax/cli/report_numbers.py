@@ -8,22 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pixellm_jax.bootstrap import Interval, Intervals, intervals
-from pixellm_jax.cli.question_log import RUN
 from pixellm_jax.errors import InputError
-from pixellm_jax.json_files import read_json, read_optional_json
-from pixellm_jax.judge import THRESHOLD, apply_judge
-from pixellm_jax.judge_report import JUDGE
-from pixellm_jax.metrics import IOU_UNIT
-from pixellm_jax.question_record import GIVEN, QUESTIONS, SETTINGS, QuestionRecord, read_records
-from pixellm_jax.question_scores import (
+from pixellm_jax.evaluation.bootstrap import Interval, Intervals, intervals
+from pixellm_jax.evaluation.judge.judge import THRESHOLD, apply_judge
+from pixellm_jax.evaluation.judge.report import JUDGE
+from pixellm_jax.evaluation.metrics import IOU_UNIT
+from pixellm_jax.evaluation.record import GIVEN, QUESTIONS, SETTINGS, QuestionRecord, read_records
+from pixellm_jax.evaluation.run_folder import RUN
+from pixellm_jax.evaluation.summary import (
     Summary,
     count_targets,
     group_records,
     summarise,
     tally_record,
 )
-from pixellm_jax.text_scores import TextScorer, TextSummary, summarise_texts
+from pixellm_jax.evaluation.text_scores import TextScorer, TextSummary, summarise_texts
+from pixellm_jax.json_files import read_json, read_optional_json
 
 BINS = 20
 """Of IoU, from 0 to 1."""

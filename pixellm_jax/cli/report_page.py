@@ -21,8 +21,8 @@ from pixellm_jax.cli.report_numbers import (
 )
 from pixellm_jax.cli.report_pictures import EXTRA, HIT, MISSED, draw_figures
 from pixellm_jax.cli.report_tables import cell, describe, notes, published_rows, score_rows
-from pixellm_jax.question_record import GIVEN, QuestionRecord, natural_order
-from pixellm_jax.question_scores import count_targets
+from pixellm_jax.evaluation.record import GIVEN, QuestionRecord, natural_order
+from pixellm_jax.evaluation.summary import count_targets
 from pixellm_jax.text.answer import MARKER
 
 WORST, SAMPLE = 60, 40

@@ -14,10 +14,10 @@ from PIL import Image
 from data_pipeline.sources.shapes import Shapes
 from pixellm_jax.benchmark_question import Rle
 from pixellm_jax.errors import InputError
+from pixellm_jax.evaluation.record import QuestionRecord
 from pixellm_jax.images.overlay import draw_overlay
 from pixellm_jax.images.read import read_image
 from pixellm_jax.images.rle import decode
-from pixellm_jax.question_record import QuestionRecord
 
 SIDE = 360
 """Longest side of a picture on the page, in pixels."""

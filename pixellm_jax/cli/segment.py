@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pixellm_jax.cli.settings import check_settings, describe_model
 from pixellm_jax.config import DTYPES, MeshConfig
 from pixellm_jax.errors import InputError
+from pixellm_jax.evaluation.settings import check_settings, describe_model
 from pixellm_jax.folders import whole_folder, write_whole
 from pixellm_jax.images.overlay import draw_overlay
 from pixellm_jax.images.read import read_image

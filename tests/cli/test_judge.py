@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pixellm_jax.cli.main import main
-from pixellm_jax.judge_server import KEY
+from pixellm_jax.evaluation.judge.client import KEY
 from tests.support.judging import Bad, Server, record, serve
 
 

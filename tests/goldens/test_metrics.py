@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from pixellm_jax import released_metrics
-from pixellm_jax.matching import NOBODY, Costs, assign, costs, match, measure_pairs
-from pixellm_jax.metrics import IOU_UNIT, Areas, Sums, measure, merge, scores, tally
-from pixellm_jax.released_metrics import Question
+from pixellm_jax.evaluation import released_metrics
+from pixellm_jax.evaluation.matching import NOBODY, Costs, assign, costs, match, measure_pairs
+from pixellm_jax.evaluation.metrics import IOU_UNIT, Areas, Sums, measure, merge, scores, tally
+from pixellm_jax.evaluation.released_metrics import Question
 
 # Exact integers and one rounding to 2^-40 per mask; the file's numbers have 9 digits or float64.
 EXACT = 1e-9

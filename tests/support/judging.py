@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pixellm_jax.evaluation.record import QuestionRecord
 from pixellm_jax.images.rle import encode
-from pixellm_jax.question_record import QuestionRecord
 
 HW = (11, 13)
 

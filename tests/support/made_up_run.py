@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from pixellm_jax.evaluation.record import QuestionRecord
 from pixellm_jax.images import rle
-from pixellm_jax.question_record import QuestionRecord
 
 HW = (47, 61)
 

@@ -23,11 +23,11 @@ from data_pipeline.sources import SOURCES
 from pixellm_jax.cli.demo_train import CODEBOOK, make_model_config
 from pixellm_jax.config import MeshConfig, ModelConfig
 from pixellm_jax.evaluate import Evaluation, evaluate_given
-from pixellm_jax.evaluate_generated import answer_generated
+from pixellm_jax.evaluation.free_running import answer_generated
+from pixellm_jax.evaluation.scoring import make_record
+from pixellm_jax.evaluation.summary import Summary, summarise
 from pixellm_jax.inference.engine import Engine, EngineConfig
 from pixellm_jax.inference.prepare import serve
-from pixellm_jax.question_scores import Summary, summarise
-from pixellm_jax.question_scoring import make_record
 from pixellm_jax.run_checkpoints import CHECKPOINTS
 from pixellm_jax.run_export import write_model
 from pixellm_jax.sharding import make_mesh

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from pixellm_jax.judge_cache import ReplyCache
-from pixellm_jax.judge_question import JudgeDownError, NotJudgedError, put_in_words
-from pixellm_jax.judge_request import Reply, read_reply, read_scores, write_request
+from pixellm_jax.evaluation.judge.cache import ReplyCache
+from pixellm_jax.evaluation.judge.prompt import Reply, read_reply, read_scores, write_request
+from pixellm_jax.evaluation.judge.question import JudgeDownError, NotJudgedError, put_in_words
 from tests.support.judging import record
 
 

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.folders import write_whole
-from pixellm_jax.json_files import read_json
-from pixellm_jax.judge import (
+from pixellm_jax.evaluation.judge.judge import (
     HIGHEST,
     LOWEST,
     Judge,
@@ -20,8 +18,10 @@ from pixellm_jax.judge import (
     judge_records,
     target_scores,
 )
-from pixellm_jax.question_record import GIVEN, QUESTIONS, SETTINGS, QuestionRecord, read_records
-from pixellm_jax.question_scores import group_records, summarise
+from pixellm_jax.evaluation.record import GIVEN, QUESTIONS, SETTINGS, QuestionRecord, read_records
+from pixellm_jax.evaluation.summary import group_records, summarise
+from pixellm_jax.folders import write_whole
+from pixellm_jax.json_files import read_json
 
 JUDGE = "judge.json"
 CACHE = "judge_cache"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pixellm_jax.images.geometry import VOID
-from pixellm_jax.released_metrics import (
+from pixellm_jax.evaluation.released_metrics import (
     Question,
     ReleasedSums,
     merge,
@@ -14,6 +13,7 @@ from pixellm_jax.released_metrics import (
     tally_generated,
     tally_teacher_forced,
 )
+from pixellm_jax.images.geometry import VOID
 
 
 def test_denominators_are_a_little_larger():

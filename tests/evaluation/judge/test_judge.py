@@ -8,17 +8,17 @@ import math
 import pytest
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.judge import FAILURES_IN_A_ROW, apply_judge, judge_records
-from pixellm_jax.judge_question import (
+from pixellm_jax.evaluation.judge.judge import FAILURES_IN_A_ROW, apply_judge, judge_records
+from pixellm_jax.evaluation.judge.offline import WordJudge
+from pixellm_jax.evaluation.judge.question import (
     JudgeDownError,
     JudgeQuestion,
     NotJudgedError,
     put_in_words,
 )
-from pixellm_jax.judge_report import Price, judge_folder, summarise_judged
-from pixellm_jax.judge_words import WordJudge
-from pixellm_jax.question_record import read_records
-from pixellm_jax.question_scores import summarise
+from pixellm_jax.evaluation.judge.report import Price, judge_folder, summarise_judged
+from pixellm_jax.evaluation.record import read_records
+from pixellm_jax.evaluation.summary import summarise
 from tests.support.judging import mask, record
 
 

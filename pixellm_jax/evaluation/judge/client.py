@@ -15,15 +15,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.judge_cache import ReplyCache
-from pixellm_jax.judge_question import JudgeDownError, JudgeQuestion, NotJudgedError
-from pixellm_jax.judge_request import (
+from pixellm_jax.evaluation.judge.cache import ReplyCache
+from pixellm_jax.evaluation.judge.prompt import (
     PROMPT_VERSION,
     Reply,
     read_reply,
     read_scores,
     write_request,
 )
+from pixellm_jax.evaluation.judge.question import JudgeDownError, JudgeQuestion, NotJudgedError
 
 KEY = "OPENAI_API_KEY"
 """The environment variable with the key. It is sent to the server and written nowhere."""

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from pixellm_jax.benchmark_question import BenchmarkQuestion
+from pixellm_jax.evaluation.prompts import Canvases, encode_question
+from pixellm_jax.evaluation.scoring import TOO_LONG, Answered, no_masks, sound
 from pixellm_jax.images.geometry import unfit
 from pixellm_jax.inference.engine import Engine
 from pixellm_jax.inference.request import Question, Result
-from pixellm_jax.question_prompt import Canvases, encode_question
-from pixellm_jax.question_scoring import TOO_LONG, Answered, no_masks, sound
 from pixellm_jax.stopwatch import Stopwatch
 from pixellm_jax.text.answer import read_answer
 from pixellm_jax.text.prompt import TEMPLATES

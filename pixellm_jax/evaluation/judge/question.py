@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pixellm_jax.question_record import QuestionRecord
+from pixellm_jax.evaluation.record import QuestionRecord
 from pixellm_jax.text.answer import MARKER
 
 NOTHING = "<nothing>"

@@ -10,11 +10,11 @@ import time
 import pytest
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.judge import judge_records
-from pixellm_jax.judge_question import NotJudgedError, put_in_words
-from pixellm_jax.judge_report import judge_folder
-from pixellm_jax.judge_server import KEY, ServerConfig, ServerJudge
-from pixellm_jax.question_record import read_records
+from pixellm_jax.evaluation.judge.client import KEY, ServerConfig, ServerJudge
+from pixellm_jax.evaluation.judge.judge import judge_records
+from pixellm_jax.evaluation.judge.question import NotJudgedError, put_in_words
+from pixellm_jax.evaluation.judge.report import judge_folder
+from pixellm_jax.evaluation.record import read_records
 from tests.support.judging import Bad, Server, good_scores, record, serve
 
 SECRET = "sk-0123456789abcdef"

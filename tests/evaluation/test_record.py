@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from pixellm_jax.errors import InputError
+from pixellm_jax.evaluation.metrics import IOU_UNIT
+from pixellm_jax.evaluation.record import QuestionRecord, natural_order, read_records
+from pixellm_jax.evaluation.summary import group_records, summarise, tally_record
 from pixellm_jax.images import rle
-from pixellm_jax.metrics import IOU_UNIT
-from pixellm_jax.question_record import QuestionRecord, natural_order, read_records
-from pixellm_jax.question_scores import group_records, summarise, tally_record
 
 HW = (3, 5)
 

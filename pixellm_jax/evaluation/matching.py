@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64, Num, Shaped, UInt8
 from scipy.optimize import linear_sum_assignment
 
+from pixellm_jax.evaluation.metrics import Areas, Sums, measure, tally
 from pixellm_jax.images.geometry import VOID
-from pixellm_jax.metrics import Areas, Sums, measure, tally
 
 GRID = 112
 """Points along each side of a picture: 12544, the number that the released code draws."""

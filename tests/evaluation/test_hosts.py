@@ -13,7 +13,7 @@ import pytest
 from pixellm_jax.cli.processes import JOINING
 from pixellm_jax.weights.checkpoint import SHAPES_MODEL
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PICTURES = 5
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pixellm_jax.text_scores import TextScorer, normalise, summarise_texts
+from pixellm_jax.evaluation.text_scores import TextScorer, normalise, summarise_texts
 
 
 @pytest.mark.parametrize(

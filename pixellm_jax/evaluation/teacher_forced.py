@@ -17,12 +17,12 @@ from jaxtyping import Array, Float
 from pixellm_jax.batch import Batch
 from pixellm_jax.benchmark_question import BenchmarkQuestion
 from pixellm_jax.config import ModelConfig
+from pixellm_jax.evaluation.prompts import Canvases, encode_question
+from pixellm_jax.evaluation.record import GIVEN
+from pixellm_jax.evaluation.scoring import TOO_LONG, Answered, no_masks, sound
 from pixellm_jax.images.geometry import unfit
 from pixellm_jax.inference.compilation import Programs, bucket
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.question_prompt import Canvases, encode_question
-from pixellm_jax.question_record import GIVEN
-from pixellm_jax.question_scoring import TOO_LONG, Answered, no_masks, sound
 from pixellm_jax.stopwatch import Stopwatch
 from pixellm_jax.text.prompt import TEMPLATES, Conversation, pack
 from pixellm_jax.text.vocabulary import Vocabulary

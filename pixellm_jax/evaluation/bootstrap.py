@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
-from pixellm_jax.metrics import IOU_UNIT, Scores, Sums, merge, scores
+from pixellm_jax.evaluation.metrics import IOU_UNIT, Scores, Sums, merge, scores
 
 DRAWS = 2000
 """Resamples: the ends of a 95 % interval then lie on the 50th draw from either side."""

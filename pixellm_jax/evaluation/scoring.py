@@ -8,13 +8,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
-from pixellm_jax import released_metrics
 from pixellm_jax.benchmark_question import BenchmarkQuestion
+from pixellm_jax.evaluation import released_metrics
+from pixellm_jax.evaluation.matching import NOBODY, match, measure_pairs
+from pixellm_jax.evaluation.record import QuestionRecord
+from pixellm_jax.evaluation.released_metrics import Question, ReleasedSums, merge
 from pixellm_jax.images import rle
 from pixellm_jax.images.geometry import VOID
-from pixellm_jax.matching import NOBODY, match, measure_pairs
-from pixellm_jax.question_record import QuestionRecord
-from pixellm_jax.released_metrics import Question, ReleasedSums, merge
 
 TOO_LONG = "too long"
 """`reason` of a question whose prompt has no room in the model."""

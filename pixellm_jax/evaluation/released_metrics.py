@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from pixellm_jax.evaluation.matching import NOBODY, match
 from pixellm_jax.images.geometry import VOID
-from pixellm_jax.matching import NOBODY, match
 
 
 class Question(NamedTuple):

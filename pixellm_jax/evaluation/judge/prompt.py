@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
-from pixellm_jax.judge_question import NOTHING, JudgeQuestion, NotJudgedError
+from pixellm_jax.evaluation.judge.question import NOTHING, JudgeQuestion, NotJudgedError
 
 PROMPT_VERSION = 1
 """To be raised whenever a word of the prompt changes."""

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixellm_jax import metrics
-from pixellm_jax.images.geometry import VOID
-from pixellm_jax.metrics import (
+from pixellm_jax.evaluation import metrics
+from pixellm_jax.evaluation.metrics import (
     IOU_UNIT,
     Areas,
     Scores,
@@ -20,6 +19,7 @@ from pixellm_jax.metrics import (
     scores,
     tally,
 )
+from pixellm_jax.images.geometry import VOID
 
 # Each IoU is rounded once to 2^-40; float64 beside it.
 TOLERANCE = 1e-12

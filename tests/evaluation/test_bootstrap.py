@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pixellm_jax import bootstrap
-from pixellm_jax.bootstrap import intervals, paired_intervals, resample
-from pixellm_jax.metrics import IOU_UNIT, Sums, merge, scores
+from pixellm_jax.evaluation import bootstrap
+from pixellm_jax.evaluation.bootstrap import intervals, paired_intervals, resample
+from pixellm_jax.evaluation.metrics import IOU_UNIT, Sums, merge, scores
 
 
 def question(iou: float, union: int = 100, **others: int) -> Sums:

@@ -14,8 +14,13 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from pixellm_jax.judge_question import JudgeDownError, JudgeQuestion, NotJudgedError, put_in_words
-from pixellm_jax.question_record import QuestionRecord
+from pixellm_jax.evaluation.judge.question import (
+    JudgeDownError,
+    JudgeQuestion,
+    NotJudgedError,
+    put_in_words,
+)
+from pixellm_jax.evaluation.record import QuestionRecord
 
 THRESHOLD = 4
 """A target with a lower score has intersection 0."""

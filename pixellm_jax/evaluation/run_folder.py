@@ -15,18 +15,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pixellm_jax.cli.settings import check_settings
 from pixellm_jax.errors import InputError
-from pixellm_jax.folders import write_whole
-from pixellm_jax.json_files import read_json, read_optional_json
-from pixellm_jax.question_record import (
+from pixellm_jax.evaluation.record import (
     QUESTIONS,
     SETTINGS,
     QuestionRecord,
     natural_order,
     read_records,
 )
-from pixellm_jax.question_scoring import ReleasedLine, released_scores
+from pixellm_jax.evaluation.scoring import ReleasedLine, released_scores
+from pixellm_jax.evaluation.settings import check_settings
+from pixellm_jax.folders import write_whole
+from pixellm_jax.json_files import read_json, read_optional_json
 
 RUN, RELEASED = "run.json", "released"
 _OURS = (SETTINGS, f"{QUESTIONS}-", f"{RELEASED}-", "run-", f".{SETTINGS}")

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pixellm_jax.evaluation.judge.prompt import Reply
+from pixellm_jax.evaluation.judge.question import JudgeDownError
 from pixellm_jax.folders import write_whole
-from pixellm_jax.judge_question import JudgeDownError
-from pixellm_jax.judge_request import Reply
 
 
 class ReplyCache:

@@ -23,19 +23,19 @@ from data_pipeline.damage import Damaged
 from pixellm_jax.benchmark_question import BenchmarkQuestion
 from pixellm_jax.cli.evaluate import Share, evaluate
 from pixellm_jax.cli.main import main
-from pixellm_jax.cli.question_log import QuestionLog
 from pixellm_jax.cli.report import write_report
 from pixellm_jax.errors import InputError
-from pixellm_jax.evaluate_given import answer_given
-from pixellm_jax.images import rle
-from pixellm_jax.metrics import merge
-from pixellm_jax.question_scores import summarise, tally_record
-from pixellm_jax.question_scoring import (
+from pixellm_jax.evaluation.metrics import merge
+from pixellm_jax.evaluation.run_folder import QuestionLog
+from pixellm_jax.evaluation.scoring import (
     Answered,
     make_record,
     make_released_line,
     released_scores,
 )
+from pixellm_jax.evaluation.summary import summarise, tally_record
+from pixellm_jax.evaluation.teacher_forced import answer_given
+from pixellm_jax.images import rle
 from pixellm_jax.stopwatch import Stopwatch
 
 PICTURES = 6

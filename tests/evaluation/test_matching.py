@@ -7,8 +7,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from pixellm_jax.images.geometry import VOID
-from pixellm_jax.matching import (
+from pixellm_jax.evaluation.matching import (
     GRID,
     NOBODY,
     Costs,
@@ -19,7 +18,8 @@ from pixellm_jax.matching import (
     sample,
     tally_question,
 )
-from pixellm_jax.metrics import IOU_UNIT, Sums, scores
+from pixellm_jax.evaluation.metrics import IOU_UNIT, Sums, scores
+from pixellm_jax.images.geometry import VOID
 
 # Means over a few dozen points in float64.
 TOLERANCE = 1e-12

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from pixellm_jax.judge_question import JudgeQuestion
+from pixellm_jax.evaluation.judge.question import JudgeQuestion
 from pixellm_jax.text.answer import MARKER, find_phrases
 
 _WORD = re.compile(r"[^\W_]+")

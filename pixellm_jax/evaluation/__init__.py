@@ -1,0 +1,1 @@
+"""Benchmarks: metrics, records and runs."""

@@ -1,0 +1,1 @@
+"""The language-model judge of the MUSE protocol."""
