@@ -16,7 +16,7 @@ import ml_collections
 
 from data_pipeline.config import DataConfig, FamilyConfig
 from pixellm_jax.config import SIZES
-from pixellm_jax.train_config import TrainConfig
+from pixellm_jax.training.config import TrainConfig
 
 
 def get_config() -> ml_collections.ConfigDict:

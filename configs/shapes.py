@@ -27,7 +27,7 @@ from pixellm_jax.config import (
     VisionConfig,
 )
 from pixellm_jax.text.vocabulary import Vocabulary
-from pixellm_jax.train_config import OptimizerConfig, TrainConfig
+from pixellm_jax.training.config import OptimizerConfig, TrainConfig
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 
 from pixellm_jax.errors import InputError
 from pixellm_jax.hlo import Array, Instruction, collectives
-from pixellm_jax.train_state import Blueprint
-from pixellm_jax.train_step import batch_spec, make_step
+from pixellm_jax.training.state import Blueprint
+from pixellm_jax.training.step import batch_spec, make_step
 
 HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
 """Memory of one chip by the first word of a topology, from Google's published tables."""

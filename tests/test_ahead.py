@@ -16,8 +16,8 @@ from pixellm_jax.config import MeshConfig, ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.hlo import Array, collectives, traffic
 from pixellm_jax.sharding import make_mesh
-from pixellm_jax.train_config import TrainConfig
-from pixellm_jax.train_state import Blueprint, make_blueprint
+from pixellm_jax.training.config import TrainConfig
+from pixellm_jax.training.state import Blueprint, make_blueprint
 
 CONFIG = dataclasses.replace(
     TINY, decoder=dataclasses.replace(TINY.decoder, depth=1), dtype="bfloat16", remat=True

@@ -40,17 +40,17 @@ from pixellm_jax.cli.ablation_report import (
 from pixellm_jax.cli.recipe import Recipe
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.evaluate import Evaluation, evaluate_given
 from pixellm_jax.folders import write_whole
 from pixellm_jax.json_files import read_optional_json
 from pixellm_jax.model.flops import train_flops
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.run_log import METRICS
 from pixellm_jax.sharding import make_mesh
 from pixellm_jax.text.vocabulary import Vocabulary
-from pixellm_jax.train import fit
-from pixellm_jax.train_config import LossConfig
-from pixellm_jax.train_state import Blueprint, make_blueprint
+from pixellm_jax.training.config import LossConfig
+from pixellm_jax.training.log import METRICS
+from pixellm_jax.training.loop import fit
+from pixellm_jax.training.state import Blueprint, make_blueprint
+from pixellm_jax.training.validation import Evaluation, evaluate_given
 
 GRID = "grid.json"
 """What all runs of a folder share."""

@@ -15,7 +15,7 @@ from pixellm_jax.cli.recipe import SHAPES, Recipe
 from pixellm_jax.config import CodebookConfig, ModelConfig, from_mapping
 from pixellm_jax.errors import InputError
 from pixellm_jax.text.vocabulary import Vocabulary
-from pixellm_jax.train_config import TrainConfig
+from pixellm_jax.training.config import TrainConfig
 
 BASE = "base"
 

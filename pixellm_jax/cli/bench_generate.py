@@ -28,8 +28,8 @@ from pixellm_jax.inference.prepare import WEIGHTS, serve
 from pixellm_jax.inference.request import Question
 from pixellm_jax.model import flops
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.run_log import memory_bytes
 from pixellm_jax.text.vocabulary import Vocabulary
+from pixellm_jax.training.log import memory_bytes
 from pixellm_jax.weights import checkpoint
 
 PRECISIONS = (*DTYPES, *WEIGHTS)

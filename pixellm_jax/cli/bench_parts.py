@@ -12,11 +12,11 @@ from jaxtyping import Array
 
 from pixellm_jax.batch import Batch
 from pixellm_jax.config import MeshConfig
-from pixellm_jax.losses import losses, mask_sums, text_sum
 from pixellm_jax.model import flops
 from pixellm_jax.model.pixellm import PixelLM, gather_states, visibility
 from pixellm_jax.sharding import make_mesh
-from pixellm_jax.train_state import Blueprint, initial_state
+from pixellm_jax.training.losses import losses, mask_sums, text_sum
+from pixellm_jax.training.state import Blueprint, initial_state
 
 IMAGE_FEATURES = (
     "image_projector",

@@ -20,12 +20,12 @@ from pixellm_jax.config import SIZES, MeshConfig, ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.host_memory import keep_freed_memory
 from pixellm_jax.model import flops
-from pixellm_jax.run_log import memory_bytes
 from pixellm_jax.sharding import batch_sharding, make_mesh
 from pixellm_jax.text.prompt import IMAGE_TOKEN, Conversation, pack
-from pixellm_jax.train_config import LossConfig, TrainConfig
-from pixellm_jax.train_state import Blueprint, initial_state, make_blueprint
-from pixellm_jax.train_step import make_step
+from pixellm_jax.training.config import LossConfig, TrainConfig
+from pixellm_jax.training.log import memory_bytes
+from pixellm_jax.training.state import Blueprint, initial_state, make_blueprint
+from pixellm_jax.training.step import make_step
 
 PROMPT, QUESTION, ANSWER = 40, 30, 4
 """Ids before and around the image, of a question, and of an answer beside its codebook tokens."""

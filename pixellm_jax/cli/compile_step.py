@@ -15,7 +15,7 @@ from pixellm_jax.cli.table import format_table
 from pixellm_jax.errors import InputError
 from pixellm_jax.hlo import collectives, traffic
 from pixellm_jax.sharding import batch_ways, make_mesh
-from pixellm_jax.train_state import Blueprint, make_blueprint
+from pixellm_jax.training.state import Blueprint, make_blueprint
 
 GIB = 2**30
 

@@ -29,16 +29,16 @@ from pixellm_jax.config import (
     ModelConfig,
     VisionConfig,
 )
-from pixellm_jax.evaluate import evaluate_given
 from pixellm_jax.evaluation.metrics import measure, merge, scores, tally
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.run_export import write_model
-from pixellm_jax.run_log import METRICS
 from pixellm_jax.sharding import make_mesh
 from pixellm_jax.text.vocabulary import Vocabulary
-from pixellm_jax.train import Evaluation, fit
-from pixellm_jax.train_config import OptimizerConfig, TrainConfig
-from pixellm_jax.train_state import initial_state, make_blueprint
+from pixellm_jax.training.config import OptimizerConfig, TrainConfig
+from pixellm_jax.training.export import write_model
+from pixellm_jax.training.log import METRICS
+from pixellm_jax.training.loop import Evaluation, fit
+from pixellm_jax.training.state import initial_state, make_blueprint
+from pixellm_jax.training.validation import evaluate_given
 
 LEVEL = "simple"
 QUESTIONS = 2

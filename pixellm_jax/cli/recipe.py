@@ -16,7 +16,7 @@ from data_pipeline.shapes_tokenizer import FOLDER as SHAPES_TOKENIZER
 from pixellm_jax.config import ModelConfig, from_mapping
 from pixellm_jax.errors import InputError
 from pixellm_jax.text.vocabulary import Vocabulary
-from pixellm_jax.train_config import TrainConfig
+from pixellm_jax.training.config import TrainConfig
 from pixellm_jax.weights.checkpoint import read_config, read_vocabulary
 
 SHAPES = "shapes"

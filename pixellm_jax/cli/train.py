@@ -20,15 +20,15 @@ from pixellm_jax.cli.processes import HELP, join
 from pixellm_jax.cli.recipe import Recipe, read_recipe
 from pixellm_jax.config import DTYPES
 from pixellm_jax.errors import InputError
-from pixellm_jax.evaluate import Evaluation, evaluate_given
 from pixellm_jax.folders import write_whole
 from pixellm_jax.json_files import read_optional_json
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.run_export import MODEL, write_model
 from pixellm_jax.sharding import batch_share, batch_ways, make_mesh
 from pixellm_jax.text.vocabulary import Vocabulary
-from pixellm_jax.train import fit
-from pixellm_jax.train_state import Blueprint, make_blueprint
+from pixellm_jax.training.export import MODEL, write_model
+from pixellm_jax.training.loop import fit
+from pixellm_jax.training.state import Blueprint, make_blueprint
+from pixellm_jax.training.validation import Evaluation, evaluate_given
 from pixellm_jax.weights.checkpoint import read_config
 
 EXAMPLES = """examples:

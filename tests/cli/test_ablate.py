@@ -27,8 +27,8 @@ from pixellm_jax.cli.ablation_report import (
 from pixellm_jax.cli.recipe import Recipe
 from pixellm_jax.config import MeshConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.train_config import TrainConfig
-from pixellm_jax.train_state import Blueprint, make_blueprint
+from pixellm_jax.training.config import TrainConfig
+from pixellm_jax.training.state import Blueprint, make_blueprint
 from tests.support.small_training import small_data, small_model, small_train
 
 # Settings, without training

@@ -13,10 +13,10 @@ from pixellm_jax.config import (
     ModelConfig,
     VisionConfig,
 )
-from pixellm_jax.losses import losses
 from pixellm_jax.model import flops
-from pixellm_jax.train_config import FROZEN, TRAINABLE, TrainConfig
-from pixellm_jax.train_state import make_blueprint
+from pixellm_jax.training.config import FROZEN, TRAINABLE, TrainConfig
+from pixellm_jax.training.losses import losses
+from pixellm_jax.training.state import make_blueprint
 
 # XLA counts the body of a scan once, so every scan here has one layer. It also counts what is done
 # element by element and the resizing of maps and masks: a few hundredths at these widths.

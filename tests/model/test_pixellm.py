@@ -23,9 +23,9 @@ from pixellm_jax.config import (
 from pixellm_jax.images.geometry import VOID
 from pixellm_jax.inference.decoding import LENGTH as CUT
 from pixellm_jax.inference.decoding import STOP, Rows, generate
-from pixellm_jax.losses import Losses, losses
 from pixellm_jax.model.pixellm import ImageFeatures, PixelLM, gather_states, visibility
 from pixellm_jax.text.prompt import IMAGE_TOKEN, Conversation, pack
+from pixellm_jax.training.losses import Losses, losses
 
 # Float32 with sums in another order, relative to the largest value; a random model of this size
 # amplifies rounding (1e-7) by two orders of magnitude at most.

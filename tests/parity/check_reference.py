@@ -30,12 +30,12 @@ from pixellm_jax.batch import Batch
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.images.geometry import VOID, fitted_size, unfit
 from pixellm_jax.inference.decoding import generate
-from pixellm_jax.losses import Losses, losses
 from pixellm_jax.model.layers import resize_bilinear
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.model.vision_encoder import patch_valid
 from pixellm_jax.text.prompt import IMAGE_TOKEN
-from pixellm_jax.train_config import LossConfig
+from pixellm_jax.training.config import LossConfig
+from pixellm_jax.training.losses import Losses, losses
 from pixellm_jax.weights import torch_layout
 from pixellm_jax.weights.checkpoint import load_model
 from pixellm_jax.weights.convert import convert

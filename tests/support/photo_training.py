@@ -22,20 +22,20 @@ from data_pipeline.masks import decode_many
 from data_pipeline.sources import SOURCES
 from pixellm_jax.cli.demo_train import CODEBOOK, make_model_config
 from pixellm_jax.config import MeshConfig, ModelConfig
-from pixellm_jax.evaluate import Evaluation, evaluate_given
 from pixellm_jax.evaluation.free_running import answer_generated
 from pixellm_jax.evaluation.scoring import make_record
 from pixellm_jax.evaluation.summary import Summary, summarise
 from pixellm_jax.inference.engine import Engine, EngineConfig
 from pixellm_jax.inference.prepare import serve
-from pixellm_jax.run_checkpoints import CHECKPOINTS
-from pixellm_jax.run_export import write_model
 from pixellm_jax.sharding import make_mesh
 from pixellm_jax.stopwatch import Stopwatch
 from pixellm_jax.text.vocabulary import Vocabulary
-from pixellm_jax.train import Outcome, fit
-from pixellm_jax.train_config import OptimizerConfig, TrainConfig
-from pixellm_jax.train_state import make_blueprint
+from pixellm_jax.training.checkpoints import CHECKPOINTS
+from pixellm_jax.training.config import OptimizerConfig, TrainConfig
+from pixellm_jax.training.export import write_model
+from pixellm_jax.training.loop import Outcome, fit
+from pixellm_jax.training.state import make_blueprint
+from pixellm_jax.training.validation import Evaluation, evaluate_given
 from pixellm_jax.weights import checkpoint
 from tests.support.small_training import EVERYTHING
 

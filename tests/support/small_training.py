@@ -20,7 +20,7 @@ from pixellm_jax.config import (
     VisionConfig,
 )
 from pixellm_jax.text.vocabulary import Vocabulary
-from pixellm_jax.train_config import OptimizerConfig, TrainConfig
+from pixellm_jax.training.config import OptimizerConfig, TrainConfig
 
 CODEBOOK = CodebookConfig(tokens_per_scale=1, scales=2)
 EVERYTHING = (

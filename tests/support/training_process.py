@@ -19,11 +19,11 @@ import numpy as np
 from data_pipeline.loader import Loader
 from pixellm_jax.batch import Batch
 from pixellm_jax.config import LoraConfig, MeshConfig
-from pixellm_jax.evaluate import Evaluation
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.sharding import make_mesh
-from pixellm_jax.train import fit
-from pixellm_jax.train_state import make_blueprint
+from pixellm_jax.training.loop import fit
+from pixellm_jax.training.state import make_blueprint
+from pixellm_jax.training.validation import Evaluation
 from tests.support.small_training import lora_train, small_loader, small_model
 
 SECONDS = 0.1

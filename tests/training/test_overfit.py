@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pixellm_jax.run_log import METRICS
+from pixellm_jax.training.log import METRICS
 from tests.support.photo_training import answer_photos, learn_photos
 
 

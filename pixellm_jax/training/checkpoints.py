@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.train_config import TrainConfig
-from pixellm_jax.train_state import Blueprint, TrainState
+from pixellm_jax.training.config import TrainConfig
+from pixellm_jax.training.state import Blueprint, TrainState
 
 CHECKPOINTS = "checkpoints"
 STATE, DATA, NOTES = "state", "data", "notes"

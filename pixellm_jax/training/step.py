@@ -14,10 +14,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from pixellm_jax import batch as batches
 from pixellm_jax.batch import Batch
 from pixellm_jax.config import ModelConfig
-from pixellm_jax.losses import Losses, count, losses
-from pixellm_jax.optimizer import schedule
 from pixellm_jax.sharding import batch_sharding, replicated
-from pixellm_jax.train_state import Blueprint, TrainState
+from pixellm_jax.training.losses import Losses, count, losses
+from pixellm_jax.training.optimizer import schedule
+from pixellm_jax.training.state import Blueprint, TrainState
 
 
 class StepMetrics(NamedTuple):

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from pixellm_jax.optimizer import MUON_RMS, make_optimizer, schedule
-from pixellm_jax.train_config import OptimizerConfig
+from pixellm_jax.training.config import OptimizerConfig
+from pixellm_jax.training.optimizer import MUON_RMS, make_optimizer, schedule
 
 # float32 against float64.
 TOLERANCE = 1e-5

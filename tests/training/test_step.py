@@ -21,9 +21,9 @@ from pixellm_jax.config import MeshConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.model.lora import LORA, merge_lora
 from pixellm_jax.sharding import batch_sharding, make_mesh
-from pixellm_jax.train_config import REFERENCE_FROZEN, OptimizerConfig
-from pixellm_jax.train_state import TrainState, initial_state, make_blueprint
-from pixellm_jax.train_step import StepMetrics, make_step
+from pixellm_jax.training.config import REFERENCE_FROZEN, OptimizerConfig
+from pixellm_jax.training.state import TrainState, initial_state, make_blueprint
+from pixellm_jax.training.step import StepMetrics, make_step
 from tests.support.small_training import lora_train, small_batch, small_model, small_train
 
 TOLERANCE, UPDATE_TOLERANCE = 1e-4, 5e-4

@@ -9,9 +9,9 @@ import tensorstore
 
 from pixellm_jax.errors import InputError
 from pixellm_jax.model.lora import LORA
-from pixellm_jax.run_checkpoints import CHECKPOINTS, STATE
 from pixellm_jax.text.vocabulary import Vocabulary
-from pixellm_jax.train_state import Blueprint
+from pixellm_jax.training.checkpoints import CHECKPOINTS, STATE
+from pixellm_jax.training.state import Blueprint
 from pixellm_jax.weights import checkpoint
 from pixellm_jax.weights.checkpoint import Leaf
 

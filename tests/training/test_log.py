@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.run_log import Picture, RunLog, Stopwatch
+from pixellm_jax.training.log import Picture, RunLog, Stopwatch
 
 
 class Service:

@@ -15,12 +15,12 @@ from PIL import Image
 from pixellm_jax.batch import Batch
 from pixellm_jax.evaluation.metrics import Areas, Sums, measure, merge, scores, tally
 from pixellm_jax.images.overlay import draw_overlay
-from pixellm_jax.losses import Losses, count, losses
 from pixellm_jax.model.layers import resize_bilinear
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.run_log import Picture
 from pixellm_jax.sharding import batch_sharding, replicated
-from pixellm_jax.train_config import LossConfig
+from pixellm_jax.training.config import LossConfig
+from pixellm_jax.training.log import Picture
+from pixellm_jax.training.losses import Losses, count, losses
 
 PICTURES = 4
 """Rows of the first batch that are drawn, at most: those of one device."""

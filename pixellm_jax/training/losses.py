@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from pixellm_jax.batch import Batch, Prediction
 from pixellm_jax.images.geometry import VOID
 from pixellm_jax.model.layers import resize_bilinear
-from pixellm_jax.train_config import LossConfig
+from pixellm_jax.training.config import LossConfig
 
 DICE_SCALE = 1000.0
 DICE_EPS = 1e-6

@@ -16,21 +16,21 @@ from jax.sharding import Mesh
 
 from pixellm_jax.batch import Batch
 from pixellm_jax.errors import InputError
-from pixellm_jax.evaluate import Evaluation
 from pixellm_jax.model import flops
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.run_checkpoints import RunCheckpoints
-from pixellm_jax.run_log import RunLog, Stopwatch, memory_bytes
-from pixellm_jax.run_recipe import keep_recipe, refuse_other_recipe
 from pixellm_jax.sharding import batch_sharding, batch_share, batch_ways
-from pixellm_jax.train_state import (
+from pixellm_jax.training.checkpoints import RunCheckpoints
+from pixellm_jax.training.log import RunLog, Stopwatch, memory_bytes
+from pixellm_jax.training.recipe_record import keep_recipe, refuse_other_recipe
+from pixellm_jax.training.state import (
     Blueprint,
     TrainState,
     frozen_values,
     initial_state,
     provenance,
 )
-from pixellm_jax.train_step import StepMetrics, make_step
+from pixellm_jax.training.step import StepMetrics, make_step
+from pixellm_jax.training.validation import Evaluation
 
 GIOU = "giou"
 

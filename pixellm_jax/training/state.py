@@ -21,9 +21,9 @@ from pixellm_jax.errors import InputError
 from pixellm_jax.model.layers import Constant
 from pixellm_jax.model.lora import LORA, add_lora
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.optimizer import make_optimizer, state_shardings, trainable_names
 from pixellm_jax.sharding import replicated, weight_sharding
-from pixellm_jax.train_config import TrainConfig
+from pixellm_jax.training.config import TrainConfig
+from pixellm_jax.training.optimizer import make_optimizer, state_shardings, trainable_names
 from pixellm_jax.weights import checkpoint
 
 

@@ -11,7 +11,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from pixellm_jax.axes import logical_axes
 from pixellm_jax.errors import InputError
 from pixellm_jax.model.lora import LORA
-from pixellm_jax.train_config import OptimizerConfig, TrainConfig
+from pixellm_jax.training.config import OptimizerConfig, TrainConfig
 
 HIDDEN = frozenset(("embed", "vision", "mlp", "heads", "kv_heads", "head"))
 """Axes between which a matrix is one of Muon's; tables of ids, places and patches are not."""

@@ -20,11 +20,11 @@ import pytest
 from data_pipeline.config import FamilyConfig
 from pixellm_jax.cli.processes import JOINING
 from pixellm_jax.config import MeshConfig
-from pixellm_jax.train_config import OptimizerConfig
+from pixellm_jax.training.config import OptimizerConfig
 from pixellm_jax.weights.checkpoint import load_model
 from tests.support.small_training import small_data, small_model, small_train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = 4
 MEASURED = ("loss/total", "gradient_norm", "validation/loss")
 

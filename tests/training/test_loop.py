@@ -19,13 +19,13 @@ import pytest
 
 from pixellm_jax.config import MeshConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.evaluate import Evaluation
-from pixellm_jax.run_checkpoints import CHECKPOINTS, RunCheckpoints
-from pixellm_jax.run_export import write_model
 from pixellm_jax.sharding import make_mesh
-from pixellm_jax.train import fit
-from pixellm_jax.train_config import OptimizerConfig
-from pixellm_jax.train_state import make_blueprint
+from pixellm_jax.training.checkpoints import CHECKPOINTS, RunCheckpoints
+from pixellm_jax.training.config import OptimizerConfig
+from pixellm_jax.training.export import write_model
+from pixellm_jax.training.loop import fit
+from pixellm_jax.training.state import make_blueprint
+from pixellm_jax.training.validation import Evaluation
 from pixellm_jax.weights import checkpoint
 from tests.support.small_training import (
     lora_train,
@@ -36,7 +36,7 @@ from tests.support.small_training import (
 )
 from tests.support.training_process import SECONDS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS, SAVE_EVERY = 12, 3
 
 

@@ -14,9 +14,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pixellm_jax.batch import Batch, Prediction
 from pixellm_jax.images.geometry import VOID
-from pixellm_jax.losses import Counts, Losses, count, losses, mask_sums, overlap, text_sum
 from pixellm_jax.model.layers import resize_bilinear
-from pixellm_jax.train_config import LossConfig
+from pixellm_jax.training.config import LossConfig
+from pixellm_jax.training.losses import Counts, Losses, count, losses, mask_sums, overlap, text_sum
 
 # Float32 means over a few hundred terms of order one, against float64.
 TOLERANCE = 1e-5

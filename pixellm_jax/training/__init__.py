@@ -1,0 +1,1 @@
+"""A training run: losses, optimizer, state, step, loop, checkpoints and log."""
