@@ -28,8 +28,8 @@ LAYERS = {
     "pixellm_jax": 0.0,
     "pixellm_jax.axes": 0.0,
     "pixellm_jax.errors": 0.0,
-    "pixellm_jax.hlo": 0.0,
-    "pixellm_jax.host_memory": 0.0,
+    "pixellm_jax.perf.hlo": 0.0,
+    "pixellm_jax.perf.host_memory": 0.0,
     "pixellm_jax.json_files": 0.1,
     "pixellm_jax.config": 1.0,
     "pixellm_jax.training.config": 1.0,
@@ -110,7 +110,7 @@ LAYERS = {
     "pixellm_jax.training.checkpoints": 6.2,
     "pixellm_jax.training.log": 6.0,
     "pixellm_jax.training.recipe_record": 6.0,
-    "pixellm_jax.ahead": 6.3,
+    "pixellm_jax.perf.aot": 6.3,
     "pixellm_jax.training.loop": 6.3,
     "pixellm_jax.cli": 7.0,
     "pixellm_jax.cli.page": 7.0,
@@ -134,9 +134,9 @@ LAYERS = {
     "pixellm_jax.cli.judge_options": 7.05,
     "pixellm_jax.cli.ablation_grid": 7.06,
     "pixellm_jax.cli.ablation_report": 7.0,
-    "pixellm_jax.cli.bench_parts": 7.0,
-    "pixellm_jax.cli.bench_sizes": 7.0,
-    "pixellm_jax.cli.bench_peer": 7.0,
+    "pixellm_jax.perf.parts": 7.0,
+    "pixellm_jax.perf.sizes": 7.0,
+    "pixellm_jax.perf.baseline": 7.0,
     "pixellm_jax.cli.bench_train": 7.05,
     "pixellm_jax.cli.bench_recital": 7.06,
     "pixellm_jax.cli.bench_generate": 7.07,
@@ -180,7 +180,7 @@ BANNED = {"torch", "torchvision", "tensorflow"}
 # where that is installed.
 EXTRAS = {"apache_beam", "matplotlib", "openai", "rouge_score", "tensorboardX", "wandb"}
 # What one module compares with, where that is installed; also inside its functions alone.
-PEERS = {"pixellm_jax.cli.bench_peer": {"torch", "transformers"}}
+PEERS = {"pixellm_jax.perf.baseline": {"torch", "transformers"}}
 
 ANNOTATIONS = {
     name
@@ -369,7 +369,7 @@ GOOD = [
     ("scripts.segment", "from pixellm_jax.cli.main import main\n"),
     ("pixellm_jax.batch", 'x: Float[Array, "b *m 3 {size + 1} 2*y ... frequency"]\n'),
     ("pixellm_jax.training.losses", 'jnp.einsum("...btd,vd->...btv", x, w)\n'),
-    ("pixellm_jax.cli.bench_peer", "def f():\n    import torch\n    import transformers\n"),
+    ("pixellm_jax.perf.baseline", "def f():\n    import torch\n    import transformers\n"),
 ]
 
 
@@ -407,8 +407,8 @@ BAD = [
     ),
     ("data_pipeline.loader", "def f():\n    import tensorflow as tf", "only tests may import it"),
     ("pixellm_jax.cli.bench", "def f():\n    import torch", "only tests may import it"),
-    ("pixellm_jax.cli.bench_peer", "import torch", "at the top"),
-    ("pixellm_jax.cli.bench_peer", "def f():\n    import tensorflow", "only tests may import it"),
+    ("pixellm_jax.perf.baseline", "import torch", "at the top"),
+    ("pixellm_jax.perf.baseline", "def f():\n    import tensorflow", "only tests may import it"),
     ("pixellm_jax.training.loop", "import tensorflow_datasets", "only data_pipeline may import it"),
     ("pixellm_jax.weights.torch_layout", "def f():\n    import json", "inside a function"),
     (

@@ -16,10 +16,7 @@ import jax
 from flax import nnx
 
 from data_pipeline.shapes_tokenizer import FOLDER
-from pixellm_jax.cli import bench_peer
-from pixellm_jax.cli.bench_peer import PeerRun
 from pixellm_jax.cli.bench_recital import random_model, recital, recite, sentence
-from pixellm_jax.cli.bench_sizes import BENCH_SIZES
 from pixellm_jax.cli.table import format_table
 from pixellm_jax.config import DTYPES, ModelConfig
 from pixellm_jax.errors import InputError
@@ -28,6 +25,9 @@ from pixellm_jax.inference.prepare import WEIGHTS, serve
 from pixellm_jax.inference.request import Question
 from pixellm_jax.model import flops
 from pixellm_jax.model.pixellm import PixelLM
+from pixellm_jax.perf import baseline
+from pixellm_jax.perf.baseline import PeerRun
+from pixellm_jax.perf.sizes import BENCH_SIZES
 from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.training.log import memory_bytes
 from pixellm_jax.weights import checkpoint
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"--batch and --repeat must be at least 1, --masks at least {FEWEST}")
     table, beside = [HEAD], [PEER_HEAD]
     for precision, config in _configs(options):
-        peer = bench_peer.make_peer(config) if options.peer and precision in DTYPES else None
+        peer = baseline.make_peer(config) if options.peer and precision in DTYPES else None
         model, vocabulary = _model(options, config, precision)
         if len(table) == 1:
             print(_heading(model), flush=True)
@@ -170,7 +170,7 @@ def _measure(
         config = dataclasses.replace(settings, at_once=at_once)
         own[name] = partial(_answer_anew, model, vocabulary, config, questions)
     if peer is not None:
-        say = partial(bench_peer.answer, peer, rows=rows, length=length)
+        say = partial(baseline.answer, peer, rows=rows, length=length)
         peers["cached"] = partial(say, tokens=tokens, cache=True)
         if rows == min(options.batch):
             peers["recomputed"] = partial(say, tokens=RECOMPUTED, cache=False)

@@ -12,14 +12,14 @@ import jax
 import numpy as np
 
 from pixellm_jax.batch import Batch
-from pixellm_jax.cli import bench_peer
-from pixellm_jax.cli.bench_parts import parts_of_a_step
-from pixellm_jax.cli.bench_sizes import BENCH_SIZES
 from pixellm_jax.cli.table import format_table
 from pixellm_jax.config import SIZES, MeshConfig, ModelConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.host_memory import keep_freed_memory
 from pixellm_jax.model import flops
+from pixellm_jax.perf import baseline
+from pixellm_jax.perf.host_memory import keep_freed_memory
+from pixellm_jax.perf.parts import parts_of_a_step
+from pixellm_jax.perf.sizes import BENCH_SIZES
 from pixellm_jax.sharding import batch_sharding, make_mesh
 from pixellm_jax.text.prompt import IMAGE_TOKEN, Conversation, pack
 from pixellm_jax.training.config import LossConfig, TrainConfig
@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("--peer trains all but CLIP: compare it with --recipe all")
     if options.peer and devices > 1 and jax.default_backend() != "cpu":
         raise InputError(f"--peer runs on one device, this on {devices}; let one be seen")
-    peer = bench_peer.make_peer(config) if options.peer else None
+    peer = baseline.make_peer(config) if options.peer else None
     blueprint = make_blueprint(config, RECIPES[recipe])
     print(_heading(size, recipe, blueprint), flush=True)
     head = ["questions", "seconds", "spread", "examples/s", "tokens/s"]
@@ -222,7 +222,7 @@ def _row(blueprint: Blueprint, batch: Batch, repeat: int, peer: Any) -> Sequence
         codes = config.codebook.scales * config.codebook.tokens_per_scale
         said = ANSWER + codes
         whole = PROMPT + config.image_tokens + QUESTION + said
-        calls.append(bench_peer.train(peer, rows=images * targets, length=whole, supervised=said))
+        calls.append(baseline.train(peer, rows=images * targets, length=whole, supervised=said))
     times, *beside = timed_in_turns(calls, repeat)
     plan = step.memory_analysis()
     planned = plan.argument_size_in_bytes + plan.temp_size_in_bytes + plan.output_size_in_bytes

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from pixellm_jax import ahead
 from pixellm_jax.cli.recipe import Recipe, read_recipe
 from pixellm_jax.cli.table import format_table
 from pixellm_jax.errors import InputError
-from pixellm_jax.hlo import collectives, traffic
+from pixellm_jax.perf import aot
+from pixellm_jax.perf.hlo import collectives, traffic
 from pixellm_jax.sharding import batch_ways, make_mesh
 from pixellm_jax.training.state import Blueprint, make_blueprint
 
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
     """
     jax.config.update("jax_platforms", "cpu")  # else JAX looks for the TPU that is not there
     recipe, _ = read_recipe(options.config, options.changes)
-    mesh = make_mesh(recipe.train.mesh, ahead.describe(options.topology))
+    mesh = make_mesh(recipe.train.mesh, aot.describe(options.topology))
     ways = batch_ways(mesh) * recipe.train.accumulation
     if recipe.data.batch % ways:
         raise InputError(
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
     blueprint = make_blueprint(recipe.model, recipe.train)
     data = recipe.data
     print(_heading(options.topology, mesh, recipe), flush=True)
-    compiled = ahead.compile_step(
+    compiled = aot.compile_step(
         blueprint,
         mesh,
         batch=data.batch,
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
     if options.text is not None:
         options.text.write_text(compiled.text, encoding="utf-8")
     print(_memory(options.topology, compiled))
-    print("", _arrays(ahead.shards(blueprint.state(mesh))[:8]), sep="\n")
+    print("", _arrays(aot.shards(blueprint.state(mesh))[:8]), sep="\n")
     print("", _traffic(compiled.text), sep="\n")
     print()
     _check(compiled.text, blueprint, mesh)
@@ -92,9 +92,9 @@ def _heading(topology: str, mesh: Mesh, recipe: Recipe) -> str:
     )
 
 
-def _memory(topology: str, compiled: ahead.Compiled) -> str:
+def _memory(topology: str, compiled: aot.Compiled) -> str:
     arguments, temporaries, peak = (part / GIB for part in compiled.memory)
-    hbm = ahead.HBM_GIB.get(topology.partition(":")[0])
+    hbm = aot.HBM_GIB.get(topology.partition(":")[0])
     limit = f" of {hbm} GiB ({peak / hbm:.0%})" if hbm else ""
     return (
         f"compiled in {compiled.seconds:.0f} s\n"
@@ -103,7 +103,7 @@ def _memory(topology: str, compiled: ahead.Compiled) -> str:
     )
 
 
-def _arrays(found: list[ahead.Shard]) -> str:
+def _arrays(found: list[aot.Shard]) -> str:
     rows = [["largest arrays", "whole", "per chip", "MiB"]]
     rows += [[s.name, str(s.whole), str(s.own), f"{s.own.bytes / 2**20:.0f}"] for s in found]
     return format_table(rows, names=1)
@@ -118,13 +118,13 @@ def _traffic(text: str) -> str:
 
 def _check(text: str, blueprint: Blueprint, mesh: Mesh) -> None:
     """Prints what is gathered whole, and refuses what never should be."""
-    found = ahead.gathered_parameters(text, blueprint, mesh)
+    found = aot.gathered_parameters(text, blueprint, mesh)
     single = [f"{g.name} ({g.gather.bytes / 2**20:.0f} MiB)" for g in found if not g.stacked]
     print("whole on a chip, each in its turn:", ", ".join(single) or "no large parameter")
     faults = [f"all layers of {g.name} at {g.gather.origin}" for g in found if g.stacked]
     shared = mesh.shape["tensor"] > 1
     if shared:
-        gathers = ahead.vocabulary_gathers(text, blueprint.config.language.vocabulary)
+        gathers = aot.vocabulary_gathers(text, blueprint.config.language.vocabulary)
         faults += [f"the vocabulary, {g.arrays[0]}, at {g.origin}" for g in gathers]
     if faults:
         raise InputError(f"gathered whole on every chip: {'; '.join(faults)}")

@@ -11,15 +11,16 @@ import pytest
 from flax import nnx
 
 from data_pipeline.shapes_tokenizer import FOLDER
-from pixellm_jax.cli import bench_generate, bench_peer
+from pixellm_jax.cli import bench_generate
 from pixellm_jax.cli.bench_recital import STRIDE, WORDS, random_model, recital, recite, sentence
-from pixellm_jax.cli.bench_sizes import TINY
 from pixellm_jax.cli.main import main
 from pixellm_jax.inference.compilation import Programs
 from pixellm_jax.inference.engine import Engine, EngineConfig
 from pixellm_jax.inference.prepare import serve
 from pixellm_jax.inference.request import Question, Result
 from pixellm_jax.model.quantize import GROUP
+from pixellm_jax.perf import baseline
+from pixellm_jax.perf.sizes import TINY
 from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.weights import checkpoint
 
@@ -155,7 +156,7 @@ def test_command(capsys, monkeypatch):
 def test_the_peer_does_what_it_is_said_to_do(cache):
     """Same weights as ours in number; CLIP and the prefix once, or again for every token."""
     config = dataclasses.replace(TINY, dtype="bfloat16")
-    peer = bench_peer.make_peer(config)
+    peer = baseline.make_peer(config)
     assert {str(weight.dtype) for weight in peer.parameters()} == {"torch.bfloat16"}
     ours = nnx.to_flat_state(nnx.state(checkpoint.abstract_model(config).language_model))
     theirs = [*peer.model.language_model.parameters(), *peer.lm_head.parameters()]
@@ -165,7 +166,7 @@ def test_the_peer_does_what_it_is_said_to_do(cache):
     layer = peer.model.language_model.layers[0]
     layer.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
     length = 70 + config.image_tokens
-    run = bench_peer.answer(peer, rows=2, length=length, tokens=tokens, cache=cache)
+    run = baseline.answer(peer, rows=2, length=length, tokens=tokens, cache=cache)
     assert run.prompts > 0 and run.step > 0
     assert len(seen) == (1 if cache else tokens)
     later = [1] * (tokens - 1) if cache else [length + i for i in range(1, tokens)]

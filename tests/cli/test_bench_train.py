@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from pixellm_jax.batch import check
-from pixellm_jax.cli import bench_peer, bench_train
-from pixellm_jax.cli.bench_sizes import TINY
+from pixellm_jax.cli import bench_train
 from pixellm_jax.cli.main import main
+from pixellm_jax.perf import baseline
+from pixellm_jax.perf.sizes import TINY
 from tests.support.small_training import small_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -36,10 +37,10 @@ def test_command(capsys, monkeypatch):
 
 @pytest.mark.torch
 def test_the_peer_trains_all_but_clip_with_a_row_for_every_question():
-    peer = bench_peer.make_peer(TINY)
+    peer = baseline.make_peer(TINY)
     rows = []
     peer.model.vision_tower.register_forward_hook(lambda _, given, out: rows.append(len(given[0])))
-    call = bench_peer.train(peer, rows=3, length=70 + TINY.image_tokens, supervised=5)
+    call = baseline.train(peer, rows=3, length=70 + TINY.image_tokens, supervised=5)
     call()
     assert rows == [3]
     for name, weight in peer.named_parameters():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from pixellm_jax.hlo import Array, Instruction, Traffic, collectives, instructions, traffic
+from pixellm_jax.perf.hlo import Array, Instruction, Traffic, collectives, instructions, traffic
 
 # Two rounds of an outer loop, three of an inner one in each; tiled layouts as on a TPU.
 TEXT = """\

@@ -9,12 +9,12 @@ import re
 import jax
 import pytest
 
-from pixellm_jax import ahead
-from pixellm_jax.cli.bench_sizes import TINY
 from pixellm_jax.cli.main import main
 from pixellm_jax.config import MeshConfig, ModelConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.hlo import Array, collectives, traffic
+from pixellm_jax.perf import aot
+from pixellm_jax.perf.hlo import Array, collectives, traffic
+from pixellm_jax.perf.sizes import TINY
 from pixellm_jax.sharding import make_mesh
 from pixellm_jax.training.config import TrainConfig
 from pixellm_jax.training.state import Blueprint, make_blueprint
@@ -34,7 +34,7 @@ def gather(shape: str, name: str) -> str:
 
 def test_what_a_chip_holds_of_the_state():
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
-    found = ahead.shards(blueprint_of().state(mesh))
+    found = aot.shards(blueprint_of().state(mesh))
     assert sum(shard.own.bytes for shard in found) > 0
     assert [s.own.bytes for s in found] == sorted((s.own.bytes for s in found), reverse=True)
     by_name = {shard.name: shard for shard in found}
@@ -54,36 +54,36 @@ def test_gathered_parameters_are_known_by_their_shape():
     blueprint = blueprint_of(dataclasses.replace(CONFIG, language=language))
     mesh = make_mesh(MeshConfig(fsdp=8))
     text = "ENTRY %main () -> f32[] {\n" + gather("bf16[256,4096]", "one") + "}\n"
-    found = ahead.gathered_parameters(text, blueprint, mesh)
+    found = aot.gathered_parameters(text, blueprint, mesh)
     # One layer of `up` has the shape of the head; alike shapes are not told apart.
     assert {g.name for g in found} == {"language_model.embedding", "language_model.head"}
     assert not any(g.stacked for g in found)
     assert found[0].gather.origin == "at/one"
-    assert ahead.vocabulary_gathers(text, 4096) == [found[0].gather]
-    assert not ahead.vocabulary_gathers(text, 512)
+    assert aot.vocabulary_gathers(text, 4096) == [found[0].gather]
+    assert not aot.vocabulary_gathers(text, 512)
 
     text = text.replace("[256,4096]", "[2,4096,256]")
-    stacks = ahead.gathered_parameters(text, blueprint, mesh)
+    stacks = aot.gathered_parameters(text, blueprint, mesh)
     assert {g.name.split(".")[2] for g in stacks} == {"gate", "up", "down"}
     assert all(g.stacked for g in stacks)
     one = make_mesh(MeshConfig(), jax.devices()[:1])
-    assert ahead.gathered_parameters(text, blueprint, one) == []  # nothing lies spread
+    assert aot.gathered_parameters(text, blueprint, one) == []  # nothing lies spread
 
 
 @pytest.mark.tpu
 def test_a_step_compiles_for_four_chips_and_gathers_no_vocabulary():
-    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), ahead.describe("v5e:2x2"))
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), aot.describe("v5e:2x2"))
     assert mesh.devices.flat[0].device_kind == "TPU v5 lite"
     shape = {"batch": 8, "length": 64, "targets": 4, "masks": 28}
-    compiled = ahead.compile_step(blueprint_of(), mesh, **shape)
-    state = sum(s.own.bytes for s in ahead.shards(blueprint_of().state(mesh)))
+    compiled = aot.compile_step(blueprint_of(), mesh, **shape)
+    state = sum(s.own.bytes for s in aot.shards(blueprint_of().state(mesh)))
     # The state, padded to tiles, and the batch.
     assert state < compiled.memory.arguments < 4 * state + (1 << 20)
     assert compiled.memory.temporaries > 0
     assert compiled.memory.peak < 16 << 30
     found = traffic(collectives(compiled.text))
     assert found["all-gather"].bytes > 0
-    assert ahead.vocabulary_gathers(compiled.text, CONFIG.language.vocabulary) == []
+    assert aot.vocabulary_gathers(compiled.text, CONFIG.language.vocabulary) == []
     # Two layers of the language model in each of two micro-batches.
     assert {each.times for each in collectives(compiled.text)} >= {2, 4}
 
@@ -114,15 +114,13 @@ def test_the_command_says_what_fits_and_what_is_gathered(tmp_path, capfd):
 @pytest.mark.parametrize("topology", ["v5e:3x9", "nonsense"])
 def test_an_unknown_topology_is_refused(topology):
     with pytest.raises(InputError, match=f"--topology {topology}: .*as in v5e:4x4"):
-        ahead.describe(topology)
+        aot.describe(topology)
 
 
 @pytest.mark.tpu
 def test_a_step_that_does_not_fit_says_by_how_much():
     vision = dataclasses.replace(CONFIG.vision, canvas=112 * 8, taps=(-2, -3))
     config = dataclasses.replace(CONFIG, vision=vision, remat=False)
-    mesh = make_mesh(MeshConfig(), ahead.describe("v5e:2x2")[:1])
+    mesh = make_mesh(MeshConfig(), aot.describe("v5e:2x2")[:1])
     with pytest.raises(InputError, match=r"exceeds available HBM \(15.75G\); take more"):
-        ahead.compile_step(
-            blueprint_of(config), mesh, batch=256, length=8192, targets=64, masks=896
-        )
+        aot.compile_step(blueprint_of(config), mesh, batch=256, length=8192, targets=64, masks=896)

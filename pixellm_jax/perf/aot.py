@@ -18,7 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.hlo import Array, Instruction, collectives
+from pixellm_jax.perf.hlo import Array, Instruction, collectives
 from pixellm_jax.training.state import Blueprint
 from pixellm_jax.training.step import batch_spec, make_step
 

@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import numpy as np
-from pixellm_jax.host_memory import keep_freed_memory
+from pixellm_jax.perf.host_memory import keep_freed_memory
 
 if "keep" in sys.argv:
     assert keep_freed_memory()
