@@ -9,15 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from pixellm_jax.cli.report_numbers import ALL, NO_JUDGE, Run, question_iou, read_run
 from pixellm_jax.cli.report_page import draw_table, write_page
-from pixellm_jax.cli.report_tables import TITLES, cell, describe, table
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluation.bootstrap import DRAWS, LEVEL, SEED, Interval, paired_intervals
 from pixellm_jax.evaluation.judge.judge import apply_judge
 from pixellm_jax.evaluation.metrics import Scores, merge, scores
 from pixellm_jax.evaluation.record import QuestionRecord
 from pixellm_jax.evaluation.summary import group_records, tally_record
+from pixellm_jax.report.numbers import ALL, NO_JUDGE, Run, question_iou, read_run
+from pixellm_jax.report.tables import TITLES, cell, describe, table
 
 CHANGES = 10
 """Questions on the page that gained most, and that lost most."""

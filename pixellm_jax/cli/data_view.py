@@ -19,11 +19,11 @@ from data_pipeline.loader import draw
 from data_pipeline.masks import decode
 from data_pipeline.stored import StoredSplit, find_splits
 from data_pipeline.transforms import Composed, compose_evaluation
-from pixellm_jax.cli.page import Mask, Sample, Talk, Token, write_page
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.images.geometry import VOID, fit, mask_to_canvas
 from pixellm_jax.images.read import read_image
+from pixellm_jax.report.samples_page import Mask, Sample, Talk, Token, write_page
 from pixellm_jax.text.prompt import IMAGE_TOKEN, TEMPLATES, encode_conversation, pack
 from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.weights import checkpoint

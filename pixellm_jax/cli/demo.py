@@ -14,7 +14,6 @@ from flax import nnx
 
 from data_pipeline.sources.shapes import Shapes
 from pixellm_jax.cli import demo_train
-from pixellm_jax.cli.curves import Curve, Level, draw_chart
 from pixellm_jax.cli.demo_page import Tile, write_page
 from pixellm_jax.cli.quiz import (
     Reply,
@@ -28,6 +27,7 @@ from pixellm_jax.cli.quiz import (
 from pixellm_jax.errors import InputError
 from pixellm_jax.folders import whole_folder
 from pixellm_jax.inference.predictor import Predictor
+from pixellm_jax.report.curves import Curve, Level, draw_chart
 from pixellm_jax.weights.checkpoint import SHAPES_MODEL
 
 RECORD, PAGE, MODEL = "demo.json", "index.html", "model"

@@ -6,11 +6,11 @@ import argparse
 import json
 from pathlib import Path
 
-from pixellm_jax.cli.report_numbers import make_report, read_run
 from pixellm_jax.cli.report_page import draw_report
-from pixellm_jax.cli.report_tables import as_json, as_markdown
 from pixellm_jax.errors import InputError
 from pixellm_jax.folders import write_whole
+from pixellm_jax.report.numbers import make_report, read_run
+from pixellm_jax.report.tables import as_json, as_markdown
 
 JSON, MARKDOWN, PAGE = "report.json", "report.md", "index.html"
 EXAMPLES = """example:

@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pixellm_jax import __version__
-from pixellm_jax.cli.bars import Layer, draw_bars, draw_grid
 from pixellm_jax.cli.demo_page import FAIR, GOOD, STYLE, Tile, draw_chip
-from pixellm_jax.cli.report_numbers import (
+from pixellm_jax.cli.report_pictures import EXTRA, HIT, MISSED, draw_figures
+from pixellm_jax.evaluation.record import GIVEN, QuestionRecord, natural_order
+from pixellm_jax.evaluation.summary import count_targets
+from pixellm_jax.report.bars import Layer, draw_bars, draw_grid
+from pixellm_jax.report.numbers import (
     BINS,
     NO_JUDGE,
     Report,
     pair_iou,
     question_iou,
 )
-from pixellm_jax.cli.report_pictures import EXTRA, HIT, MISSED, draw_figures
-from pixellm_jax.cli.report_tables import cell, describe, notes, published_rows, score_rows
-from pixellm_jax.evaluation.record import GIVEN, QuestionRecord, natural_order
-from pixellm_jax.evaluation.summary import count_targets
+from pixellm_jax.report.tables import cell, describe, notes, published_rows, score_rows
 from pixellm_jax.text.answer import MARKER
 
 WORST, SAMPLE = 60, 40

@@ -6,10 +6,10 @@ import pytest
 
 from pixellm_jax.cli.compare import as_markdown, compare, draw_page
 from pixellm_jax.cli.main import main
-from pixellm_jax.cli.report_numbers import read_run
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluation.bootstrap import paired_intervals
 from pixellm_jax.evaluation.summary import summarise, tally_record
+from pixellm_jax.report.numbers import read_run
 from tests.support.made_up_run import box, judged, question, random_questions, write_run
 
 MASK = box(3, 4, 10, 10)

@@ -20,8 +20,8 @@ from data_pipeline.loader import Draw
 from data_pipeline.sources import SOURCES
 from data_pipeline.stored import find_splits
 from pixellm_jax.cli.main import main
-from pixellm_jax.cli.page import Mask, Sample, Talk, Token, write_page
 from pixellm_jax.images.geometry import VOID
+from pixellm_jax.report.samples_page import Mask, Sample, Talk, Token, write_page
 from pixellm_jax.text.prompt import IMAGE_TOKEN
 from pixellm_jax.weights import checkpoint
 

@@ -16,7 +16,6 @@ from data_pipeline.shapes_tokenizer import FOLDER
 from data_pipeline.sources.shapes import Shapes
 from data_pipeline.sources.shapes_questions import KINDS, Question
 from pixellm_jax.cli import demo, demo_train
-from pixellm_jax.cli.curves import Curve, Level, draw_chart
 from pixellm_jax.cli.demo_page import Tile, write_page
 from pixellm_jax.cli.main import main
 from pixellm_jax.cli.quiz import (
@@ -29,6 +28,7 @@ from pixellm_jax.cli.quiz import (
 )
 from pixellm_jax.images.overlay import colours
 from pixellm_jax.inference.answer import Answer
+from pixellm_jax.report.curves import Curve, Level, draw_chart
 from pixellm_jax.weights import checkpoint
 
 VOID_TAGS = {"meta", "img", "br"}

@@ -15,16 +15,16 @@ import pytest
 from PIL import Image
 
 from pixellm_jax.cli import report_page
-from pixellm_jax.cli.bars import Layer, draw_bars, draw_grid
 from pixellm_jax.cli.main import main
-from pixellm_jax.cli.published import find_published, read_published
 from pixellm_jax.cli.report import write_report
-from pixellm_jax.cli.report_numbers import make_report, question_iou, read_run
 from pixellm_jax.cli.report_pictures import EXTRA, HIT, MISSED, draw_figures
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluation.bootstrap import intervals
 from pixellm_jax.evaluation.summary import summarise, tally_record
 from pixellm_jax.images import rle
+from pixellm_jax.report.bars import Layer, draw_bars, draw_grid
+from pixellm_jax.report.numbers import make_report, question_iou, read_run
+from pixellm_jax.report.published import find_published, read_published
 from tests.support.made_up_run import HW, box, judged, question, random_questions, write_run
 
 

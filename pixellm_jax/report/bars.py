@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from pixellm_jax.cli.curves import (
+from pixellm_jax.report.curves import (
     BOTTOM,
     HEIGHT,
     LEFT,
