@@ -24,9 +24,18 @@ from jax.sharding import Mesh
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
 from data_pipeline.sources.shapes import DATASETS, Shapes
-from pixellm_jax.cli import demo_train
-from pixellm_jax.cli.ablation_grid import LEVELS, base_recipe, change, choose, settings, with_steps
-from pixellm_jax.cli.ablation_report import (
+from pixellm_jax.config import ModelConfig
+from pixellm_jax.errors import InputError
+from pixellm_jax.experiments import shapes_training
+from pixellm_jax.experiments.ablation_grid import (
+    LEVELS,
+    base_recipe,
+    change,
+    choose,
+    settings,
+    with_steps,
+)
+from pixellm_jax.experiments.ablation_report import (
     PLOT,
     RESULTS,
     TABLE,
@@ -37,9 +46,7 @@ from pixellm_jax.cli.ablation_report import (
     read_results,
     write_report,
 )
-from pixellm_jax.cli.recipe import Recipe
-from pixellm_jax.config import ModelConfig
-from pixellm_jax.errors import InputError
+from pixellm_jax.experiments.recipe import Recipe
 from pixellm_jax.folders import write_whole
 from pixellm_jax.json_files import read_optional_json
 from pixellm_jax.model.flops import train_flops
@@ -55,7 +62,7 @@ from pixellm_jax.training.validation import Evaluation, evaluate_given
 GRID = "grid.json"
 """What all runs of a folder share."""
 
-SCENES = demo_train.TRAIN.evaluate_batches * demo_train.HELD_OUT.batch
+SCENES = shapes_training.TRAIN.evaluate_batches * shapes_training.HELD_OUT.batch
 TRIAL_STEPS = 40
 """The first ones are slower: the loader reads ahead."""
 
@@ -274,7 +281,7 @@ def open_loader(data: DataConfig, model: ModelConfig, vocabulary: Vocabulary) ->
     for name in (name for family in data.families for name in family.datasets):
         dataset, _, split = name.partition("/")
         datasets[name] = Shapes(
-            split=split, level=DATASETS[dataset], questions=demo_train.QUESTIONS
+            split=split, level=DATASETS[dataset], questions=shapes_training.QUESTIONS
         )
     return Loader(data, model, vocabulary, datasets)
 

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from pixellm_jax.cli.recipe import Recipe, read_recipe
 from pixellm_jax.cli.table import format_table
 from pixellm_jax.errors import InputError
+from pixellm_jax.experiments.recipe import Recipe, read_recipe
 from pixellm_jax.perf import aot
 from pixellm_jax.perf.hlo import collectives, traffic
 from pixellm_jax.sharding import batch_ways, make_mesh

@@ -13,9 +13,10 @@ import jax
 from flax import nnx
 
 from data_pipeline.sources.shapes import Shapes
-from pixellm_jax.cli import demo_train
-from pixellm_jax.cli.demo_page import Tile, write_page
-from pixellm_jax.cli.quiz import (
+from pixellm_jax.errors import InputError
+from pixellm_jax.experiments import shapes_training
+from pixellm_jax.experiments.shapes_page import Tile, write_page
+from pixellm_jax.experiments.shapes_quiz import (
     Reply,
     Scene,
     Summary,
@@ -24,7 +25,6 @@ from pixellm_jax.cli.quiz import (
     number_markers,
     summarise,
 )
-from pixellm_jax.errors import InputError
 from pixellm_jax.folders import whole_folder
 from pixellm_jax.inference.predictor import Predictor
 from pixellm_jax.report.curves import Curve, Level, draw_chart
@@ -120,9 +120,9 @@ def _show(options: argparse.Namespace, folder: Path) -> None:
 
 def _train(options: argparse.Namespace, folder: Path) -> None:
     """What a model answers that is trained now, and how it learned."""
-    shapes = Shapes(split="test", level=demo_train.LEVEL, questions=demo_train.QUESTIONS)
+    shapes = Shapes(split="test", level=shapes_training.LEVEL, questions=shapes_training.QUESTIONS)
     scenes = choose(shapes, max(options.scenes, HELD_OUT), seed=options.seed, fewest=2)
-    trained = demo_train.train(folder / MODEL, seed=options.seed)
+    trained = shapes_training.train(folder / MODEL, seed=options.seed)
     steps, gious = trained.steps, trained.gious
     print(f"{steps} steps in {trained.seconds:.0f} s, from nothing; gIoU on held-out scenes:")
     print(f"  {gious[0][1]:.3f}  the untrained model")
@@ -138,7 +138,7 @@ def _train(options: argparse.Namespace, folder: Path) -> None:
     page = write_page(
         f"PixelLM, trained in {trained.seconds / 60:.1f} minutes",
         f"A model of {_parameters(predictor) / 1e6:.1f} million parameters began from nothing and "
-        f"saw {steps * demo_train.DATA.batch} drawn scenes, then answered {summary.questions} "
+        f"saw {steps * shapes_training.DATA.batch} drawn scenes, then answered {summary.questions} "
         f"questions about {len(scenes)} others; {len(scenes[shown])} of those are below.",
         [
             *_tiles(summary)[:3],

@@ -17,9 +17,9 @@ from jax.experimental import multihost_utils
 
 from data_pipeline.loader import Loader, open_datasets
 from pixellm_jax.cli.processes import HELP, join
-from pixellm_jax.cli.recipe import Recipe, read_recipe
 from pixellm_jax.config import DTYPES
 from pixellm_jax.errors import InputError
+from pixellm_jax.experiments.recipe import Recipe, read_recipe
 from pixellm_jax.folders import write_whole
 from pixellm_jax.json_files import read_optional_json
 from pixellm_jax.model.pixellm import PixelLM

@@ -11,8 +11,10 @@ from PIL import Image
 
 from data_pipeline.config import FamilyConfig
 from pixellm_jax.cli import ablate
-from pixellm_jax.cli.ablation_grid import BASE, base_recipe, change, choose, settings
-from pixellm_jax.cli.ablation_report import (
+from pixellm_jax.config import MeshConfig
+from pixellm_jax.errors import InputError
+from pixellm_jax.experiments.ablation_grid import BASE, base_recipe, change, choose, settings
+from pixellm_jax.experiments.ablation_report import (
     PLOT,
     RESULTS,
     TABLE,
@@ -24,9 +26,7 @@ from pixellm_jax.cli.ablation_report import (
     read_results,
     write_report,
 )
-from pixellm_jax.cli.recipe import Recipe
-from pixellm_jax.config import MeshConfig
-from pixellm_jax.errors import InputError
+from pixellm_jax.experiments.recipe import Recipe
 from pixellm_jax.training.config import TrainConfig
 from pixellm_jax.training.state import Blueprint, make_blueprint
 from tests.support.small_training import small_data, small_model, small_train

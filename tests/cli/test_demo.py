@@ -15,10 +15,11 @@ import pytest
 from data_pipeline.shapes_tokenizer import FOLDER
 from data_pipeline.sources.shapes import Shapes
 from data_pipeline.sources.shapes_questions import KINDS, Question
-from pixellm_jax.cli import demo, demo_train
-from pixellm_jax.cli.demo_page import Tile, write_page
+from pixellm_jax.cli import demo
 from pixellm_jax.cli.main import main
-from pixellm_jax.cli.quiz import (
+from pixellm_jax.experiments import shapes_training
+from pixellm_jax.experiments.shapes_page import Tile, write_page
+from pixellm_jax.experiments.shapes_quiz import (
     Reply,
     Scene,
     choose,
@@ -245,10 +246,10 @@ def test_axes_hold_every_value(most):
 
 def test_constant_mask_is_the_best_of_the_shares():
     masks = boxes((0, 0, 10, 10), (0, 0, 10, 10), (0, 0, 10, 20))
-    best = demo_train.choose_constant(masks)
+    best = shapes_training.choose_constant(masks)
     np.testing.assert_array_equal(best, masks[0])
     far = boxes((0, 0, 2, 2), (18, 18, 20, 20), (0, 18, 2, 20))
-    np.testing.assert_array_equal(demo_train.choose_constant(far), far.any(0))
+    np.testing.assert_array_equal(shapes_training.choose_constant(far), far.any(0))
 
 
 # The command
@@ -358,10 +359,15 @@ def test_options_that_make_no_sense(tmp_path, refuse, options, found):
 @pytest.mark.slow
 def test_training_ends_with_a_page_and_a_model(tmp_path, monkeypatch, capfd):
     few = dataclasses.replace(
-        demo_train.TRAIN, steps=4, log_every=2, evaluate_every=2, evaluate_batches=1, save_every=4
+        shapes_training.TRAIN,
+        steps=4,
+        log_every=2,
+        evaluate_every=2,
+        evaluate_batches=1,
+        save_every=4,
     )
-    monkeypatch.setattr(demo_train, "TRAIN", few)
-    monkeypatch.setattr(demo_train, "SEEN_SCENES", 20)
+    monkeypatch.setattr(shapes_training, "TRAIN", few)
+    monkeypatch.setattr(shapes_training, "SEEN_SCENES", 20)
     monkeypatch.setattr(demo, "HELD_OUT", 3)
     out = tmp_path / "demo"
     assert main(["demo", "--train", "--scenes", "2", "--out", str(out)]) == 0
@@ -373,7 +379,7 @@ def test_training_ends_with_a_page_and_a_model(tmp_path, monkeypatch, capfd):
     assert [step for step, _ in training["losses"]] == [2, 4]
     assert [step for step, _ in training["gious"]] == [0, 2, 4]
     assert 0 < training["constant"] < 0.3
-    assert record["questions"] == 3 * demo_train.QUESTIONS
+    assert record["questions"] == 3 * shapes_training.QUESTIONS
     page = Page((out / "index.html").read_text(encoding="utf-8"))
     assert page.tags.count("svg") == 2 and page.tags.count("article") == 2
     config = checkpoint.read_config(out / "model")

@@ -20,11 +20,11 @@ from data_pipeline.example import Example
 from data_pipeline.loader import Loader
 from data_pipeline.masks import decode_many
 from data_pipeline.sources import SOURCES
-from pixellm_jax.cli.demo_train import CODEBOOK, make_model_config
 from pixellm_jax.config import MeshConfig, ModelConfig
 from pixellm_jax.evaluation.free_running import answer_generated
 from pixellm_jax.evaluation.scoring import make_record
 from pixellm_jax.evaluation.summary import Summary, summarise
+from pixellm_jax.experiments.shapes_training import CODEBOOK, make_model_config
 from pixellm_jax.inference.engine import Engine, EngineConfig
 from pixellm_jax.inference.prepare import serve
 from pixellm_jax.sharding import make_mesh

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from pixellm_jax.cli.quiz import Reply, Scene, number_markers
+from pixellm_jax.experiments.shapes_quiz import Reply, Scene, number_markers
 from pixellm_jax.images.overlay import colours, draw_overlay
 from pixellm_jax.text.answer import MARKER
 

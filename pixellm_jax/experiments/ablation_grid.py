@@ -10,10 +10,10 @@ from data_pipeline.config import DataConfig, FamilyConfig
 from data_pipeline.shapes_tokenizer import FOLDER
 from data_pipeline.sources.shapes import DATASETS
 from data_pipeline.sources.shapes_questions import MOST_TARGETS
-from pixellm_jax.cli import demo_train
-from pixellm_jax.cli.recipe import SHAPES, Recipe
 from pixellm_jax.config import CodebookConfig, ModelConfig, from_mapping
 from pixellm_jax.errors import InputError
+from pixellm_jax.experiments import shapes_training
+from pixellm_jax.experiments.recipe import SHAPES, Recipe
 from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.training.config import TrainConfig
 
@@ -22,7 +22,7 @@ BASE = "base"
 LEVELS = {level: dataset for dataset, level in DATASETS.items()}
 BUDGETS: dict[str, dict[str, Any]] = {
     "simple": {},
-    "full": {"length": 312, "targets": demo_train.QUESTIONS * MOST_TARGETS},
+    "full": {"length": 312, "targets": shapes_training.QUESTIONS * MOST_TARGETS},
 }
 """Changes of the demo's data that let every conversation of a level fit."""
 
@@ -81,12 +81,12 @@ def base_recipe(level: str, steps: int) -> Recipe:
         family = FamilyConfig(weight=1.0, datasets=(f"{LEVELS[level]}/{split}",))
         return dataclasses.replace(own, families=(family,), **BUDGETS[level])
 
-    size = Vocabulary.with_codebook(FOLDER, **dataclasses.asdict(demo_train.CODEBOOK)).size
+    size = Vocabulary.with_codebook(FOLDER, **dataclasses.asdict(shapes_training.CODEBOOK)).size
     return Recipe(
-        model=demo_train.make_model_config(size),
-        data=data(demo_train.DATA, "train"),
-        train=with_steps(demo_train.TRAIN, steps),
-        validation=data(demo_train.HELD_OUT, "val"),
+        model=shapes_training.make_model_config(size),
+        data=data(shapes_training.DATA, "train"),
+        train=with_steps(shapes_training.TRAIN, steps),
+        validation=data(shapes_training.HELD_OUT, "val"),
         tokenizer=SHAPES,
     )
 
