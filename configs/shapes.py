@@ -18,7 +18,7 @@ import dataclasses
 import ml_collections
 
 from data_pipeline.config import DataConfig, FamilyConfig
-from data_pipeline.shapes_tokenizer import FOLDER
+from data_pipeline.sources.shapes.tokenizer import FOLDER
 from pixellm_jax.config import (
     CodebookConfig,
     DecoderConfig,

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from data_pipeline.example import SEG, Example
-from data_pipeline.masks import decode_many, encode
+from data_pipeline.formats.masks import decode_many, encode
+from data_pipeline.reading import Reading, Source
 from data_pipeline.sources.instruct import LlavaInstruct
 from data_pipeline.sources.jsonl import Jsonl
 from data_pipeline.sources.muse import Muse
-from data_pipeline.sources.reading import Reading, Source
 from data_pipeline.sources.reason import ReasonSeg
 from data_pipeline.sources.refer import GREFCOCO, REFCOCO, REFCOCO_PLUS, REFCOCOG
-from data_pipeline.sources.shapes import Shapes
+from data_pipeline.sources.shapes.dataset import Shapes
 from data_pipeline.templates import enumerate_words
 from data_pipeline.transforms import Composed, compose_evaluation
 from pixellm_jax.benchmark_question import BenchmarkQuestion, Rle

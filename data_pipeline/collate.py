@@ -12,7 +12,7 @@ from PIL import Image
 from data_pipeline.config import DataConfig
 from data_pipeline.damage import Damaged
 from data_pipeline.example import Example
-from data_pipeline.masks import decode_many
+from data_pipeline.formats.masks import decode_many
 from data_pipeline.transforms import Composed
 from pixellm_jax.batch import Batch
 from pixellm_jax.config import ModelConfig

@@ -25,8 +25,8 @@ from data_pipeline.config import DataConfig
 from data_pipeline.damage import Damaged
 from data_pipeline.draws import Draws
 from data_pipeline.example import Example
-from data_pipeline.sources.shapes import DATASETS, Shapes
-from data_pipeline.stored import find_splits
+from data_pipeline.sources.shapes.dataset import DATASETS, Shapes
+from data_pipeline.storage.stored import find_splits
 from data_pipeline.transforms import Composed, compose
 from pixellm_jax.batch import Batch
 from pixellm_jax.config import ModelConfig

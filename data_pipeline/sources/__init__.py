@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from data_pipeline.reading import Source
 from data_pipeline.sources.coco import Coco
 from data_pipeline.sources.instruct import LlavaInstruct
 from data_pipeline.sources.muse import Muse
 from data_pipeline.sources.parts import PacoLvis, PascalPart
-from data_pipeline.sources.reading import Source
 from data_pipeline.sources.reason import ReasonSeg
 from data_pipeline.sources.refer import GREFCOCO, REFCLEF, REFCOCO, REFCOCO_PLUS, REFCOCOG
 from data_pipeline.sources.semantic import Ade20k, CocoStuff, Mapillary

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from data_pipeline.damage import Damaged
 from data_pipeline.example import Example, Target
-from data_pipeline.masks import decode, encode, union
-from data_pipeline.sources.coco_index import CocoEntry, Instance, list_pictures, read_instances
-from data_pipeline.sources.reading import Reading, check_split, find_index
+from data_pipeline.formats.coco_index import CocoEntry, Instance, list_pictures, read_instances
+from data_pipeline.formats.masks import decode, encode, union
+from data_pipeline.reading import Reading, check_split, find_index
 from pixellm_jax.benchmark_question import Rle
 
 

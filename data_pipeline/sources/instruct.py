@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from data_pipeline.damage import Damaged
 from data_pipeline.example import Example, Turn
-from data_pipeline.sources.json_items import Span, fetch, items
-from data_pipeline.sources.reading import (
+from data_pipeline.formats.json_items import Span, fetch, items
+from data_pipeline.reading import (
     Reading,
     below,
     check_split,

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from data_pipeline.damage import Damaged
 from data_pipeline.example import SEG, Example, Target, Turn
-from data_pipeline.masks import area, encode, to_rle
-from data_pipeline.sources.json_items import ITEM_LIMIT, Span, fetch
-from data_pipeline.sources.label_map import read_label_map
-from data_pipeline.sources.reading import (
+from data_pipeline.formats.json_items import ITEM_LIMIT, Span, fetch
+from data_pipeline.formats.label_map import read_label_map
+from data_pipeline.formats.masks import area, encode, to_rle
+from data_pipeline.reading import (
     Reading,
     below,
     check_split,

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from data_pipeline.damage import Damaged
 from data_pipeline.example import SEG, Example, Target, Turn
-from data_pipeline.masks import check_size, to_rle
-from data_pipeline.sources.json_items import Span, fetch, items
-from data_pipeline.sources.reading import (
+from data_pipeline.formats.json_items import Span, fetch, items
+from data_pipeline.formats.masks import check_size, to_rle
+from data_pipeline.reading import (
     Reading,
     check_split,
     check_text,

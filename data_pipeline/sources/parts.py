@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.example import Example, Target
-from data_pipeline.sources.coco_index import CocoEntry, list_pictures, read_instances
-from data_pipeline.sources.reading import Reading, check_split, find_index
+from data_pipeline.formats.coco_index import CocoEntry, list_pictures, read_instances
+from data_pipeline.reading import Reading, check_split, find_index
 
 
 @dataclass(frozen=True, kw_only=True)

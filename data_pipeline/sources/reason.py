@@ -22,9 +22,9 @@ from jaxtyping import Bool, UInt8
 
 from data_pipeline.damage import AbsentError, Damaged
 from data_pipeline.example import Example, Target, Turn
-from data_pipeline.masks import COORDINATE_LIMIT, OUTLINE_LIMIT, check_size, encode
-from data_pipeline.sources.json_items import items
-from data_pipeline.sources.reading import Reading, check_split, check_text, read_picture
+from data_pipeline.formats.json_items import items
+from data_pipeline.formats.masks import COORDINATE_LIMIT, OUTLINE_LIMIT, check_size, encode
+from data_pipeline.reading import Reading, check_split, check_text, read_picture
 from pixellm_jax.errors import InputError
 
 TARGET, VOID = 1, 255

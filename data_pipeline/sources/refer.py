@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from data_pipeline.damage import Damaged
 from data_pipeline.example import Example, Target
-from data_pipeline.masks import check_size, to_rle, union
-from data_pipeline.restricted_pickle import load
-from data_pipeline.sources.json_items import Span, fetch, items
-from data_pipeline.sources.reading import (
+from data_pipeline.formats.json_items import Span, fetch, items
+from data_pipeline.formats.masks import check_size, to_rle, union
+from data_pipeline.formats.pickle import load
+from data_pipeline.reading import (
     Reading,
     below,
     check_text,

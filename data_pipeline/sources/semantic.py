@@ -16,10 +16,10 @@ import numpy as np
 
 from data_pipeline.damage import AbsentError, Damaged
 from data_pipeline.example import Example, Target
-from data_pipeline.masks import encode
-from data_pipeline.sources.json_items import items
-from data_pipeline.sources.label_map import read_label_map
-from data_pipeline.sources.reading import Reading, check_split, check_text, read_picture
+from data_pipeline.formats.json_items import items
+from data_pipeline.formats.label_map import read_label_map
+from data_pipeline.formats.masks import encode
+from data_pipeline.reading import Reading, check_split, check_text, read_picture
 from pixellm_jax.errors import InputError
 
 IGNORED = 255

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
-from data_pipeline.sources.shapes import DATASETS, Shapes
+from data_pipeline.sources.shapes.dataset import DATASETS, Shapes
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.experiments import shapes_training

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from data_pipeline.shapes_tokenizer import FOLDER
+from data_pipeline.sources.shapes.tokenizer import FOLDER
 from pixellm_jax.cli.bench_recital import random_model, recital, recite, sentence
 from pixellm_jax.cli.table import format_table
 from pixellm_jax.config import DTYPES, ModelConfig

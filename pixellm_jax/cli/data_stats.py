@@ -16,7 +16,7 @@ from pycocotools import mask as coco
 from tqdm import tqdm
 
 from data_pipeline.example import Example
-from data_pipeline.stored import StoredSplit, find_splits
+from data_pipeline.storage.stored import StoredSplit, find_splits
 from pixellm_jax.cli.table import format_table
 from pixellm_jax.errors import InputError
 from pixellm_jax.images.overlay import colours

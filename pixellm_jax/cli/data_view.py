@@ -15,9 +15,9 @@ from data_pipeline.collate import make_sample
 from data_pipeline.config import DataConfig
 from data_pipeline.damage import Damaged
 from data_pipeline.example import Example
+from data_pipeline.formats.masks import decode
 from data_pipeline.loader import draw
-from data_pipeline.masks import decode
-from data_pipeline.stored import StoredSplit, find_splits
+from data_pipeline.storage.stored import StoredSplit, find_splits
 from data_pipeline.transforms import Composed, compose_evaluation
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from data_pipeline.sources.shapes import Shapes
+from data_pipeline.sources.shapes.dataset import Shapes
 from pixellm_jax.errors import InputError
 from pixellm_jax.experiments import shapes_training
 from pixellm_jax.experiments.shapes_page import Tile, write_page

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from data_pipeline.builders import Prepared, prepare
 from data_pipeline.damage import AbsentError
+from data_pipeline.reading import Source
 from data_pipeline.sources import SOURCES, Known
 from data_pipeline.sources.coco import Coco
 from data_pipeline.sources.jsonl import Jsonl
-from data_pipeline.sources.reading import Source
-from data_pipeline.stored import SKIPPED, StoredSplit
+from data_pipeline.storage.builders import Prepared, prepare
+from data_pipeline.storage.stored import SKIPPED, StoredSplit
 from pixellm_jax.cli.table import format_table
 from pixellm_jax.errors import InputError
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from data_pipeline.sources.shapes import Shapes
+from data_pipeline.sources.shapes.dataset import Shapes
 from pixellm_jax.benchmark_question import Rle
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluation.record import QuestionRecord

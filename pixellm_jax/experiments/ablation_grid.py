@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_pipeline.config import DataConfig, FamilyConfig
-from data_pipeline.shapes_tokenizer import FOLDER
-from data_pipeline.sources.shapes import DATASETS
-from data_pipeline.sources.shapes_questions import MOST_TARGETS
+from data_pipeline.sources.shapes.dataset import DATASETS
+from data_pipeline.sources.shapes.questions import MOST_TARGETS
+from data_pipeline.sources.shapes.tokenizer import FOLDER
 from pixellm_jax.config import CodebookConfig, ModelConfig, from_mapping
 from pixellm_jax.errors import InputError
 from pixellm_jax.experiments import shapes_training

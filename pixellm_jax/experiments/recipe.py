@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from data_pipeline.config import DataConfig
-from data_pipeline.shapes_tokenizer import FOLDER as SHAPES_TOKENIZER
+from data_pipeline.sources.shapes.tokenizer import FOLDER as SHAPES_TOKENIZER
 from pixellm_jax.config import ModelConfig, from_mapping
 from pixellm_jax.errors import InputError
 from pixellm_jax.text.vocabulary import Vocabulary

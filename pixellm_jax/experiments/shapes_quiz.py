@@ -15,8 +15,8 @@ from PIL import Image
 
 from data_pipeline.draws import Draws
 from data_pipeline.example import SEG
-from data_pipeline.sources.shapes import Drawn, Shapes
-from data_pipeline.sources.shapes_questions import Question
+from data_pipeline.sources.shapes.dataset import Drawn, Shapes
+from data_pipeline.sources.shapes.questions import Question
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluation.matching import NOBODY, match
 from pixellm_jax.evaluation.metrics import Scores, Sums, measure, merge, scores, tally

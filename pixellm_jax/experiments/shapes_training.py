@@ -18,8 +18,8 @@ from jaxtyping import Bool
 
 from data_pipeline.config import DataConfig, FamilyConfig
 from data_pipeline.loader import Loader, open_datasets
-from data_pipeline.shapes_tokenizer import FOLDER
-from data_pipeline.sources.shapes import Shapes
+from data_pipeline.sources.shapes.dataset import Shapes
+from data_pipeline.sources.shapes.tokenizer import FOLDER
 from pixellm_jax.batch import Batch
 from pixellm_jax.config import (
     CodebookConfig,

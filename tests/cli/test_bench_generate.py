@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from data_pipeline.shapes_tokenizer import FOLDER
+from data_pipeline.sources.shapes.tokenizer import FOLDER
 from pixellm_jax.cli import bench_generate
 from pixellm_jax.cli.bench_recital import STRIDE, WORDS, random_model, recital, recite, sentence
 from pixellm_jax.cli.main import main

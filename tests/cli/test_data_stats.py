@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.builders import prepare
 from data_pipeline.example import Example, Target, Turn
-from data_pipeline.masks import encode
+from data_pipeline.formats.masks import encode
 from data_pipeline.sources import SOURCES
+from data_pipeline.storage.builders import prepare
 from pixellm_jax.cli.data_stats import Statistics, draw
 from pixellm_jax.cli.main import main
 

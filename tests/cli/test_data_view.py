@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.builders import prepare
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Draw
 from data_pipeline.sources import SOURCES
-from data_pipeline.stored import find_splits
+from data_pipeline.storage.builders import prepare
+from data_pipeline.storage.stored import find_splits
 from pixellm_jax.cli.main import main
 from pixellm_jax.images.geometry import VOID
 from pixellm_jax.report.samples_page import Mask, Sample, Talk, Token, write_page

@@ -12,9 +12,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from data_pipeline.shapes_tokenizer import FOLDER
-from data_pipeline.sources.shapes import Shapes
-from data_pipeline.sources.shapes_questions import KINDS, Question
+from data_pipeline.sources.shapes.dataset import Shapes
+from data_pipeline.sources.shapes.questions import KINDS, Question
+from data_pipeline.sources.shapes.tokenizer import FOLDER
 from pixellm_jax.cli import demo
 from pixellm_jax.cli.main import main
 from pixellm_jax.experiments import shapes_training

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.sources import SOURCES
-from data_pipeline.stored import INFO, UNFINISHED, find_splits
+from data_pipeline.storage.stored import INFO, UNFINISHED, find_splits
 from pixellm_jax.cli.main import main
 
 ROOT = Path(__file__).parents[2]

@@ -16,8 +16,8 @@ from PIL import Image
 
 from data_pipeline.config import DataConfig, FamilyConfig
 from data_pipeline.example import Example, Target, Turn
+from data_pipeline.formats.masks import encode
 from data_pipeline.loader import Loader, stream
-from data_pipeline.masks import encode
 from pixellm_jax.batch import check
 from pixellm_jax.errors import InputError
 

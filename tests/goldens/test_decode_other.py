@@ -16,10 +16,10 @@ import pytest
 
 from data_pipeline.damage import Damaged
 from data_pipeline.example import Example
-from data_pipeline.masks import area, decode
+from data_pipeline.formats.masks import area, decode
+from data_pipeline.reading import Source
 from data_pipeline.sources.instruct import LlavaInstruct
 from data_pipeline.sources.parts import PacoLvis, PascalPart, part_phrases
-from data_pipeline.sources.reading import Source
 from data_pipeline.sources.reason import TARGET, VOID, ReasonSeg
 from data_pipeline.sources.semantic import (
     ADE20K_CLASSES,

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline import masks
 from data_pipeline.damage import Damaged
 from data_pipeline.example import SEG, Example
-from data_pipeline.sources import json_items, refer
+from data_pipeline.formats import json_items, masks
+from data_pipeline.reading import Reading, Source
+from data_pipeline.sources import refer
 from data_pipeline.sources.muse import Muse
-from data_pipeline.sources.reading import Reading, Source
 
 REFER = {
     source.dataset: source

@@ -12,10 +12,10 @@ import pytest
 
 from data_pipeline.damage import Damaged
 from data_pipeline.example import Example
-from data_pipeline.masks import decode_many
+from data_pipeline.formats.masks import decode_many
+from data_pipeline.reading import Source
 from data_pipeline.sources.muse import Muse
 from data_pipeline.sources.parts import PacoLvis, PascalPart
-from data_pipeline.sources.reading import Source
 from data_pipeline.sources.reason import ReasonSeg
 from data_pipeline.sources.refer import GREFCOCO, REFCLEF, REFCOCO, REFCOCO_PLUS, REFCOCOG
 from data_pipeline.sources.semantic import Ade20k, CocoStuff, Mapillary

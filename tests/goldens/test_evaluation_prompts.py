@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from data_pipeline.example import Example
-from data_pipeline.masks import decode_many
+from data_pipeline.formats.masks import decode_many
+from data_pipeline.reading import Source
 from data_pipeline.sources.instruct import LlavaInstruct
 from data_pipeline.sources.muse import Muse
-from data_pipeline.sources.reading import Source
 from data_pipeline.sources.reason import ReasonSeg
 from data_pipeline.sources.refer import Refer
 from data_pipeline.templates import LONG_QUESTIONS, ask

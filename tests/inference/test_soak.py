@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from data_pipeline.sources.shapes import Shapes
+from data_pipeline.sources.shapes.dataset import Shapes
 from pixellm_jax.errors import InputError
 from pixellm_jax.inference.predictor import Predictor
 from pixellm_jax.weights.checkpoint import SHAPES_MODEL

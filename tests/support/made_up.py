@@ -13,8 +13,8 @@ from PIL import Image
 
 from data_pipeline.damage import Damaged
 from data_pipeline.example import Example, from_json, to_json
-from data_pipeline.masks import decode
-from data_pipeline.sources.reading import Reading, Source
+from data_pipeline.formats.masks import decode
+from data_pipeline.reading import Reading, Source
 from pixellm_jax.benchmark_question import Rle
 from pixellm_jax.errors import InputError
 

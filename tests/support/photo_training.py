@@ -17,8 +17,8 @@ from data_pipeline.benchmarks import BENCHMARKS, list_pictures, read_questions
 from data_pipeline.config import DataConfig, FamilyConfig
 from data_pipeline.damage import Damaged
 from data_pipeline.example import Example
+from data_pipeline.formats.masks import decode_many
 from data_pipeline.loader import Loader
-from data_pipeline.masks import decode_many
 from data_pipeline.sources import SOURCES
 from pixellm_jax.config import MeshConfig, ModelConfig
 from pixellm_jax.evaluation.free_running import answer_generated

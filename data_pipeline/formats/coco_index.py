@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.damage import Damaged
-from data_pipeline.masks import to_rle
-from data_pipeline.sources.json_items import Span, fetch, items
-from data_pipeline.sources.reading import Picture, below, check_text, read_picture
+from data_pipeline.formats.json_items import Span, fetch, items
+from data_pipeline.formats.masks import to_rle
+from data_pipeline.reading import Picture, below, check_text, read_picture
 from pixellm_jax.benchmark_question import Rle
 from pixellm_jax.errors import InputError
 

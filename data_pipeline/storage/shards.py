@@ -30,8 +30,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from data_pipeline.damage import Damaged
-from data_pipeline.sources.reading import Source
-from data_pipeline.stored import VERSION, to_record
+from data_pipeline.reading import Source
+from data_pipeline.storage.stored import VERSION, to_record
 from pixellm_jax import __version__
 from pixellm_jax.errors import InputError
 from pixellm_jax.folders import whole_file

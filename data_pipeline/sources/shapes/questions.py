@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 from data_pipeline.draws import Decisions
 from data_pipeline.example import SEG
-from data_pipeline.sources.shapes_phrases import (
+from data_pipeline.sources.shapes.phrases import (
     GENERIC,
     HALVES,
     NOTHING,
@@ -27,8 +27,8 @@ from data_pipeline.sources.shapes_phrases import (
     VERBS,
     plural,
 )
-from data_pipeline.sources.shapes_places import MARGIN, NEAR, along, cell, depth, exceeds
-from data_pipeline.sources.shapes_scene import COLOURS, SHAPES, SIZES, UNIT, Scene, Thing
+from data_pipeline.sources.shapes.places import MARGIN, NEAR, along, cell, depth, exceeds
+from data_pipeline.sources.shapes.scene import COLOURS, SHAPES, SIZES, UNIT, Scene, Thing
 from data_pipeline.templates import enumerate_words
 
 T = TypeVar("T")

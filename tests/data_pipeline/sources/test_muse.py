@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline import masks
 from data_pipeline.damage import Damaged
 from data_pipeline.example import Target, Turn, from_json, to_json
+from data_pipeline.formats import masks
+from data_pipeline.reading import Entry, Reading, Source
 from data_pipeline.sources.muse import Muse
-from data_pipeline.sources.reading import Entry, Reading, Source
 from pixellm_jax.errors import InputError
 from tests.support.mutation import mutate
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 
-from data_pipeline.sources.shapes_scene import COLOURS, SHAPES, SIZES
+from data_pipeline.sources.shapes.scene import COLOURS, SHAPES, SIZES
 
 PHRASINGS: dict[str, tuple[tuple[str, str], ...]] = {
     "names": (

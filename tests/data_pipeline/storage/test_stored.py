@@ -12,11 +12,11 @@ from pathlib import Path
 import grain
 import pytest
 
-from data_pipeline.builders import prepare
 from data_pipeline.example import Example, Target, Turn
-from data_pipeline.masks import to_rle
+from data_pipeline.formats.masks import to_rle
 from data_pipeline.sources import SOURCES
-from data_pipeline.stored import (
+from data_pipeline.storage.builders import prepare
+from data_pipeline.storage.stored import (
     INFO,
     METADATA,
     StoredSplit,

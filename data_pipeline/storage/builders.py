@@ -24,9 +24,16 @@ from absl import logging
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
 from data_pipeline.damage import AbsentError
-from data_pipeline.shards import Plan, Report, Skip, run_length, working_folder, write_shards
-from data_pipeline.sources.reading import Source
-from data_pipeline.stored import SKIPPED, UNFINISHED, VERSION, StoredSplit, features
+from data_pipeline.reading import Source
+from data_pipeline.storage.shards import (
+    Plan,
+    Report,
+    Skip,
+    run_length,
+    working_folder,
+    write_shards,
+)
+from data_pipeline.storage.stored import SKIPPED, UNFINISHED, VERSION, StoredSplit, features
 from pixellm_jax.errors import InputError
 
 

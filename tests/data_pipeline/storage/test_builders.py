@@ -21,16 +21,16 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from data_pipeline import builders, shards
-from data_pipeline.builders import Prepared, prepare
 from data_pipeline.damage import AbsentError, Damaged
+from data_pipeline.reading import Reading
 from data_pipeline.sources import SOURCES
 from data_pipeline.sources.jsonl import Jsonl
-from data_pipeline.sources.reading import Reading
-from data_pipeline.stored import INFO, SKIPPED, UNFINISHED, StoredSplit, find_splits
+from data_pipeline.storage import builders, shards
+from data_pipeline.storage.builders import Prepared, prepare
+from data_pipeline.storage.stored import INFO, SKIPPED, UNFINISHED, StoredSplit, find_splits
 from pixellm_jax.errors import InputError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RUN = 5
 SOURCE = Jsonl()
 
@@ -169,7 +169,7 @@ def test_tfds_reads_it(everything):
 
 
 def test_no_tensorflow():
-    program = "import data_pipeline.builders, sys; sys.exit('tensorflow' in sys.modules)"
+    program = "import data_pipeline.storage.builders, sys; sys.exit('tensorflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
@@ -316,7 +316,7 @@ def test_full_disk(photos, tmp_path, monkeypatch):
 PROGRAM = """
 import sys
 from pathlib import Path
-from data_pipeline.builders import prepare
+from data_pipeline.storage.builders import prepare
 from data_pipeline.sources.jsonl import Jsonl
 
 if __name__ == "__main__":

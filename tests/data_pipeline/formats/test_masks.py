@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
-from data_pipeline import masks
 from data_pipeline.damage import Damaged
+from data_pipeline.formats import masks
 from tests.support.mutation import mutate
 
 HW = (5, 7)

@@ -20,15 +20,15 @@ from PIL import Image
 
 from data_pipeline.draws import Draws
 from data_pipeline.example import Example, Target, Turn
-from data_pipeline.masks import encode
-from data_pipeline.sources.shapes_questions import (
+from data_pipeline.formats.masks import encode
+from data_pipeline.sources.shapes.questions import (
     KINDS,
     MOST_TARGETS,
     TRAINED_KINDS,
     Question,
     ask,
 )
-from data_pipeline.sources.shapes_scene import Scene, SceneSettings, draw_scene, paint
+from data_pipeline.sources.shapes.scene import Scene, SceneSettings, draw_scene, paint
 from pixellm_jax.errors import InputError
 
 SPLITS = {"train": 1 << 20, "val": 1000, "test": 1000}

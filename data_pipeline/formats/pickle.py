@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.pickle_machine import CONTAINERS, STEP_LIMIT, Machine
+from data_pipeline.formats.pickle_machine import CONTAINERS, STEP_LIMIT, Machine
 from pixellm_jax.errors import InputError
 
 SIZE_LIMIT = 512 * 2**20

@@ -8,7 +8,7 @@ Text is put into lower case and punctuation stands apart, so a decoded sentence 
 case. A word that no question or answer has is `<unk>`. There is no codebook in it:
 `Vocabulary.with_codebook` appends one of any size.
 
-After a change of the questions `python -m data_pipeline.shapes_tokenizer` writes the files anew;
+After a change of the questions `python -m data_pipeline.sources.shapes.tokenizer` writes the files anew;
 models that were trained before need the old ones.
 """
 
@@ -19,8 +19,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from data_pipeline.sources.shapes_phrases import words
-from data_pipeline.sources.shapes_scene import COLOURS, SHAPES
+from data_pipeline.sources.shapes.phrases import words
+from data_pipeline.sources.shapes.scene import COLOURS, SHAPES
 from pixellm_jax.text.prompt import PLAIN
 
 FOLDER = Path(__file__).parent

@@ -25,7 +25,7 @@ from PIL import Image
 
 from data_pipeline.damage import AbsentError, Damaged
 from data_pipeline.example import Example
-from data_pipeline.masks import check_size
+from data_pipeline.formats.masks import check_size
 from pixellm_jax.errors import InputError
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline import masks
 from data_pipeline.damage import Damaged
 from data_pipeline.example import Target, from_json, to_json
+from data_pipeline.formats import masks
+from data_pipeline.reading import Entry, Reading, Source
 from data_pipeline.sources import refer
-from data_pipeline.sources.reading import Entry, Reading, Source
 from data_pipeline.sources.refer import (
     GREFCOCO,
     REFCLEF,

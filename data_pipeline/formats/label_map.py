@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from data_pipeline.damage import Damaged
-from data_pipeline.masks import check_size
+from data_pipeline.formats.masks import check_size
 
 MODES = ("L", "P", "1")
 """Pillow's names for 8-bit grey, palette (the index counts, not its colour) and black and white."""

@@ -26,7 +26,7 @@ from tests.support.made_up import (
     write_picture,
 )
 
-GUIDE = Path(__file__).parents[2] / "docs/data-format.md"
+GUIDE = Path(__file__).parents[3] / "docs/data-format.md"
 COLUMN = {"size": [5, 7], "counts": [0, 5, 30]}
 CUP = {"phrase": "the cup", "mask": "masks/cup.png"}
 TURN = {"question": "Where?", "answer": "Here: {seg}.", "targets": [0]}

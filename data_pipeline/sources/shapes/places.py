@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from data_pipeline.sources.shapes_scene import Scene, Thing
+from data_pipeline.sources.shapes.scene import Scene, Thing
 
 MARGIN = 16.0
 """By how much centres must differ along an axis to be compared, in pixels of `UNIT`."""

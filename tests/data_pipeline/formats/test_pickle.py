@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import pickle_machine
-from data_pipeline import restricted_pickle as restricted_pickle
-from data_pipeline.restricted_pickle import loads
+from data_pipeline.formats import pickle as restricted_pickle
+from data_pipeline.formats import pickle_machine
+from data_pipeline.formats.pickle import loads
 from pixellm_jax.errors import InputError
 from tests.support.mutation import mutate_bytes
 

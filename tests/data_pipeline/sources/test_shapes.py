@@ -19,13 +19,13 @@ from PIL import Image
 
 from data_pipeline.config import DataConfig, FamilyConfig
 from data_pipeline.example import SEG
+from data_pipeline.formats.masks import decode_many
 from data_pipeline.loader import Loader, open_datasets
-from data_pipeline.masks import decode_many
-from data_pipeline.shapes_tokenizer import FOLDER, write
-from data_pipeline.sources.shapes import SPLITS, Shapes
-from data_pipeline.sources.shapes_phrases import NOTHING, NUMBERS
-from data_pipeline.sources.shapes_questions import KINDS, TRAINED_KINDS
-from data_pipeline.sources.shapes_scene import COLOURS, GRID, HIDDEN, JITTER, NOISE, SHAPES
+from data_pipeline.sources.shapes.dataset import SPLITS, Shapes
+from data_pipeline.sources.shapes.phrases import NOTHING, NUMBERS
+from data_pipeline.sources.shapes.questions import KINDS, TRAINED_KINDS
+from data_pipeline.sources.shapes.scene import COLOURS, GRID, HIDDEN, JITTER, NOISE, SHAPES
+from data_pipeline.sources.shapes.tokenizer import FOLDER, write
 from pixellm_jax.batch import check
 from pixellm_jax.config import CodebookConfig, LanguageConfig, ModelConfig, VisionConfig
 from pixellm_jax.errors import InputError
@@ -90,7 +90,7 @@ def test_an_example_is_a_function_of_its_number(level):
 
 def test_another_process_draws_the_same():
     code = (
-        "from tests.data_pipeline.test_shapes import *\n"
+        "from tests.data_pipeline.sources.test_shapes import *\n"
         "print(digest(Shapes(split='test'), range(5)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

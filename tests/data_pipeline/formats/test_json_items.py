@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.damage import Damaged
-from data_pipeline.sources import json_items
-from data_pipeline.sources.json_items import Item, Span, fetch, items
+from data_pipeline.formats import json_items
+from data_pipeline.formats.json_items import Item, Span, fetch, items
 from pixellm_jax.errors import InputError
 from tests.support.mutation import mutate_bytes
 

@@ -1,0 +1,1 @@
+"""Drawn scenes of coloured shapes with MUSE-like questions."""
