@@ -25,7 +25,7 @@ from pixellm_jax.cli.main import main
 from pixellm_jax.inference.predictor import Answer
 from tests.support.tiny_checkpoint import change_json, read_tensors, write_tensors
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMANDS = ("convert", "export", "segment")
 QUESTION = "Please segment the dog."
 
