@@ -2,7 +2,7 @@
 
 python scripts/train.py --config=configs/shapes.py --out runs/shapes --model-dtype bfloat16
 
-The package ships the model of this command (`pixellm_jax/shapes_model`, 2.6 million parameters):
+The package ships the model of this command (`pixellm_jax/assets/shapes_model`, 2.6 M parameters):
 11,000 steps, 87 minutes on 2 cores of a shared virtual machine, a part of them taken by other work
 (0.44 seconds per step in the median), Python 3.11, jax 0.10.2. It was run once.
 

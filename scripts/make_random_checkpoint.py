@@ -34,7 +34,7 @@ from pixellm_jax.config import (
     VisionConfig,
 )
 from pixellm_jax.errors import InputError
-from pixellm_jax.folders import whole_folder
+from pixellm_jax.files import whole_folder
 from pixellm_jax.text.prompt import LLAVA_V1, question_ids
 from pixellm_jax.text.vocabulary import IM_END, IM_START, Vocabulary
 from pixellm_jax.weights import torch_layout

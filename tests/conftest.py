@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 # test_harness.py copies this file alone.
-_TINY = Path(__file__).with_name("tiny_checkpoint.py")
+_TINY = Path(__file__).parent / "support" / "tiny_checkpoint.py"
 pytest_plugins = ["tests.support.tiny_checkpoint"] if _TINY.is_file() else []
 
 DEVICE_COUNT = 8

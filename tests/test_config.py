@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 
 import ml_collections
@@ -17,15 +16,13 @@ from pixellm_jax.config import (
     from_mapping,
 )
 from pixellm_jax.errors import InputError
+from tests.support.scripts import load_file
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
 def recipe(path: Path) -> ml_collections.ConfigDict:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    return load_file(path).get_config()
 
 
 def test_there_are_recipes():

@@ -34,7 +34,7 @@ from data_pipeline.reading import Source
 from data_pipeline.storage.stored import VERSION, to_record
 from pixellm_jax import __version__
 from pixellm_jax.errors import InputError
-from pixellm_jax.folders import whole_file
+from pixellm_jax.files import whole_file
 from pixellm_jax.images.read import read_image
 
 RUN, MOST_RUNS = 256, 4096

@@ -47,8 +47,7 @@ from pixellm_jax.experiments.ablation_report import (
     write_report,
 )
 from pixellm_jax.experiments.recipe import Recipe
-from pixellm_jax.folders import write_whole
-from pixellm_jax.json_files import read_optional_json
+from pixellm_jax.files import read_optional_json, write_whole
 from pixellm_jax.model.flops import train_flops
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.sharding import make_mesh

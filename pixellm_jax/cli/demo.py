@@ -25,7 +25,7 @@ from pixellm_jax.experiments.shapes_quiz import (
     number_markers,
     summarise,
 )
-from pixellm_jax.folders import whole_folder
+from pixellm_jax.files import whole_folder
 from pixellm_jax.inference.predictor import Predictor
 from pixellm_jax.report.curves import Curve, Level, draw_chart
 from pixellm_jax.weights.checkpoint import SHAPES_MODEL

@@ -44,9 +44,9 @@ from pixellm_jax.evaluation.settings import describe_model
 from pixellm_jax.evaluation.summary import Summary, group_records, summarise, tally_record
 from pixellm_jax.evaluation.teacher_forced import answer_given
 from pixellm_jax.evaluation.text_scores import TextScorer
+from pixellm_jax.files import read_json
 from pixellm_jax.inference.engine import Engine, EngineConfig
 from pixellm_jax.inference.prepare import WEIGHTS, serve
-from pixellm_jax.json_files import read_json
 from pixellm_jax.stopwatch import Stopwatch
 from pixellm_jax.weights import checkpoint
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pixellm_jax.cli.report_page import draw_report
 from pixellm_jax.errors import InputError
-from pixellm_jax.folders import write_whole
+from pixellm_jax.files import write_whole
 from pixellm_jax.report.numbers import make_report, read_run
 from pixellm_jax.report.tables import as_json, as_markdown
 

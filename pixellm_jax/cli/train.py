@@ -20,8 +20,7 @@ from pixellm_jax.cli.processes import HELP, join
 from pixellm_jax.config import DTYPES
 from pixellm_jax.errors import InputError
 from pixellm_jax.experiments.recipe import Recipe, read_recipe
-from pixellm_jax.folders import write_whole
-from pixellm_jax.json_files import read_optional_json
+from pixellm_jax.files import read_optional_json, write_whole
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.sharding import batch_share, batch_ways, make_mesh
 from pixellm_jax.text.vocabulary import Vocabulary

@@ -25,8 +25,7 @@ from pixellm_jax.evaluation.record import (
 )
 from pixellm_jax.evaluation.scoring import ReleasedLine, released_scores
 from pixellm_jax.evaluation.settings import check_settings
-from pixellm_jax.folders import write_whole
-from pixellm_jax.json_files import read_json, read_optional_json
+from pixellm_jax.files import read_json, read_optional_json, write_whole
 
 RUN, RELEASED = "run.json", "released"
 _OURS = (SETTINGS, f"{QUESTIONS}-", f"{RELEASED}-", "run-", f".{SETTINGS}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.json_files import read_optional_json
+from pixellm_jax.files import read_optional_json
 from pixellm_jax.weights import checkpoint
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.folders import whole_file, write_whole
+from pixellm_jax.files import whole_file, write_whole
 from pixellm_jax.images.overlay import colours
 
 RESULTS, TABLE, PLOT = "ablations.jsonl", "ablations.md", "ablations.png"

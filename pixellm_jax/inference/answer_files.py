@@ -11,7 +11,7 @@ import numpy as np
 from pycocotools import mask as coco
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.folders import write_whole
+from pixellm_jax.files import write_whole
 from pixellm_jax.inference.answer import Answer
 from pixellm_jax.inference.request_checks import check_question
 

@@ -33,7 +33,7 @@ from jaxtyping import Int32
 
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.folders import whole_folder
+from pixellm_jax.files import whole_folder
 from pixellm_jax.inference import decoding
 from pixellm_jax.inference.prepare import serve
 from pixellm_jax.inference.sampling import Sampling

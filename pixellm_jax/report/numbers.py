@@ -23,7 +23,7 @@ from pixellm_jax.evaluation.summary import (
     tally_record,
 )
 from pixellm_jax.evaluation.text_scores import TextScorer, TextSummary, summarise_texts
-from pixellm_jax.json_files import read_json, read_optional_json
+from pixellm_jax.files import read_json, read_optional_json
 
 BINS = 20
 """Of IoU, from 0 to 1."""

@@ -14,7 +14,7 @@ import sentencepiece
 import tokenizers
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.json_files import read_optional_json
+from pixellm_jax.files import read_optional_json
 
 _PIECES, _WHOLE, _ADDED = "tokenizer.model", "tokenizer.json", "added_tokens.json"
 _CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"

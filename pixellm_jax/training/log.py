@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.folders import write_whole
+from pixellm_jax.files import write_whole
 
 METRICS, TENSORBOARD, WANDB_ID = "metrics.jsonl", "tensorboard", "wandb_id"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.folders import write_whole
+from pixellm_jax.files import write_whole
 
 RECIPE = "recipe.json"
 

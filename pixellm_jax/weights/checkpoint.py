@@ -26,8 +26,7 @@ from orbax.checkpoint import type_handlers
 
 from pixellm_jax.config import ModelConfig, from_mapping
 from pixellm_jax.errors import InputError
-from pixellm_jax.folders import whole_folder
-from pixellm_jax.json_files import read_json
+from pixellm_jax.files import read_json, whole_folder
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.sharding import weight_sharding
 from pixellm_jax.text.prompt import TEMPLATES
@@ -36,7 +35,7 @@ from pixellm_jax.text.vocabulary import Vocabulary
 CONFIG, PARAMS, UNUSED = "config.json", "params", "unused"
 TOKENIZER, SOURCE = "tokenizer", "source"
 
-SHAPES_MODEL = Path(__file__).parent / "shapes_model"
+SHAPES_MODEL = Path(__file__).parents[1] / "assets" / "shapes_model"
 """The checkpoint that comes with the package: a small model of drawn shapes."""
 
 CHUNK_BYTES = 128 << 20

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pixellm_jax.config import CodebookConfig, ModelConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.json_files import read_json
+from pixellm_jax.files import read_json
 from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.weights import torch_config, torch_layout
 from pixellm_jax.weights.checkpoint import Leaf
@@ -38,8 +38,9 @@ def convert(
     shapes = folders.shapes
     if not torch_config.is_pixellm(shapes):
         raise InputError(
-            f"{model}: no tensor of PixelLM's own parts ({', '.join(torch_config.PARTS)}); name the "
-            "folder of a trained PixelLM, or start a training from a LLaVA folder with --from-llava"
+            f"{model}: no tensor of PixelLM's own parts ({', '.join(torch_config.PARTS)}); name "
+            "the folder of a trained PixelLM, or start a training from a LLaVA folder with "
+            "--from-llava"
         )
     _check_width(folders)
     scales = torch_config.read_scales(model, shapes)

@@ -15,7 +15,7 @@ import tensorstore
 
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.folders import whole_folder
+from pixellm_jax.files import whole_folder
 from pixellm_jax.weights import checkpoint, torch_config, torch_layout
 from pixellm_jax.weights.torch_folder import write_safetensors
 

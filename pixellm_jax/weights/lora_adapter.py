@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.json_files import read_optional_json
+from pixellm_jax.files import read_optional_json
 from pixellm_jax.weights import torch_layout
 from pixellm_jax.weights.torch_folder import open_folder
 

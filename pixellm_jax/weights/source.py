@@ -12,7 +12,7 @@ import numpy as np
 
 from pixellm_jax.config import ModelConfig, VisionConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.json_files import read_json
+from pixellm_jax.files import read_json
 from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.weights import checkpoint, lora_adapter, torch_config, torch_layout
 from pixellm_jax.weights.checkpoint import Leaf

@@ -22,7 +22,7 @@ from pixellm_jax.config import (
     from_mapping,
 )
 from pixellm_jax.errors import InputError
-from pixellm_jax.json_files import read_json
+from pixellm_jax.files import read_json
 
 OWN_KEY = "pixellm_jax"
 """Key of an exported `config.json` for what the released format cannot say (taps, heads, ...)."""

@@ -21,7 +21,7 @@ import numpy as np
 import safetensors.numpy
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.folders import whole_file
+from pixellm_jax.files import whole_file
 from pixellm_jax.weights import safetensors_file, torch_file
 from pixellm_jax.weights.safetensors_file import (
     AGAIN,

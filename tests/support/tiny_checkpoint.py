@@ -6,7 +6,6 @@ in place would go unchecked.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,12 +16,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pytest
 
+from tests.support.scripts import load_script
+
 if TYPE_CHECKING:
     from pixellm_jax.inference.predictor import Predictor
     from pixellm_jax.model.pixellm import PixelLM
     from pixellm_jax.text.vocabulary import Vocabulary
 
-MAKER = Path(__file__).parents[2] / "scripts" / "make_random_checkpoint.py"
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 
@@ -36,10 +36,7 @@ class Tiny(NamedTuple):
 
 def load_maker() -> ModuleType:
     """`scripts/make_random_checkpoint.py` as a module."""
-    spec = importlib.util.spec_from_file_location("make_random_checkpoint", MAKER)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("make_random_checkpoint")
 
 
 @pytest.fixture(scope="session")

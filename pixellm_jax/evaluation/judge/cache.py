@@ -9,7 +9,7 @@ from typing import Any
 
 from pixellm_jax.evaluation.judge.prompt import Reply
 from pixellm_jax.evaluation.judge.question import JudgeDownError
-from pixellm_jax.folders import write_whole
+from pixellm_jax.files import write_whole
 
 
 class ReplyCache:

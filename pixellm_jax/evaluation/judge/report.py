@@ -20,8 +20,7 @@ from pixellm_jax.evaluation.judge.judge import (
 )
 from pixellm_jax.evaluation.record import GIVEN, QUESTIONS, SETTINGS, QuestionRecord, read_records
 from pixellm_jax.evaluation.summary import group_records, summarise
-from pixellm_jax.folders import write_whole
-from pixellm_jax.json_files import read_json
+from pixellm_jax.files import read_json, write_whole
 
 JUDGE = "judge.json"
 CACHE = "judge_cache"

@@ -8,8 +8,8 @@ Text is put into lower case and punctuation stands apart, so a decoded sentence 
 case. A word that no question or answer has is `<unk>`. There is no codebook in it:
 `Vocabulary.with_codebook` appends one of any size.
 
-After a change of the questions `python -m data_pipeline.sources.shapes.tokenizer` writes the files anew;
-models that were trained before need the old ones.
+`python -m data_pipeline.sources.shapes.tokenizer` writes the files again after a change of the
+questions; models trained before the change need the old files.
 """
 
 from __future__ import annotations

@@ -1,15 +1,17 @@
-"""Output folders and files appear whole or not at all."""
+"""Output folders and files that appear whole or not at all, and JSON objects read from files."""
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
+import json
 import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from pixellm_jax.errors import InputError
 
@@ -83,6 +85,27 @@ def write_whole(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that must be there.
+
+    Raises:
+        InputError: the file is not there, not JSON, or not an object.
+    """
+    found = _read_object(path)
+    if found is None:
+        raise InputError(f"{path}: no such file; is {path.parent} a model folder?")
+    return found
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that may be left out: empty where it is not there.
+
+    Raises:
+        InputError: the file is there, but not JSON, or not an object.
+    """
+    return _read_object(path) or {}
+
+
 def _may_replace(place: Path, patterns: Sequence[str]) -> bool:
     if not place.is_dir():
         return False
@@ -104,3 +127,16 @@ def _move(made: Path, place: Path, patterns: Sequence[str]) -> None:
         os.replace(old, place)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        again = "copy or download it again"
+        raise InputError(f"{path}: not readable as JSON ({error}); {again}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.folders import whole_file, whole_folder, write_whole
+from pixellm_jax.files import whole_file, whole_folder, write_whole
 
 RESULTS = ("answer.json", "mask_*.png")
 
