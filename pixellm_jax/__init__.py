@@ -1,3 +1,56 @@
-"""Pixel-level reasoning with large multimodal models: PixelLM in JAX."""
+"""Pixel-level reasoning with large multimodal models: PixelLM in JAX.
+
+The public names are imported on first use, so that `import pixellm_jax` loads neither JAX nor a
+data library.
+
+Example:
+    >>> from pixellm_jax import Predictor
+    >>> predictor = Predictor.load("pixellm-7b")
+    >>> answer = predictor(image, "Please segment the dog.")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pixellm_jax.config import ModelConfig
+    from pixellm_jax.errors import InputError
+    from pixellm_jax.inference.answer import Answer
+    from pixellm_jax.inference.predictor import Conversation as ChatSession
+    from pixellm_jax.inference.predictor import Predictor
+    from pixellm_jax.weights.checkpoint import load_model
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Answer",
+    "ChatSession",
+    "InputError",
+    "ModelConfig",
+    "Predictor",
+    "__version__",
+    "load_model",
+]
+
+_ORIGIN = {
+    "Answer": ("pixellm_jax.inference.answer", "Answer"),
+    "ChatSession": ("pixellm_jax.inference.predictor", "Conversation"),
+    "InputError": ("pixellm_jax.errors", "InputError"),
+    "ModelConfig": ("pixellm_jax.config", "ModelConfig"),
+    "Predictor": ("pixellm_jax.inference.predictor", "Predictor"),
+    "load_model": ("pixellm_jax.weights.checkpoint", "load_model"),
+}
+"""Public name -> module that defines it and its name there (PEP 562)."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ORIGIN:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _ORIGIN[name]
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -20,6 +20,9 @@ PACKAGES = ("pixellm_jax", "data_pipeline")
 CONTRACT = "contract"
 """The files next to the rooms."""
 
+FACE = "pixellm_jax"
+"""The public face: it names what the rooms define, but imports a room only on first use."""
+
 DOCUMENT = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- rooms -->\n", "<!-- end of rooms -->\n"
 
@@ -60,12 +63,14 @@ def room(module: str) -> str:
     top, _, rest = module.partition(".")
     if top != "pixellm_jax":
         return top
+    if rest == "__main__":
+        return "cli"
     first = rest.partition(".")[0]
     return first if first and (ROOT / top / first).is_dir() else CONTRACT
 
 
 def module_graph() -> dict[str, set[str]]:
-    """Modules of the two packages that each module imports."""
+    """Modules of the two packages that each module imports, the public face excepted."""
     return {
         module_name(path): {
             target
@@ -73,6 +78,7 @@ def module_graph() -> dict[str, set[str]]:
             if target.partition(".")[0] in PACKAGES
         }
         for path in modules(*PACKAGES)
+        if module_name(path) != FACE
     }
 
 

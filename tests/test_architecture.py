@@ -114,6 +114,8 @@ def import_faults(module: str, target: str) -> Iterator[str]:
         yield "only data_pipeline may import it"
     if module in BOXES - {FIGURE} and target in BOXES:
         yield "the boxes of the model are siblings"
+    if module == draw_rooms.FACE:
+        return  # tests/test_public_face.py: it imports nothing before a name is used
     if package in PACKAGES and top in PACKAGES and not may_import(room(module), room(target)):
         yield f"{room(module)} may not import {room(target)}"
 
@@ -223,7 +225,7 @@ GOOD = [
     ("pixellm_jax.cli.train", "from data_pipeline.loader import load\n"),
     ("pixellm_jax.cli.main", "from pixellm_jax.cli import segment\n"),
     ("data_pipeline.loader", "import tensorflow_datasets\nfrom pixellm_jax.batch import Batch\n"),
-    ("scripts.segment", "from pixellm_jax.cli.main import main\n"),
+    ("scripts.train", "from pixellm_jax.cli.main import main\n"),
     ("pixellm_jax.batch", 'x: Float[Array, "b *m 3 {size + 1} 2*y ... frequency"]\n'),
     ("pixellm_jax.training.losses", 'jnp.einsum("...btd,vd->...btv", x, w)\n'),
     ("pixellm_jax.perf.baseline", "def f():\n    import torch\n    import transformers\n"),

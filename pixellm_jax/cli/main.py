@@ -1,4 +1,8 @@
-"""`pixellm COMMAND ...`: finds the command, and turns bad input into one line and exit code 2."""
+"""Entry point of the command line: run one command, report bad input as one line and exit code 2.
+
+A command's module is imported only when that command is chosen, so that `pixellm --help` and
+`pixellm --version` load neither JAX nor a data library.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +14,84 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from importlib import import_module
+from typing import NamedTuple
 
 from pixellm_jax import __version__
-from pixellm_jax.cli import (
-    bench,
-    compare,
-    compile_step,
-    convert,
-    data_stats,
-    data_view,
-    demo,
-    evaluate,
-    export,
-    judge,
-    prepare,
-    report,
-    segment,
-    train,
-)
 from pixellm_jax.errors import InputError
 
 
+class Command(NamedTuple):
+    """Entry of the command table.
+
+    Attributes:
+        module: dotted name of the module that has `add_parser(commands)` and `run(options)`.
+        summary: line in `pixellm --help`; the module's own parser shows the same.
+    """
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "demo": Command(
+        "pixellm_jax.cli.demo", "watch a small model answer, or train one in minutes; no download"
+    ),
+    "convert": Command(
+        "pixellm_jax.cli.convert", "PyTorch weights of PixelLM (or LLaVA) and CLIP -> a checkpoint"
+    ),
+    "export": Command(
+        "pixellm_jax.cli.export",
+        "a checkpoint -> PyTorch weights in the released layout, or StableHLO programs",
+    ),
+    "prepare": Command(
+        "pixellm_jax.cli.prepare", "published datasets -> shards for training and evaluation"
+    ),
+    "data-stats": Command(
+        "pixellm_jax.cli.data_stats", "statistics of prepared data: a table and a figure"
+    ),
+    "data-view": Command(
+        "pixellm_jax.cli.data_view", "a page of samples as the model will see them"
+    ),
+    "segment": Command("pixellm_jax.cli.segment", "ask about photos: text and one mask per target"),
+    "train": Command("pixellm_jax.cli.train", "train a model by a recipe"),
+    "evaluate": Command("pixellm_jax.cli.evaluate", "score a model on a benchmark"),
+    "report": Command("pixellm_jax.cli.report", "make the report of an evaluation anew"),
+    "compare": Command("pixellm_jax.cli.compare", "put two evaluations side by side"),
+    "judge": Command("pixellm_jax.cli.judge", "have the answers of a MUSE evaluation judged"),
+    "bench": Command("pixellm_jax.cli.bench", "measure speed and memory on this machine"),
+    "compile": Command(
+        "pixellm_jax.cli.compile_step", "compile a training step for TPUs, without one"
+    ),
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code (0, 2 for bad input, 130 when interrupted)."""
+    """Run a command and return the exit code: 0, 2 for bad input, 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parse(arguments)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns about every checkpoint
+    if options.verbose:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("pixellm_jax").setLevel(logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # An answer may contain characters that the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        with _interrupt_on_termination():
+            options.run(options)
+    except InputError as error:
+        print(f"pixellm {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        state = getattr(options, "when_interrupted", "nothing was left behind")
+        print(f"pixellm {options.command}: interrupted; {state}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse with the options of the chosen command; the other commands are names only."""
     parser = argparse.ArgumentParser(
         prog="pixellm",
         description="Ask about a picture; get text and one mask per target.",
@@ -42,48 +101,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "-v", "--verbose", action="store_true", help="say what is compiled, and how long it takes"
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (
-        demo,
-        convert,
-        export,
-        prepare,
-        data_stats,
-        data_view,
-        segment,
-        train,
-        evaluate,
-        report,
-        compare,
-        judge,
-        bench,
-        compile_step,
-    ):
-        module.add_parser(commands).set_defaults(run=module.run)
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, command in COMMANDS.items():
+        if name == chosen:
+            module = import_module(command.module)
+            module.add_parser(commands).set_defaults(run=module.run)
+        else:
+            commands.add_parser(name, help=command.summary)
     options, changes = parser.parse_known_args(arguments)
     options.changes = changes
     if options.changes and not getattr(options, "takes_changes", False):
         parser.error(f"unrecognized arguments: {' '.join(options.changes)}")
-    if options.verbose:
-        logging.basicConfig(format="%(message)s")
-        logging.getLogger("pixellm_jax").setLevel(logging.INFO)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # an answer may leave a terminal's set
-    try:
-        with _interrupt_on_termination():
-            options.run(options)
-    except InputError as error:
-        print(f"pixellm {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        left = getattr(options, "when_interrupted", "nothing was left behind")
-        print(f"pixellm {options.command}: interrupted; {left}", file=sys.stderr)
-        return 130
-    return 0
+    return options
 
 
 @contextlib.contextmanager
 def _interrupt_on_termination() -> Iterator[None]:
-    """Makes SIGTERM, which job schedulers send, end the command as Ctrl-C does: tidily."""
+    """Make SIGTERM, which job schedulers send, end the command as cleanly as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -92,11 +126,6 @@ def _interrupt_on_termination() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def script(command: str) -> int:
-    """What `scripts/<command>.py` runs: the same command, its name given by the script."""
-    return main([command, *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,8 +42,6 @@ TOGETHER_BYTES = 4 << 20
 
 _HEADER = b"/.zarray"
 _DAMAGES = (ValueError, OSError, RuntimeError, NotImplementedError)  # as tensorstore raises them
-
-logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

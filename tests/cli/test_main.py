@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from pycocotools import mask as coco
 
 import pixellm_jax.cli.convert as convert_command
 from pixellm_jax.cli import segment
+from pixellm_jax.cli.main import COMMANDS as COMMAND_TABLE
 from pixellm_jax.cli.main import main
 from pixellm_jax.inference.predictor import Answer
 from tests.support.tiny_checkpoint import change_json, read_tensors, write_tensors
@@ -242,9 +245,12 @@ def test_wrong_usage_is_exit_code_2(arguments, capsys):
     assert "usage: pixellm" in capsys.readouterr().err
 
 
-def test_every_command_has_its_script():
-    for command in COMMANDS:
-        assert f'script("{command}")' in (ROOT / "scripts" / f"{command}.py").read_text()
+def test_summaries_are_those_of_the_parsers():
+    for name, command in COMMAND_TABLE.items():
+        commands = argparse.ArgumentParser().add_subparsers()
+        import_module(command.module).add_parser(commands)
+        (action,) = commands._choices_actions
+        assert (action.dest, action.help) == (name, command.summary)
 
 
 # Bad input
@@ -587,15 +593,25 @@ def assert_one_line(done: subprocess.CompletedProcess[str]) -> None:
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
 
 
-def test_script_and_command_refuse_alike_from_outside(tmp_path):
+def test_every_way_to_start_refuses_alike(tmp_path):
     options = ["--checkpoint", "gone", "--image", "no.jpg", "--question", "?", "--out", "answer"]
-    script = run_outside(ROOT / "scripts" / "segment.py", *options, folder=tmp_path)
+    package = run_outside("-m", "pixellm_jax", "segment", *options, folder=tmp_path)
     module = run_outside("-m", "pixellm_jax.cli.main", "segment", *options, folder=tmp_path)
-    for done in (script, module):
+    for done in (package, module):
         assert_one_line(done)
-    assert script.stderr == module.stderr
-    assert "no such file 'no.jpg'" in script.stderr
+    assert package.stderr == module.stderr
+    assert "no such file 'no.jpg'" in package.stderr
     assert os.listdir(tmp_path) == []
+
+
+def test_train_script_is_the_train_command(tmp_path):
+    options = ["--config", "no.py", "--out", "run"]
+    script = run_outside(ROOT / "scripts" / "train.py", *options, folder=tmp_path)
+    package = run_outside("-m", "pixellm_jax", "train", *options, folder=tmp_path)
+    for done in (script, package):
+        assert_one_line(done)
+    assert script.stderr == package.stderr
+    assert "no.py: no such recipe" in script.stderr
 
 
 def test_damaged_checkpoint_is_one_line_from_outside(copied, tmp_path):
@@ -604,7 +620,7 @@ def test_damaged_checkpoint_is_one_line_from_outside(copied, tmp_path):
     for file in (folder / "params" / "d").iterdir():
         file.write_bytes(b"")
     options = ["--checkpoint", folder, "--image", "a.png", "--question", "?", "--out", "answer"]
-    done = run_outside(ROOT / "scripts" / "segment.py", *options, folder=tmp_path)
+    done = run_outside("-m", "pixellm_jax", "segment", *options, folder=tmp_path)
     assert_one_line(done)
     assert str(folder / "params") in done.stderr
     assert sorted(os.listdir(tmp_path)) == ["a.png", "jax copy"]
@@ -614,7 +630,7 @@ def test_evil_weights_are_one_line_from_outside(copied, tiny, tmp_path):
     model = copied("hf")
     evil_bin(model, tiny.clip)
     options = convert_options(model, tiny.clip, Path("jax"))
-    done = run_outside(ROOT / "scripts" / "convert.py", *options, folder=tmp_path)
+    done = run_outside("-m", "pixellm_jax", "convert", *options, folder=tmp_path)
     assert_one_line(done)
     assert not (model / "hacked").exists()
     assert os.listdir(tmp_path) == ["hf copy"]

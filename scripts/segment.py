@@ -1,8 +1,0 @@
-"""Runs `pixellm segment` from a checkout."""
-
-import sys
-
-from pixellm_jax.cli.main import script
-
-if __name__ == "__main__":
-    sys.exit(script("segment"))
