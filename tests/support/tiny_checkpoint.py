@@ -77,7 +77,7 @@ def varied(tiny: Tiny) -> Varied:
     The rows of the first codebook token and of `</s>` are longer than others, so that they are
     chosen often; each further codebook token answers to the embedding of the one before it.
     """
-    from pixellm_jax import checkpoint
+    from pixellm_jax.weights import checkpoint
 
     model = checkpoint.load_model(tiny.jax)
     vocabulary = checkpoint.read_vocabulary(tiny.jax, model.config)
@@ -110,7 +110,7 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 def read_arrays(folder: Path, part: str = "params") -> dict[str, np.ndarray]:
     """The arrays of a checkpoint."""
-    from pixellm_jax import checkpoint
+    from pixellm_jax.weights import checkpoint
 
     opened = checkpoint.open_arrays(folder, part)
     return {name: checkpoint.read(array) for name, array in opened.items()}
