@@ -10,14 +10,18 @@ import collections
 import json
 import math
 import os
-from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.weights.torch_file import MAX_AXES, TensorView, is_size
+from pixellm_jax.weights.tensor_view import (
+    MAX_AXES,
+    TensorView,
+    contiguous_strides,
+    is_size,
+)
 
 MAX_HEADER_BYTES = 100_000_000
 """Limit of a safetensors header (the format's own) and of an index."""
@@ -69,7 +73,7 @@ def find_tensors(stream: BinaryIO) -> dict[str, TensorView]:
         previous = end
         shape = tuple(header[name]["shape"])
         dtype = _DTYPES[header[name]["dtype"]]
-        views[name] = TensorView(dtype, shape, contiguous(shape), start + begin)
+        views[name] = TensorView(dtype, shape, contiguous_strides(shape), start + begin)
     if start + previous != size:
         raise InputError(f"{size} bytes, expected {start + previous}; {AGAIN}")
     return views
@@ -98,11 +102,6 @@ def _byte_range(name: str, entry: Any, limit: int) -> tuple[int, int]:
             f"{where} has {end - begin} bytes, expected {expected} for {kind} {shape}; {AGAIN}"
         )
     return begin, end
-
-
-def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the strides of a C-ordered array in elements."""
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def parse_json(content: bytes) -> Any:

@@ -21,15 +21,13 @@ import ml_dtypes
 import numpy as np
 
 from pixellm_jax.errors import InputError
+from pixellm_jax.weights.tensor_view import MAX_AXES, TensorView, is_size
 
 MAX_PICKLE_BYTES = 4 << 20
 """Limit of `data.pkl`. A tensor takes about 250 bytes of it: enough for 15 000 of them."""
 
 MAX_EXPANDED = 1 << 24
 """Elements that an expanded view, which repeats those of a smaller storage, may have."""
-
-MAX_AXES = 32
-"""Axes that a tensor may have, as many as an array of any NumPy."""
 
 _WRAPPERS = ("state_dict", "module", "model")
 _AGAIN = "download or save the file again"
@@ -52,16 +50,6 @@ _STORAGES: dict[str, np.dtype] = {
 _DTYPES = frozenset(f"torch.{dtype.name}" for dtype in _STORAGES.values())
 _BUILDERS = ("_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state")
 _CALLS = {"collections.OrderedDict", "torch.Size", *(f"torch._utils.{name}" for name in _BUILDERS)}
-
-
-@dataclass(frozen=True)
-class TensorView:
-    """Where a tensor lies: its first element at byte `position`; `strides` count elements."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    position: int
 
 
 @dataclass(frozen=True)
@@ -324,11 +312,6 @@ def _is_plain(value: Any, seen: set[int]) -> bool:
         elif not isinstance(item, int | float | str | None):
             return False
     return True
-
-
-def is_size(value: Any) -> bool:
-    """Whether a value of a file is a length or an offset with which one can safely calculate."""
-    return type(value) is int and 0 <= value < 1 << 48
 
 
 def _type(value: Any) -> str:

@@ -26,10 +26,10 @@ from pixellm_jax.weights import safetensors_file, torch_file
 from pixellm_jax.weights.safetensors_file import (
     AGAIN,
     MAX_HEADER_BYTES,
-    contiguous,
     parse_json,
     shown,
 )
+from pixellm_jax.weights.tensor_view import contiguous_strides
 
 _FAMILIES = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 _COMPLETE = "download the complete folder again"
@@ -71,7 +71,7 @@ class LazyTensor:
                 f"{self.file}: {found} bytes of tensor {shown(self.name)}, expected "
                 f"{span.nbytes}: the file was cut after it had been opened; {AGAIN}"
             )
-        if self.strides == contiguous(self.shape):
+        if self.strides == contiguous_strides(self.shape):
             return span.reshape(self.shape)
         strides = [stride * self.dtype.itemsize for stride in self.strides]
         return np.lib.stride_tricks.as_strided(span, self.shape, strides).copy()
