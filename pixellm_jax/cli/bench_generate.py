@@ -17,7 +17,7 @@ from flax import nnx
 
 from data_pipeline.sources.shapes.tokenizer import FOLDER
 from pixellm_jax.cli.bench_recital import random_model, recital, recite, sentence
-from pixellm_jax.cli.table import format_table
+from pixellm_jax.cli.console import format_table
 from pixellm_jax.config import DTYPES, ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.inference.engine import Engine, EngineConfig

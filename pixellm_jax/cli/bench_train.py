@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from pixellm_jax.batch import Batch
-from pixellm_jax.cli.table import format_table
+from pixellm_jax.cli.console import format_table
 from pixellm_jax.config import SIZES, MeshConfig, ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.model import flops

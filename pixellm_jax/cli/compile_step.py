@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from pixellm_jax.cli.table import format_table
+from pixellm_jax.cli.console import format_table
+from pixellm_jax.cli.options import add_recipe_option
 from pixellm_jax.errors import InputError
 from pixellm_jax.experiments.recipe import Recipe, read_recipe
 from pixellm_jax.perf import aot
@@ -38,12 +39,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the recipe")
+    add_recipe_option(parser)
     parser.add_argument(
         "--topology", required=True, metavar="NAME", help="generation and chips, such as v5e:4x4"
     )
     parser.add_argument("--text", type=Path, metavar="FILE", help="keep the compiled program")
-    parser.set_defaults(takes_changes=True)
     return parser
 
 
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
         InputError: the step does not fit, or a chip would hold what is to be shared out.
     """
     jax.config.update("jax_platforms", "cpu")  # else JAX looks for the TPU that is not there
-    recipe, _ = read_recipe(options.config, options.changes)
+    recipe, _ = read_recipe(options.config, options.overrides)
     mesh = make_mesh(recipe.train.mesh, aot.describe(options.topology))
     ways = batch_ways(mesh) * recipe.train.accumulation
     if recipe.data.batch % ways:

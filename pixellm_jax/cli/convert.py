@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pixellm_jax.cli.progress import byte_bar
+from pixellm_jax.cli.console import byte_bar
 from pixellm_jax.config import POSITION_RESIZES, CodebookConfig, VisionConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.text.prompt import TEMPLATES

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data_pipeline.example import Example
 from data_pipeline.storage.stored import StoredSplit, find_splits
-from pixellm_jax.cli.table import format_table
+from pixellm_jax.cli.console import format_table
 from pixellm_jax.errors import InputError
 from pixellm_jax.images.overlay import colours
 

@@ -22,6 +22,7 @@ from data_pipeline.benchmarks import (
 from data_pipeline.damage import Damaged
 from pixellm_jax import __version__
 from pixellm_jax.benchmark_question import BenchmarkQuestion
+from pixellm_jax.cli.console import format_table
 from pixellm_jax.cli.judge_options import (
     add_judge_options,
     judge_report,
@@ -30,9 +31,8 @@ from pixellm_jax.cli.judge_options import (
     print_report,
     refuse_failures,
 )
-from pixellm_jax.cli.processes import HELP, join
+from pixellm_jax.cli.options import add_distributed_option, initialize_distributed
 from pixellm_jax.cli.report import JSON, PAGE, write_report
-from pixellm_jax.cli.table import format_table
 from pixellm_jax.config import DTYPES
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluation.free_running import answer_generated
@@ -119,7 +119,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         action="store_true",
         help="also what the released code would print; not comparable with anything else",
     )
-    parser.add_argument("--distributed", action="store_true", help=HELP)
+    add_distributed_option(parser)
     add_judge_options(parser)
     return parser
 
@@ -131,7 +131,7 @@ def run(options: argparse.Namespace) -> None:
     _check(options, benchmark)
     model = describe_model(options.checkpoint, options.dtype, options.weights)
     if options.distributed:
-        join()
+        initialize_distributed()
     root = options.data or Path()
     entries = list_pictures(benchmark, root, split)[: options.limit]
     share = Share(benchmark, split, root, entries, jax.process_index(), jax.process_count())

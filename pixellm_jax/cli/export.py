@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from pixellm_jax.cli.progress import byte_bar
+from pixellm_jax.cli.console import byte_bar
 from pixellm_jax.config import DTYPES
 from pixellm_jax.errors import InputError
 from pixellm_jax.inference.stablehlo import PLATFORMS, RUN, Buckets, write_programs

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pixellm_jax.cli.table import format_table
+from pixellm_jax.cli.console import format_table
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluation.judge.client import ServerConfig, ServerJudge
 from pixellm_jax.evaluation.judge.judge import THRESHOLD, Judge

@@ -108,10 +108,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             module.add_parser(commands).set_defaults(run=module.run)
         else:
             commands.add_parser(name, help=command.summary)
-    options, changes = parser.parse_known_args(arguments)
-    options.changes = changes
-    if options.changes and not getattr(options, "takes_changes", False):
-        parser.error(f"unrecognized arguments: {' '.join(options.changes)}")
+    options, overrides = parser.parse_known_args(arguments)
+    options.overrides = overrides
+    if options.overrides and not getattr(options, "takes_overrides", False):
+        parser.error(f"unrecognized arguments: {' '.join(options.overrides)}")
     return options
 
 

@@ -21,7 +21,7 @@ from data_pipeline.sources.coco import Coco
 from data_pipeline.sources.jsonl import Jsonl
 from data_pipeline.storage.builders import Prepared, prepare
 from data_pipeline.storage.stored import SKIPPED, StoredSplit
-from pixellm_jax.cli.table import format_table
+from pixellm_jax.cli.console import format_table
 from pixellm_jax.errors import InputError
 
 ALL = "all"

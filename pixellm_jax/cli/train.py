@@ -16,7 +16,11 @@ import jax
 from jax.experimental import multihost_utils
 
 from data_pipeline.loader import Loader, open_datasets
-from pixellm_jax.cli.processes import HELP, join
+from pixellm_jax.cli.options import (
+    add_distributed_option,
+    add_recipe_option,
+    initialize_distributed,
+)
 from pixellm_jax.config import DTYPES
 from pixellm_jax.errors import InputError
 from pixellm_jax.experiments.recipe import Recipe, read_recipe
@@ -49,7 +53,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the recipe")
+    add_recipe_option(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -68,28 +72,23 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="of the weights in RUN/model (that of --init, else float32)",
     )
     parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases, too")
-    parser.add_argument(
-        "--distributed",
-        action="store_true",
-        help=HELP,
-    )
-    parser.set_defaults(takes_changes=True)
+    add_distributed_option(parser)
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
     """Trains, then writes the model to RUN/model."""
     options.when_interrupted = "the same command goes on from the last checkpoint"
-    recipe, values = read_recipe(options.config, options.changes)
+    recipe, values = read_recipe(options.config, options.overrides)
     options.out = options.out or Path("runs") / options.config.stem
     if options.init is not None:  # its model, as this recipe computes with it
-        _refuse_model_changes(options.changes)
+        _refuse_model_changes(options.overrides)
         found, own = read_config(options.init), recipe.model
         model = dataclasses.replace(found, dtype=own.dtype, remat=own.remat)
         recipe = dataclasses.replace(recipe, model=model)
         values = {**values, "model": dataclasses.asdict(model)}
     if options.distributed:
-        join()
+        initialize_distributed()
     vocabulary = recipe.vocabulary(options.init)
     blueprint = make_blueprint(recipe.model, recipe.train)
     mesh = make_mesh(recipe.train.mesh)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pixellm_jax.cli.processes import JOINING
+from pixellm_jax.cli.options import PROCESS_VARIABLES
 from pixellm_jax.weights.checkpoint import SHAPES_MODEL
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +21,7 @@ def start(out: Path, hosts: int = 1, host: int = 0, address: str = "") -> subpro
     command = [sys.executable, "-m", "pixellm_jax.cli.main", "evaluate", "--out", str(out)]
     command += ["--checkpoint", str(SHAPES_MODEL), "--benchmark", "shapes"]
     command += ["--limit", str(PICTURES), "--distributed"][: None if hosts > 1 else -1]
-    joining = dict(zip(JOINING, (address, str(hosts), str(host)), strict=True))
+    joining = dict(zip(PROCESS_VARIABLES, (address, str(hosts), str(host)), strict=True))
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", **(joining if hosts > 1 else {})}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.config import FamilyConfig
-from pixellm_jax.cli.processes import JOINING
+from pixellm_jax.cli.options import PROCESS_VARIABLES
 from pixellm_jax.config import MeshConfig
 from pixellm_jax.training.config import OptimizerConfig
 from pixellm_jax.weights.checkpoint import load_model
@@ -83,7 +83,7 @@ def start(
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
-        **dict(zip(JOINING, joining, strict=bool(joining))),
+        **dict(zip(PROCESS_VARIABLES, joining, strict=bool(joining))),
     }
     if joining:
         command.append("--distributed")
