@@ -1,4 +1,4 @@
-"""Where the time of an evaluation goes."""
+"""Wall-clock stopwatch that splits the elapsed time by activity."""
 
 from __future__ import annotations
 
@@ -6,32 +6,50 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-REST = "model"
-"""What is spent on nothing else that has a name."""
-
 
 class Stopwatch:
-    """Seconds by name since it was made; names do not overlap, and the rest is the model's."""
+    """Seconds per activity since the start; activities must not overlap.
 
-    def __init__(self) -> None:
-        self._begin = time.perf_counter()
-        self._spent = {"matching": 0.0, "io": 0.0}
+    Example:
+        watch = Stopwatch("matching", "io", rest="model")
+        with watch("io"):
+            image = path.read_bytes()
+        watch.read()  # {"model": 0.0, "matching": 0.0, "io": 0.002}
+
+    Args:
+        activities: names that may be timed.
+        rest: name under which the time of no named activity is reported.
+    """
+
+    def __init__(self, *activities: str, rest: str) -> None:
+        self._rest = rest
+        self._seconds = dict.fromkeys(activities, 0.0)
+        self._start = time.perf_counter()
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Counts what happens inside for `name`."""
-        begin = time.perf_counter()
+    def __call__(self, activity: str) -> Iterator[None]:
+        """Add the duration of the block to `activity`."""
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self._spent[name] += time.perf_counter() - begin
+            self._seconds[activity] += time.perf_counter() - start
 
-    def restart(self) -> None:
-        """Forgets what went by so far."""
-        self._begin = time.perf_counter()
-        self._spent = dict.fromkeys(self._spent, 0.0)
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude the duration of the block from every count."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
 
     def read(self) -> dict[str, float]:
-        """Seconds of every name; together all that went by."""
-        whole = time.perf_counter() - self._begin
-        return {REST: whole - sum(self._spent.values()), **self._spent}
+        """Return the seconds by activity, the rest first; they add up to the elapsed time."""
+        elapsed = time.perf_counter() - self._start
+        return {self._rest: elapsed - sum(self._seconds.values()), **self._seconds}
+
+    def restart(self) -> dict[str, float]:
+        """Return the reading, then count from zero again."""
+        seconds = self.read()
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        self._start = time.perf_counter()
+        return seconds

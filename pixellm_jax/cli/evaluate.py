@@ -187,7 +187,8 @@ def evaluate(share: Share, log: QuestionLog, ask: Ask) -> Sums:
     ask: gives the answers to questions in any order; it is not called if there are none.
     """
     given, compat = log.settings["mode"] == GIVEN, log.settings["reference_compat"]
-    watch, left_out, sums = Stopwatch(), dict[str, str](), list[Sums]()
+    watch = Stopwatch("matching", "io", rest="model")
+    left_out, sums = dict[str, str](), list[Sums]()
     try:
         with tqdm(total=len(share.own), desc="evaluating", unit="picture", disable=None) as bar:
             asked = _questions(share, log.done, watch, left_out, bar)

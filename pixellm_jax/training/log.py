@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import resource
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,30 +116,6 @@ class RunLog:
                 output.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-class Stopwatch:
-    """Seconds since the last reading, and how many of them went into waiting for data."""
-
-    def __init__(self) -> None:
-        self._begin, self._waited = time.perf_counter(), 0.0
-
-    def waited(self, seconds: float) -> None:
-        self._waited += seconds
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside does not count."""
-        begin = time.perf_counter()
-        yield
-        self._begin += time.perf_counter() - begin
-
-    def read(self) -> tuple[float, float]:
-        """(seconds, of which waiting), and starts again."""
-        now = time.perf_counter()
-        seconds, waited = now - self._begin, self._waited
-        self._begin, self._waited = now, 0.0
-        return seconds, waited
 
 
 def memory_bytes() -> int:

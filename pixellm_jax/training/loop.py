@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +18,9 @@ from pixellm_jax.errors import InputError
 from pixellm_jax.model import flops
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.sharding import batch_sharding, batch_share, batch_ways
+from pixellm_jax.stopwatch import Stopwatch
 from pixellm_jax.training.checkpoints import RunCheckpoints
-from pixellm_jax.training.log import RunLog, Stopwatch, memory_bytes
+from pixellm_jax.training.log import RunLog, memory_bytes
 from pixellm_jax.training.recipe_record import keep_recipe, refuse_other_recipe
 from pixellm_jax.training.state import (
     Blueprint,
@@ -154,11 +154,11 @@ def _loop(
 ) -> TrainState:
     train, update = blueprint.train, make_step(blueprint, mesh)
     peak = flops.matmul_peak(blueprint.config.dtype) * mesh.size
-    put, watch, recent = _Put(mesh, train.accumulation), Stopwatch(), list[StepMetrics]()
+    put, recent = _Put(mesh, train.accumulation), list[StepMetrics]()
+    watch = Stopwatch("data", rest="step")
     for step in range(int(state.step) + 1, train.steps + 1):
-        asked = time.perf_counter()
-        batch = next(batches)
-        watch.waited(time.perf_counter() - asked)
+        with watch("data"):
+            batch = next(batches)
         if recent:
             jax.block_until_ready(recent[-1])  # one step at most is in flight
             _refuse_to_diverge(recent[-1], train.max_skipped)
@@ -226,7 +226,8 @@ def _report(
     made = jax.device_get(recent)
     sound = [metrics for metrics in made if metrics.finite] or made
     means = jax.tree.map(lambda *values: float(np.mean(values)), *sound)
-    seconds, waited = watch.read()
+    spent = watch.restart()
+    seconds = sum(spent.values())
     if log is None:
         return
     images = len(batch.tokens)
@@ -248,7 +249,7 @@ def _report(
         "tokens_per_second": means.tokens * len(recent) / seconds,
         "targets_per_second": means.targets * len(recent) / seconds,
         "seconds_per_step": seconds / len(recent),
-        "waiting_for_data": waited / seconds,
+        "waiting_for_data": spent["data"] / seconds,
         "teraflops_per_second": speed / 1e12,
         "mfu": speed / peak,
         "memory_gib": memory_bytes() / 2**30,

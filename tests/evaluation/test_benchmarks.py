@@ -337,7 +337,9 @@ def test_given_answers_do_not_depend_on_what_stands_beside_them(varied, data_roo
     together, single = (
         {
             answered.question.id.removesuffix("/alone"): answered
-            for answered in answer_given(*varied, each, Stopwatch(), left_out, rows=2)
+            for answered in answer_given(
+                *varied, each, Stopwatch("io", rest="model"), left_out, rows=2
+            )
         }
         for each in (asked, apart)
     )

@@ -149,7 +149,7 @@ def answer_photos(root: Path, run: Path, *, photos: int) -> Summary:
     ]
     assert len({question.picture for question in asked}) == photos
     left_out: dict[str, str] = {}
-    answers = answer_generated(engine, vocabulary, asked, Stopwatch(), left_out)
+    answers = answer_generated(engine, vocabulary, asked, Stopwatch("io", rest="model"), left_out)
     records = [make_record(answer, given=False) for answer in answers]
     assert len(records) == len(asked) and not left_out
     return summarise(records)
