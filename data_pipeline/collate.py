@@ -14,11 +14,11 @@ from data_pipeline.damage import Damaged
 from data_pipeline.example import Example
 from data_pipeline.formats.masks import decode_many
 from data_pipeline.transforms import Composed
-from pixellm_jax.batch import Batch
+from pixellm_jax.batch import Batch, Packed, make_row, stack_rows
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.images.geometry import VOID, fit, mask_to_canvas
 from pixellm_jax.images.read import read_image
-from pixellm_jax.text.prompt import TEMPLATES, Conversation, Packed, encode_conversation, pack
+from pixellm_jax.text.prompt import TEMPLATES, Conversation, encode_conversation, pack
 from pixellm_jax.text.vocabulary import Vocabulary
 
 
@@ -81,18 +81,7 @@ def make_sample(
             full[:, decode_many([example.void])[0] > 0] = VOID
         small = mask_to_canvas(full, canvas, data.masks or canvas)
         masks[: len(wanted)] = small[[unique.index(mask) for mask in wanted]]
-    row = Batch(
-        image=image,
-        image_hw=np.asarray(hw, np.int32),
-        tokens=packed.tokens,
-        segment=packed.segment,
-        position=packed.position,
-        loss_mask=packed.loss_mask,
-        codebook_index=packed.codebook_index,
-        masks=masks,
-        target_valid=packed.target_valid,
-        target_conversation=packed.target_conversation,
-    )
+    row = make_row(packed, image=image, image_hw=hw, masks=masks)
     return Sample(row, packed.dropped, f"{example.dataset}/{example.split}/{example.key}")
 
 
@@ -118,9 +107,8 @@ def _pack(
 
 def collate(samples: Sequence[Sample]) -> Loaded:
     """Stacks rows to a batch."""
-    batch = Batch(*(np.stack(arrays) for arrays in zip(*(s.row for s in samples), strict=True)))
     return Loaded(
-        batch,
+        stack_rows([sample.row for sample in samples]),
         keys=tuple(s.key for s in samples),
         dropped=sum(s.dropped for s in samples),
         damaged={s.key: s.damaged for s in samples if s.damaged},

@@ -6,6 +6,7 @@ one after the other. A token sees the prefix and its own conversation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +46,33 @@ class Batch(NamedTuple):
     target_conversation: Int32[Array, "b m"]
 
 
+class Packed(NamedTuple):
+    """The conversations of one image in one sequence: the shared prefix once, then each in turn.
+
+    `text.prompt.pack` makes it; `make_row` adds the image and the masks.
+
+    tokens: `prompt.IMAGE_TOKEN` at every image position; 0 in the padding.
+    segment: 0 prefix, 1.. conversation, -1 padding. A token sees the prefix and its own segment.
+    position: counts through the prefix; each conversation continues from the end of the prefix.
+    loss_mask: the token is supervised, by the state before it.
+    codebook_index: sequence index of the state *before* each codebook token. The last state of the
+        prefix precedes the first token of a conversation.
+    target_conversation: segment of the target's answer; 0 where not `target_valid`.
+    kept: segment i + 1 is conversation `kept[i]` of the input.
+    dropped: number of conversations that exceeded the budget.
+    """
+
+    tokens: Int32[np.ndarray, "t"]
+    segment: Int32[np.ndarray, "t"]
+    position: Int32[np.ndarray, "t"]
+    loss_mask: Bool[np.ndarray, "t"]
+    codebook_index: Int32[np.ndarray, "m s k"]
+    target_conversation: Int32[np.ndarray, "m"]
+    target_valid: Bool[np.ndarray, "m"]
+    kept: tuple[int, ...]
+    dropped: int
+
+
 class Prediction(NamedTuple):
     """What the model says: the next token at every position, and one mask per target slot.
 
@@ -55,6 +83,33 @@ class Prediction(NamedTuple):
     hidden: Float[Array, "b t d"]
     text_logits: Float[Array, "b t v"]
     mask_logits: Float[Array, "b m Y X"]
+
+
+def make_row(
+    packed: Packed,
+    *,
+    image: UInt8[np.ndarray, "y x 3"],
+    image_hw: tuple[int, int],
+    masks: UInt8[np.ndarray, "m Y X"],
+) -> Batch:
+    """Assemble one row of a batch: every array without its batch axis."""
+    return Batch(
+        image=image,
+        image_hw=np.asarray(image_hw, np.int32),
+        tokens=packed.tokens,
+        segment=packed.segment,
+        position=packed.position,
+        loss_mask=packed.loss_mask,
+        codebook_index=packed.codebook_index,
+        masks=masks,
+        target_valid=packed.target_valid,
+        target_conversation=packed.target_conversation,
+    )
+
+
+def stack_rows(rows: Sequence[Batch]) -> Batch:
+    """Stack rows of equal shapes into a batch on the host."""
+    return Batch(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
 
 
 def spec(config: ModelConfig, *, batch: int, length: int, targets: int, masks: int) -> Batch:

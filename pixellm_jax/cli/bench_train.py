@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pixellm_jax.batch import Batch
+from pixellm_jax.batch import Batch, make_row, stack_rows
 from pixellm_jax.cli.console import format_table
 from pixellm_jax.config import SIZES, MeshConfig, ModelConfig
 from pixellm_jax.errors import InputError
@@ -151,21 +151,14 @@ def random_batch(config: ModelConfig, *, images: int, questions: int) -> Batch:
         conversations.append(Conversation(ids.astype(np.int32), supervised, groups))
     packed = pack(conversations, image_tokens=config.image_tokens)
     canvas = config.vision.canvas
-
-    def every(array: np.ndarray) -> np.ndarray:
-        return np.repeat(array[None], images, axis=0)
-
-    return Batch(
-        image=draw.integers(0, 256, (images, canvas, canvas, 3), np.uint8),
-        image_hw=every(np.asarray([canvas * 3 // 4, canvas], np.int32)),
-        tokens=every(packed.tokens),
-        segment=every(packed.segment),
-        position=every(packed.position),
-        loss_mask=every(packed.loss_mask),
-        codebook_index=every(packed.codebook_index),
-        masks=draw.integers(0, 2, (images, questions, canvas, canvas), np.uint8),
-        target_valid=every(packed.target_valid),
-        target_conversation=every(packed.target_conversation),
+    pictures = draw.integers(0, 256, (images, canvas, canvas, 3), np.uint8)
+    masks = draw.integers(0, 2, (images, questions, canvas, canvas), np.uint8)
+    hw = (canvas * 3 // 4, canvas)
+    return stack_rows(
+        [
+            make_row(packed, image=picture, image_hw=hw, masks=truth)
+            for picture, truth in zip(pictures, masks, strict=True)
+        ]
     )
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from pixellm_jax.batch import Batch
+from pixellm_jax.batch import Batch, Packed, make_row, stack_rows
 from pixellm_jax.benchmark_question import BenchmarkQuestion
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.evaluation.prompts import Canvases, encode_question
@@ -104,21 +104,15 @@ def _pack(
         length=max(LENGTH, len(first.ids) - 1 + config.image_tokens),
         targets=max(TARGETS, len(first.codebook)),
     )
-    length = bucket(int((packed.segment >= 0).sum()), SHORTEST, 2)
-    targets = bucket(int(packed.target_valid.sum()), FEWEST, 2)
-    image, hw = laid
-    row = Batch(
-        image=image,
-        image_hw=np.asarray(hw, np.int32),
-        tokens=_resize(packed.tokens, length, 0),
-        segment=_resize(packed.segment, length, -1),
-        position=_resize(packed.position, length, 0),
-        loss_mask=_resize(packed.loss_mask, length, 0),
-        codebook_index=_resize(packed.codebook_index, targets, 0),
-        masks=np.zeros((targets, 1, 1), np.uint8),  # the model does not look at them
-        target_valid=_resize(packed.target_valid, targets, 0),
-        target_conversation=_resize(packed.target_conversation, targets, 0),
+    packed = _resize(
+        packed,
+        length=bucket(int((packed.segment >= 0).sum()), SHORTEST, 2),
+        targets=bucket(int(packed.target_valid.sum()), FEWEST, 2),
     )
+    image, hw = laid
+    # The model does not read the masks.
+    masks = np.zeros((len(packed.target_valid), 1, 1), np.uint8)
+    row = make_row(packed, image=image, image_hw=hw, masks=masks)
     kept = set(packed.kept)
     own = tuple(asked[number] for number in packed.kept)
     return _Row(row, own), [each for number, each in enumerate(asked) if number not in kept]
@@ -129,7 +123,7 @@ def _decode(
 ) -> Iterator[Answered]:
     """Runs one batch; the last row stands in for those that are missing."""
     padded = [*waiting, *[waiting[-1]] * (rows - len(waiting))]
-    batch = Batch(*map(np.stack, zip(*(each.row for each in padded), strict=True)))
+    batch = stack_rows([each.row for each in padded])
     logits = np.asarray(programs(_mask_logits, model, batch))
     for own, (row, asked) in zip(logits, waiting, strict=False):
         for number, each in enumerate(asked, 1):
@@ -144,7 +138,19 @@ def _mask_logits(model: PixelLM, batch: Batch) -> Float[Array, "b m Y X"]:
     return model(batch).mask_logits
 
 
-def _resize(array: np.ndarray, size: int, fill: int) -> np.ndarray:
-    """Cuts padding off the first axis, or adds some."""
-    pads = [(0, max(size - len(array), 0))] + [(0, 0)] * (array.ndim - 1)
-    return np.pad(array[:size], pads, constant_values=fill)
+def _resize(packed: Packed, *, length: int, targets: int) -> Packed:
+    """Pad the sequence and target axes, or cut padding off, to the given sizes."""
+    return packed._replace(
+        tokens=_resize_axis(packed.tokens, length, 0),
+        segment=_resize_axis(packed.segment, length, -1),
+        position=_resize_axis(packed.position, length, 0),
+        loss_mask=_resize_axis(packed.loss_mask, length, 0),
+        codebook_index=_resize_axis(packed.codebook_index, targets, 0),
+        target_conversation=_resize_axis(packed.target_conversation, targets, 0),
+        target_valid=_resize_axis(packed.target_valid, targets, 0),
+    )
+
+
+def _resize_axis(array: np.ndarray, size: int, fill: int) -> np.ndarray:
+    padding = [(0, max(size - len(array), 0))] + [(0, 0)] * (array.ndim - 1)
+    return np.pad(array[:size], padding, constant_values=fill)

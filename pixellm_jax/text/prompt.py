@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from pixellm_jax.batch import Packed
 from pixellm_jax.text.vocabulary import IM_END, IM_START, Vocabulary
 
 IMAGE_TOKEN = -200
@@ -86,30 +87,6 @@ class Conversation(NamedTuple):
     ids: Int32[np.ndarray, "t"]
     loss_mask: Bool[np.ndarray, "t"]
     codebook: Int32[np.ndarray, "m s k"]
-
-
-class Packed(NamedTuple):
-    """The conversations of one image in one sequence: the shared prefix, then one after the other.
-
-    tokens: `IMAGE_TOKEN` at every image position; 0 in the padding, which `segment` tells apart.
-    segment: 0 prefix, 1.. conversation, -1 padding. A token sees the prefix and its own segment.
-    position: counts through the prefix; each conversation continues from its end.
-    loss_mask: the token is supervised, by the state before it.
-    codebook_index: of the state *before* each codebook token. Before the first token of a
-        conversation stands the last state of the prefix.
-    target_conversation: segment of the target's answer; 0 where not `target_valid`.
-    kept: segment i + 1 is conversation `kept[i]` of the input; `dropped` did not fit.
-    """
-
-    tokens: Int32[np.ndarray, "t"]
-    segment: Int32[np.ndarray, "t"]
-    position: Int32[np.ndarray, "t"]
-    loss_mask: Bool[np.ndarray, "t"]
-    codebook_index: Int32[np.ndarray, "m s k"]
-    target_conversation: Int32[np.ndarray, "m"]
-    target_valid: Bool[np.ndarray, "m"]
-    kept: tuple[int, ...]
-    dropped: int
 
 
 def encode_conversation(
