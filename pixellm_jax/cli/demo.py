@@ -27,7 +27,7 @@ from pixellm_jax.experiments.shapes_quiz import (
 )
 from pixellm_jax.files import whole_folder
 from pixellm_jax.inference.predictor import Predictor
-from pixellm_jax.report.curves import Curve, Level, draw_chart
+from pixellm_jax.report.charts import Curve, ReferenceLine, render_curves
 from pixellm_jax.weights.checkpoint import SHAPES_MODEL
 
 RECORD, PAGE, MODEL = "demo.json", "index.html", "model"
@@ -147,13 +147,13 @@ def _train(options: argparse.Namespace, folder: Path) -> None:
         ],
         zip(scenes[shown], replies[shown], strict=True),
         plots=[
-            draw_chart("loss", [Curve(trained.losses, "var(--line)")], across="step"),
-            draw_chart(
+            render_curves("loss", [Curve(trained.losses, "var(--line)")], x_label="step"),
+            render_curves(
                 "gIoU on held-out scenes",
-                [Curve(gious, "var(--line)", dots=True)],
-                across="step",
-                levels=[Level(trained.constant, "best constant mask")],
-                top=1.0,
+                [Curve(gious, "var(--line)", markers=True)],
+                x_label="step",
+                reference_lines=[ReferenceLine(trained.constant, "best constant mask")],
+                y_max=1.0,
             ),
         ],
         foot="The curve of gIoU is measured with the words of the answers given; the number at the "

@@ -14,7 +14,7 @@ from pixellm_jax.cli.report_pictures import EXTRA, HIT, MISSED, draw_figures
 from pixellm_jax.evaluation.record import GIVEN, QuestionRecord, natural_order
 from pixellm_jax.evaluation.summary import count_targets
 from pixellm_jax.experiments.shapes_page import FAIR, GOOD, STYLE, Tile, draw_chip
-from pixellm_jax.report.bars import Layer, draw_bars, draw_grid
+from pixellm_jax.report.charts import Series, render_bars, render_grid
 from pixellm_jax.report.numbers import (
     BINS,
     NO_JUDGE,
@@ -163,13 +163,15 @@ def _tiles(report: Report) -> list[Tile]:
 
 def _plots(report: Report) -> str:
     colours = {"matched": HIT, "missed": MISSED, "extra": EXTRA}
-    layers = [Layer(kind, report.iou[kind], _css(colours[kind])) for kind in colours]
+    series = [Series(kind, report.iou[kind], _css(colours[kind])) for kind in colours]
     edges = [place / BINS for place in range(BINS + 1)]
-    plots = [draw_bars("masks by IoU", layers, edges, across="IoU")]
+    plots = [render_bars("masks by IoU", series, edges, x_label="IoU")]
     if report.counts:
         title = "questions by number of targets"
         plots.append(
-            draw_grid(title, report.counts, most=MOST_COUNTS, across="true", down="written")
+            render_grid(
+                title, report.counts, max_value=MOST_COUNTS, x_label="true", y_label="written"
+            )
         )
     return "".join(f'<div class="plot">{plot}</div>' for plot in plots)
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 import time
-import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import numpy as np
@@ -29,7 +28,7 @@ from pixellm_jax.experiments.shapes_quiz import (
 )
 from pixellm_jax.images.overlay import colours
 from pixellm_jax.inference.answer import Answer
-from pixellm_jax.report.curves import Curve, Level, draw_chart
+from pixellm_jax.report.charts import Curve, render_curves
 from pixellm_jax.weights import checkpoint
 
 VOID_TAGS = {"meta", "img", "br"}
@@ -184,7 +183,7 @@ class Page(HTMLParser):
 
 def test_page_shows_answers_beside_the_truth():
     replies = [half_wrong(), compare(SCENE, NONE, made_answer("none", THINGS[:0]))]
-    chart = draw_chart("loss", [Curve([(0.0, 1.0), (5.0, 0.5)], "red")], across="step")
+    chart = render_curves("loss", [Curve([(0.0, 1.0), (5.0, 0.5)], "red")], x_label="step")
     tiles = [Tile("0.5", "score")]
     page = Page(write_page("A & B", "lead", tiles, [(SCENE, replies)], plots=[chart], foot="end"))
     assert page.tags.count("article") == 1 and page.tags.count("section") == 2
@@ -207,38 +206,6 @@ def test_a_number_has_the_colour_of_its_mask():
     chips = re.findall(r"background:rgb\((\d+),(\d+),(\d+)\);color:#\w+\">(\d)<", text)
     shown = {int(number): tuple(map(int, rgb)) for *rgb, number in chips}
     assert shown == {i + 1: tuple(colour) for i, colour in enumerate(colours(3).tolist())}
-
-
-# Curves
-
-
-def chart(text: str) -> ElementTree.Element:
-    return ElementTree.fromstring(text)
-
-
-def test_curve_goes_through_its_points():
-    curve = Curve([(0.0, 0.0), (50.0, 0.5), (100.0, 1.0)], "red", dots=True)
-    svg = chart(draw_chart("a < b", [curve], across="step", levels=[Level(0.25, "level")]))
-    assert svg.get("aria-label") == "a < b"
-    (line,) = svg.findall("polyline")
-    (x0, y0), (x1, y1), (x2, y2) = (map(float, p.split(",")) for p in line.get("points").split())
-    assert x0 < x1 < x2 and y0 > y1 > y2
-    assert x1 == pytest.approx((x0 + x2) / 2, abs=0.1)
-    assert y1 == pytest.approx((y0 + y2) / 2, abs=0.1)
-    (level,) = (line for line in svg.findall("line") if line.get("stroke-dasharray"))
-    assert float(level.get("y1")) == pytest.approx(y0 + 0.25 * (y2 - y0), abs=0.1)
-    texts = [text.text for text in svg.findall("text")]
-    assert texts[0] == "a < b" and "level 0.25" in texts and "step" in texts
-    assert len(svg.findall("circle")) == 3
-
-
-@pytest.mark.parametrize("most", [0.0, 1e-3, 0.83, 1.0, 7.0, 60.0, 1000.0, 1234.0])
-def test_axes_hold_every_value(most):
-    svg = chart(draw_chart("", [Curve([(most, most)], "red")], across=""))
-    x, y = map(float, svg.find("polyline").get("points").split(","))
-    width, height = map(float, svg.get("viewBox").split()[2:])
-    assert 0 < x <= width and 0 < y <= height
-    assert 3 <= len(svg.findall("line")) <= 7
 
 
 # The training's comparison

@@ -7,7 +7,6 @@ import html
 import io
 import json
 import re
-import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import numpy as np
@@ -22,7 +21,6 @@ from pixellm_jax.errors import InputError
 from pixellm_jax.evaluation.bootstrap import intervals
 from pixellm_jax.evaluation.summary import summarise, tally_record
 from pixellm_jax.images import rle
-from pixellm_jax.report.bars import Layer, draw_bars, draw_grid
 from pixellm_jax.report.numbers import make_report, question_iou, read_run
 from pixellm_jax.report.published import find_published, read_published
 from tests.support.made_up_run import HW, box, judged, question, random_questions, write_run
@@ -312,21 +310,6 @@ def test_published_scores_are_whole():
     same, others = find_published("muse", "val", "generated")
     assert {row.system for row in same} >= {"PixelLM-7B", "PixelLM-13B"} and not others
     assert all(row.judge for row in same)
-
-
-def test_bars_are_as_high_as_their_counts():
-    drawn = draw_bars("a < b", [Layer("x", [4, 0, 2], "red")], [0.0, 1.0, 2.0, 3.0], across="y")
-    svg = ElementTree.fromstring(drawn)
-    heights = [float(r.get("height")) for r in svg.iter("rect")]
-    assert len(heights) == 2 and heights[0] == pytest.approx(2 * heights[1], abs=0.2)
-    assert svg.get("aria-label") == "a < b"
-
-
-def test_grid_adds_up_what_is_above_its_end():
-    counts = {(1, 1): 5, (9, 30): 2, (30, 9): 3, (9, 9): 1}
-    drawn = draw_grid("counts", counts, most=9, across="true", down="written")
-    titles = [title.text for title in ElementTree.fromstring(drawn).iter("title")]
-    assert titles == ["true 1, written 1: 5", "true 9+, written 9+: 6"]
 
 
 def test_command_makes_the_report_anew(tmp_path, capsys, records):
