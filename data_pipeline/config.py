@@ -36,7 +36,7 @@ PAPER_MIXTURE = (
     FamilyConfig(weight=2.0, datasets=("llava_instruct/train",)),
     FamilyConfig(weight=4.0, datasets=("muse/train",)),
 )
-"""The mixture of the paper (reference.md 2.1): 2 : 9 : 2 : 4."""
+"""The mixture of the paper (docs/reference_notes.md 2.1): 2 : 9 : 2 : 4."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -201,7 +201,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank pairs beside frozen projections of the language model (reference.md 4.3).
+    """Low-rank pairs beside frozen projections of the language model (docs/reference_notes.md 4.3).
 
     `projections`: attributes of `language_model.LanguageBlock`. The product is scaled by
     alpha / rank; `dropout` acts on its input in training.

@@ -1,6 +1,7 @@
 """Reads pickles that hold plain data, and nothing else of them.
 
-The reference unpickles the refer indices, which lets a file run any program (D27). This reader
+The reference unpickles the refer indices, which lets a file run any program
+(docs/reference_notes.md D27). This reader
 follows the instructions of a pickle itself (they are listed in Python's `pickletools`, protocols 0
 to 5). It knows those that make lists, tuples, dictionaries, sets, numbers and text; it has none
 that could import, call or build anything. The few names of builtin containers that protocols 0 to 3

@@ -1,6 +1,6 @@
 """LLaVA-Instruct: conversations about a picture, without masks.
 
-Layout: reference.md 1.7. `llava_dataset/llava_instruct_150k.json` is a list of
+Layout: docs/reference_notes.md 1.7. `llava_dataset/llava_instruct_150k.json` is a list of
 `{id, image, conversations: [{from: "human" | "gpt", value}, ...]}`, pictures are those of COCO.
 """
 

@@ -47,7 +47,7 @@ class Muse:
     An item gives one example of kind "muse": each question is a conversation of one turn, and
     `targets` are the objects of all answers, in their order; an object that answers two questions
     is two targets, which share a mask. A broken question (no text, a broken object, a text answer
-    whose `{seg}` do not match) is left out alone and reported (D12).
+    whose `{seg}` do not match) is left out alone and reported (docs/reference_notes.md D12).
 
         {"coco_url": ".../train2017/000000000030.jpg", "height": 4, "width": 6,
          "questions": ["What is it?"], "text_answers": ["It is the {seg}."],
@@ -151,7 +151,10 @@ def _part(item: dict[str, Any], key: str, number: int, *kinds: type) -> Any:
 
 
 def _object(value: Any, hw: tuple[int, int]) -> tuple[tuple[str, ...], Rle, tuple[int, ...]]:
-    """Phrases, mask and annotation id of an object; it may lack a `rephrased_name` (D15)."""
+    """Phrases, mask and annotation id of an object; it may lack a `rephrased_name`.
+
+    See docs/reference_notes.md D15.
+    """
     if not isinstance(value, dict):
         raise Damaged(f"an object is a {type(value).__name__}")
     names = [value.get("rephrased_name"), value.get("category_name")]

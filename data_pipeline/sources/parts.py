@@ -1,6 +1,6 @@
 """Part sets: PACO-LVIS and PASCAL-Part, objects and their parts in COCO-style files.
 
-Layout and names: reference.md 1.6. Every annotation is a target of its own.
+Layout and names: docs/reference_notes.md 1.6. Every annotation is a target of its own.
 """
 
 from __future__ import annotations

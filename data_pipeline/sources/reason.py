@@ -1,6 +1,7 @@
 """ReasonSeg: a few questions about one thing in a picture, which a person has outlined.
 
-Layout (reference.md 1.4): `reason_seg/<name>/<split>/<stem>.json` with `<stem>.jpg` beside it, and
+Layout (docs/reference_notes.md 1.4):
+`reason_seg/<name>/<split>/<stem>.json` with `<stem>.jpg` beside it, and
 `reason_seg/<name>/explanatory/train.json` with explanations for some of the training pictures.
 
 The published masks are what OpenCV up to 4.10 makes of the outlines (4.11 changed its filling), so

@@ -1,7 +1,7 @@
 """Semantic sets: ADE20K, COCO-Stuff and Mapillary Vistas 2.0, a class number for every pixel.
 
-Layout and numbers: reference.md 1.5. Every class in a picture is a target, in ascending order of
-class numbers; ignored pixels are void.
+Layout and numbers: docs/reference_notes.md 1.5. Every class in a picture is a target, in
+ascending order of class numbers; ignored pixels are void.
 """
 
 from __future__ import annotations

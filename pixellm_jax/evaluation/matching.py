@@ -1,7 +1,8 @@
-"""Which predicted mask answers which true one, question by question (reference.md 5.4, 5.5).
+"""Which predicted mask answers which true one, question by question.
 
+See docs/reference_notes.md 5.4, 5.5.
 The cheapest assignment for the cost BCE + Dice, weighted 1 : 1, over a fixed grid of points. (The
-released code draws the points at random, so that its scores vary; bug M4.)
+released code draws the points at random, so that its scores vary: M4.)
 """
 
 from __future__ import annotations

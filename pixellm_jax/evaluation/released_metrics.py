@@ -1,8 +1,9 @@
-"""The scores that the released evaluation code prints, faults included (reference.md 4.7, 5.5).
+"""The scores that the released evaluation code prints, faults included.
 
+See docs/reference_notes.md 4.7, 5.5, M1, M2.
 Only for comparison with its logs, never with `metrics.py`. Its faults: a small number is added to
 every denominator, mask values above 1 are lost, unmatched predictions are compared by their raw
-logits (bug M1), and MUSE divides by less than the number of pairs (bug M2).
+logits (M1), and MUSE divides by less than the number of pairs (M2).
 """
 
 from __future__ import annotations

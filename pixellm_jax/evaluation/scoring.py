@@ -93,7 +93,7 @@ def released_scores(lines: Iterable[ReleasedLine]) -> dict[str, float]:
     """gIoU and cIoU as the released code prints them.
 
     It divides the IoU of a picture by the larger one of its numbers of predictions and of targets,
-    over all its questions (bug M2); of given answers the two are the same.
+    over all its questions (docs/reference_notes.md M2); of given answers the two are the same.
     """
     pictures: dict[str, list[ReleasedLine]] = {}
     for line in sorted(lines):

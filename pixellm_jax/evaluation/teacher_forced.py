@@ -1,7 +1,8 @@
 """Questions of a benchmark with their answers in the prompt (mode `given`): masks alone count.
 
-So the referring numbers of the paper were made (reference.md 4.7). The questions about a picture
-share a sequence (`prompt.pack`), which changes no number, and many pictures share a batch.
+So the referring numbers of the paper were made (docs/reference_notes.md 4.7). The questions
+about a picture share a sequence (`prompt.pack`), which changes no number, and many pictures share a
+batch.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class Codebook(nnx.Module):
     """Text projection, token fusion (over k) and mask fusion (over s).
 
     The fusion weights are real parameters that start at 1/(N L) and 1/L: the constants of the
-    released model, which never trained them (reference bug T3).
+    released model, which never trained them (docs/reference_notes.md T3).
     """
 
     def __init__(self, key: Key[Array, ""], config: ModelConfig) -> None:

@@ -1,4 +1,7 @@
-"""LoRA: a trained low-rank pair beside a frozen projection (Hu et al. 2021, reference.md 4.3)."""
+"""LoRA: a trained low-rank pair beside a frozen projection.
+
+See Hu et al. (2021) and docs/reference_notes.md 4.3.
+"""
 
 from __future__ import annotations
 

@@ -126,8 +126,8 @@ class VisionEncoder(nnx.Module):
     ) -> tuple[Float[Array, "b p e"], ...]:
         """Normalised pixels of the canvas -> patches of the tapped hidden states, scale by scale.
 
-        `valid`: patches of the fitted picture; the others are never attended to (reference.md 6.5).
-        The class token is dropped.
+        `valid`: patches of the fitted picture; the others are never attended to
+        (docs/reference_notes.md 6.5). The class token is dropped.
         """
         config = self.config
         b, grid, patch = pixels.shape[0], config.grid, config.patch

@@ -29,13 +29,14 @@ REFERENCE_FROZEN = (
     "codebook.token_fusion",
     "codebook.mask_fusion",
 )
-"""What the released script leaves as it is (reference.md 4.4, bug T3): more than the paper says."""
+"""Frozen by the released script: more than the paper says (docs/reference_notes.md 4.4, T3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the terms (reference.md 4.2), and of pixels that several predictions claim.
+    """Weights of the terms, and of pixels that several predictions claim.
 
+    See docs/reference_notes.md 4.2.
     `alpha`: weight of the target refinement loss at pixels where at least two predicted masks of
     the same question are positive; 1 is the plain BCE of the released code.
     """
@@ -53,8 +54,9 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up, then `schedule` down to 0 at the last step (reference.md 4.1).
+    """AdamW with a linear warm-up, then `schedule` down to 0 at the last step.
 
+    See docs/reference_notes.md 4.1.
     `method`: "adamw", or "muon" for models that nobody trained before: Muon (Jordan 2024; as in
     arXiv 2502.16982) for the matrices of vision encoder, projectors and language model, NAdamW for
     the rest. `clip`: largest global norm of the gradient.

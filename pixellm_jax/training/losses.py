@@ -1,5 +1,6 @@
-"""Losses in float32 over the valid part of a batch (reference.md 4.2), with target refinement.
+"""Losses in float32 over the valid part of a batch, with target refinement.
 
+See docs/reference_notes.md 4.2.
 A term is a sum over a batch divided by what counts: supervised tokens for the text, valid targets
 for the masks. A step of several micro-batches divides each of them by the counts of all, so that
 the terms of the micro-batches add up to the term of the whole. Void pixels (255) take no part.

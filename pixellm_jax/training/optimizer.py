@@ -66,8 +66,8 @@ def trainable_names(
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by update: linear from 0 over the warm-up, then down to 0 at `steps`.
 
-    Update 0 runs at learning_rate / warmup; DeepSpeed's off-by-one is not copied (reference.md
-    4.1).
+    Update 0 runs at learning_rate / warmup; DeepSpeed's off-by-one is not copied
+    (docs/reference_notes.md 4.1).
     """
     peak, warmup = config.learning_rate, config.warmup
     rest = max(steps - warmup, 1)

@@ -22,8 +22,8 @@ from pixellm_jax.weights.source import SourceFolders, constant, whole
 
 DISCARDED = ("model.mm_projector.", "model.vision_tower.")
 """What a LLaVA folder may hold and a training does not start from: its projector, linear or not, is
-not of PixelLM's shape (the released script draws its own, reference.md 4.4), and the vision tower
-is read from the CLIP folder."""
+not of PixelLM's shape (the released script draws its own, docs/reference_notes.md 4.4), and the
+vision tower is read from the CLIP folder."""
 
 TABLES = ("language_model.embedding", "language_model.head")
 """The parameters that have a row per id."""
@@ -130,8 +130,8 @@ def _with_rows(old: Leaf, size: int, scale: float, random: np.random.Generator) 
     """A table cut or brought to `size` rows; the new ones ~ N(0, scale).
 
     So does `resize_token_embeddings` of transformers 4.31 with the exact length, which is how the
-    released script makes them (reference.md 6.1). Later releases draw around the mean of the old
-    rows instead.
+    released script makes them (docs/reference_notes.md 6.1). Later releases draw around the
+    mean of the old rows instead.
     """
     rows, width = old.shape
     new = random.normal(0, scale, (max(size - rows, 0), width)).astype(old.dtype)

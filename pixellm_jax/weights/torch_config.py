@@ -87,9 +87,9 @@ def read_model(
     """The model of a PixelLM folder.
 
     The decoder's widths follow from the shapes of its tensors; N and L come with `codebook`, for
-    the released config.json does not keep them (reference.md 6.3). The position table has the form
-    that the released models were trained with. `template` overrides what an exported folder says,
-    and is "llava_v1" where nothing says it.
+    the released config.json does not keep them (docs/reference_notes.md 6.3). The position table
+    has the form that the released models were trained with. `template` overrides what an
+    exported folder says, and is "llava_v1" where nothing says it.
 
     Raises:
         InputError: an unknown model type, an unsupported option, contradictory sizes.
@@ -269,7 +269,7 @@ def _consecutive(shapes: Shapes, prefix: str) -> int:
 
 
 def hf_model(config: ModelConfig) -> dict[str, Any]:
-    """A `config.json` for a model that was not imported, with the keys of reference.md 6.3."""
+    """A `config.json` for a model that was not imported (keys: docs/reference_notes.md 6.3)."""
     language, codebook = config.language, config.codebook
     return {
         "architectures": ["PixelLMForCausalLM"],

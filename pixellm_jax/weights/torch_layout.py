@@ -1,7 +1,7 @@
 """The released PyTorch layout <-> our parameters: one declared table, read both ways.
 
-Names and shapes are those of the published checkpoints (reference.md 6.3), not of the class
-attributes of today's transformers.
+Names and shapes are those of the published checkpoints (docs/reference_notes.md 6.3), not of the
+class attributes of today's transformers.
 """
 
 from __future__ import annotations

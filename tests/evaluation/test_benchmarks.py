@@ -281,7 +281,7 @@ def test_another_evaluation_is_refused(data_root, tmp_path):
 
 
 def test_confident_nonsense_is_right_for_the_released_code(data_root):
-    """Bug M1: an extra prediction far above 0 counts as a perfect one."""
+    """An extra prediction far above 0 counts as a perfect one (docs/reference_notes.md M1)."""
     asked = questions("muse", "val", data_root)
     answers = []
     for question in asked:

@@ -1,7 +1,8 @@
 """Semantic and part sets, ReasonSeg and LLaVA-Instruct against `data/decode.json`.
 
 Exact, ReasonSeg too: its stored masks were drawn by OpenCV 4.8, and `rasterise` follows OpenCV as
-it was up to 4.10. Mapillary is read as the reference reads it, with void classes as targets (D20).
+it was up to 4.10. Mapillary is read as the reference reads it, with void classes as targets
+(docs/reference_notes.md D20).
 """
 
 from __future__ import annotations

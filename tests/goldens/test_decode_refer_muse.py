@@ -1,7 +1,7 @@
 """Masks, sentences and targets of the refer sets and MUSE against those of the reference.
 
 Exact: run-length decoding and polygon filling are pycocotools' in both. Differences on purpose:
-questions that are dropped alone (D12), and nothing else.
+questions that are dropped alone (docs/reference_notes.md D12), and nothing else.
 """
 
 from __future__ import annotations

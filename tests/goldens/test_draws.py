@@ -26,7 +26,7 @@ from pixellm_jax.text.vocabulary import IM_END, IM_START, Vocabulary
 SOURCES: dict[str, Source] = {
     "sem_seg:ade20k": Ade20k(),
     "sem_seg:cocostuff": CocoStuff(),
-    "sem_seg:mapillary": Mapillary(void_is_target=True),  # as in the reference (D20)
+    "sem_seg:mapillary": Mapillary(void_is_target=True),  # docs/reference_notes.md D20
     "sem_seg:paco_lvis": PacoLvis(),
     "sem_seg:pascal_part": PascalPart(),
     "refer_seg:refclef": REFCLEF,

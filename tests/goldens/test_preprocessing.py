@@ -1,7 +1,8 @@
 """Decoding, scaling, padding and normalisation against `data/preprocess.json` and `.npz`.
 
 The centre-cropping route of the reference is not part of this implementation: the released models
-were trained on padded pictures, and cropping them gives wrong masks without a word (I10).
+were trained on padded pictures, and cropping them gives wrong masks without a word
+(docs/reference_notes.md I10).
 """
 
 from __future__ import annotations

@@ -88,7 +88,8 @@ def test_fusions_start_at_the_constants_of_the_released_model(scales, tokens):
         codebook.mask_fusion[...], np.full(scales, np.float32(1 / scales))
     )
     for weights in (codebook.token_fusion, codebook.mask_fusion):
-        assert isinstance(weights, nnx.Param)  # real parameters, unlike the reference's (bug T3)
+        # Real parameters, unlike the reference's (docs/reference_notes.md T3).
+        assert isinstance(weights, nnx.Param)
 
 
 def test_masks_are_fused_in_float32_whatever_the_states_are():

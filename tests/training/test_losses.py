@@ -103,7 +103,7 @@ def result(case) -> tuple[Losses, tuple]:
 
 
 def by_loop(text: np.ndarray, masks: np.ndarray, batch: Batch, alpha: float = 2.0) -> Losses:
-    """The formulas of the paper and of reference.md 4.2 in float64, one token or mask at a time."""
+    """The formulas of the paper and of docs/reference_notes.md 4.2 in float64, one by one."""
     text, masks = text.astype(np.float64), masks.astype(np.float64)
     entropies = []
     for row, at in zip(*np.nonzero(batch.loss_mask), strict=True):

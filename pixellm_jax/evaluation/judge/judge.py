@@ -3,7 +3,7 @@
 The mask of a predicted target may be right by luck. A judge therefore reads the answer with each
 mask replaced by the description of the true one it was matched with, and scores each target from 1
 to 10. Below a threshold the target counts with intersection 0 (paper, evaluation on MUSE;
-reference.md 5.6).
+docs/reference_notes.md 5.6).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The request to a language model that judges, and how strictly its reply is read.
 
-The released evaluation names such a judge and has neither its call nor its prompt (reference.md
-5.6, bug M9): the text below is ours, and its number is part of every judged score.
+The released evaluation names such a judge and has neither its call nor its prompt
+(docs/reference_notes.md 5.6, M9): the text below is ours, and its number is part
+of every judged score.
 """
 
 from __future__ import annotations
