@@ -10,26 +10,11 @@ update is 10 micro-batches of one image per device; with other numbers of device
 a multiple of mesh data x fsdp x accumulation. Not trained by us yet: no scores of our own.
 """
 
-import dataclasses
-
 import ml_collections
 
-from data_pipeline.config import DataConfig, FamilyConfig
-from pixellm_jax.config import SIZES
-from pixellm_jax.training.config import TrainConfig
+from pixellm_jax.experiments.recipe import released_recipe
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The recipe as a ConfigDict."""
-    data = DataConfig(batch=160, length=1024, targets=32, workers=8)
-    validation = dataclasses.replace(
-        data, families=(FamilyConfig(weight=1.0, datasets=("reasonseg/val",)),), batch=16, seed=1
-    )
-    return ml_collections.ConfigDict(
-        {
-            "model": dataclasses.asdict(SIZES["13b"]),
-            "data": dataclasses.asdict(data),
-            "train": dataclasses.asdict(TrainConfig(steps=5000, accumulation=10)),
-            "validation": dataclasses.asdict(validation),
-        }
-    )
+    """Return the recipe as a ConfigDict."""
+    return released_recipe("13b").as_config_dict()

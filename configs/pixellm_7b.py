@@ -14,26 +14,11 @@ On TPU pods take `--config.train.mesh.tensor=4`: no vocabulary is gathered, and 
 travels (docs/benchmarks.md, "Compiling for TPUs"). The default, 1, suits a few GPUs as well.
 """
 
-import dataclasses
-
 import ml_collections
 
-from data_pipeline.config import DataConfig, FamilyConfig
-from pixellm_jax.config import SIZES
-from pixellm_jax.training.config import TrainConfig
+from pixellm_jax.experiments.recipe import released_recipe
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The recipe as a ConfigDict."""
-    data = DataConfig(batch=160, length=1024, targets=32, workers=8)
-    validation = dataclasses.replace(
-        data, families=(FamilyConfig(weight=1.0, datasets=("reasonseg/val",)),), batch=16, seed=1
-    )
-    return ml_collections.ConfigDict(
-        {
-            "model": dataclasses.asdict(SIZES["7b"]),
-            "data": dataclasses.asdict(data),
-            "train": dataclasses.asdict(TrainConfig(steps=5000, accumulation=10)),
-            "validation": dataclasses.asdict(validation),
-        }
-    )
+    """Return the recipe as a ConfigDict."""
+    return released_recipe("7b").as_config_dict()

@@ -13,92 +13,11 @@ right in 79 % of the relations and 88 % of the ninths, and where nothing lies on
 53 (docs/benchmarks.md).
 """
 
-import dataclasses
-
 import ml_collections
 
-from data_pipeline.config import DataConfig, FamilyConfig
-from data_pipeline.sources.shapes.tokenizer import FOLDER
-from pixellm_jax.config import (
-    CodebookConfig,
-    DecoderConfig,
-    LanguageConfig,
-    ModelConfig,
-    VisionConfig,
-)
-from pixellm_jax.text.vocabulary import Vocabulary
-from pixellm_jax.training.config import OptimizerConfig, TrainConfig
+from pixellm_jax.experiments.shapes_recipe import shapes_recipe
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The recipe."""
-    codebook = CodebookConfig(tokens_per_scale=2, scales=2)
-    vocabulary = Vocabulary.with_codebook(FOLDER, **dataclasses.asdict(codebook))
-    model = ModelConfig(
-        vision=VisionConfig(
-            width=128,
-            layers=6,
-            heads=4,
-            mlp=512,
-            patch=12,
-            canvas=96,
-            table=8,
-            taps=(-2, -4),
-            position_resize="correct",
-        ),
-        language=LanguageConfig(
-            vocabulary=vocabulary.size,
-            width=128,
-            layers=6,
-            heads=4,
-            kv_heads=4,
-            head=32,
-            mlp=352,
-            max_positions=512,
-        ),
-        codebook=codebook,
-        decoder=DecoderConfig(width=48, heads=4, mlp=96, depth=1, channels=16),
-        image_grid=8,
-        template="plain",
-        dtype="float32",
-        remat=False,
-    )
-    data = DataConfig(
-        families=(FamilyConfig(weight=1.0, datasets=("shapes/train",)),),
-        batch=8,
-        length=312,
-        targets=15,
-        masks=96,
-    )
-    train = TrainConfig(
-        steps=11000,
-        lora=None,
-        trainable=(
-            "vision_encoder",
-            "image_projector",
-            "mask_projector",
-            "language_model",
-            "codebook",
-            "pixel_decoder",
-        ),
-        frozen=(),
-        optimizer=OptimizerConfig(
-            method="muon", learning_rate=1e-3, b2=0.98, weight_decay=0.2, schedule="cosine"
-        ),
-        log_every=50,
-        evaluate_every=1000,
-        evaluate_batches=16,
-        save_every=500,
-    )
-    validation = dataclasses.replace(
-        data, families=(FamilyConfig(weight=1.0, datasets=("shapes/val",)),), seed=1
-    )
-    return ml_collections.ConfigDict(
-        {
-            "model": dataclasses.asdict(model),
-            "data": dataclasses.asdict(data),
-            "train": dataclasses.asdict(train),
-            "validation": dataclasses.asdict(validation),
-            "tokenizer": "shapes",
-        }
-    )
+    """Return the recipe as a ConfigDict."""
+    return shapes_recipe().as_config_dict()

@@ -59,6 +59,9 @@ COMMANDS = {
     "report": Command("pixellm_jax.cli.report", "make the report of an evaluation anew"),
     "compare": Command("pixellm_jax.cli.compare", "put two evaluations side by side"),
     "judge": Command("pixellm_jax.cli.judge", "have the answers of a MUSE evaluation judged"),
+    "ablate": Command(
+        "pixellm_jax.cli.ablate", "train without one part of the method at a time, on shapes"
+    ),
     "bench": Command("pixellm_jax.cli.bench", "measure speed and memory on this machine"),
     "compile": Command(
         "pixellm_jax.cli.compile_step", "compile a training step for TPUs, without one"

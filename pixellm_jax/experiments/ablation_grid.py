@@ -1,4 +1,4 @@
-"""The settings of an ablation: changes of one recipe, by its keys alone."""
+"""Ablation grid: named settings, each a few changes of one base recipe by dotted key."""
 
 from __future__ import annotations
 
@@ -6,48 +6,57 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_pipeline.config import DataConfig, FamilyConfig
 from data_pipeline.sources.shapes.dataset import DATASETS
 from data_pipeline.sources.shapes.questions import MOST_TARGETS
 from data_pipeline.sources.shapes.tokenizer import FOLDER
-from pixellm_jax.config import CodebookConfig, ModelConfig, from_mapping
+from pixellm_jax.config import CodebookConfig, ModelConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.experiments import shapes_training
-from pixellm_jax.experiments.recipe import SHAPES, Recipe
+from pixellm_jax.experiments.recipe import Recipe, with_overrides
+from pixellm_jax.experiments.shapes_recipe import DEMO_QUESTIONS, demo_recipe
 from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.training.config import TrainConfig
 
+Changes = Mapping[str, Any]
+"""Dotted key of a recipe -> value."""
+
+Grid = Mapping[str, Changes]
+"""Name of a setting -> its changes."""
+
 BASE = "base"
+"""Name of the setting without changes."""
 
 LEVELS = {level: dataset for dataset, level in DATASETS.items()}
-BUDGETS: dict[str, dict[str, Any]] = {
+"""Level of the scenes -> dataset."""
+
+BUDGETS: dict[str, dict[str, int]] = {
     "simple": {},
-    "full": {"length": 312, "targets": shapes_training.QUESTIONS * MOST_TARGETS},
+    "full": {"length": 312, "targets": DEMO_QUESTIONS * MOST_TARGETS},
 }
-"""Changes of the demo's data that let every conversation of a level fit."""
+"""Fields of the demo's data config that must grow for every conversation of a level to fit."""
 
 FUSIONS = ("codebook.token_fusion", "codebook.mask_fusion")
 COUNTS = (1, 2, 3)
-"""Codebook tokens per scale, and scales, that are tried."""
+"""Numbers of codebook tokens per scale, and of scales, in the grid."""
 
 
-def settings(base: ModelConfig) -> dict[str, dict[str, Any]]:
-    """The grid: name -> changes of the recipe, by dotted key.
+def make_grid(base: ModelConfig) -> dict[str, dict[str, Any]]:
+    """Return the settings: name -> changes of the recipe.
 
-    A scale more takes its features from one layer before those of the scale before it. `early-tap`
-    takes those of the last scale from where the first has its own, and from one layer earlier.
+    An additional scale takes its features one layer below the previous scale. `early-tap*` moves
+    the last scale's features to the layer of the first scale, or one layer down.
     """
     grid: dict[str, dict[str, Any]] = {BASE: {}}
-    codebook, taps = base.codebook, base.vision.taps
+    codebook = base.codebook
+    taps = base.vision.taps
     for count in COUNTS:
         if count != codebook.tokens_per_scale:
             grid[f"tokens-{count}"] = {"model.codebook.tokens_per_scale": count}
     for count in COUNTS:
         if count != codebook.scales:
-            more = range(taps[-1] - 1, taps[-1] - 1 - max(0, count - len(taps)), -1)
+            added = range(taps[-1] - 1, taps[-1] - 1 - max(0, count - len(taps)), -1)
             grid[f"scales-{count}"] = {
                 "model.codebook.scales": count,
-                "model.vision.taps": (*taps, *more)[:count],
+                "model.vision.taps": (*taps, *added)[:count],
             }
     for tap in (taps[0], taps[-1] - 1):
         if tap != taps[-1]:
@@ -57,42 +66,34 @@ def settings(base: ModelConfig) -> dict[str, dict[str, Any]]:
     return grid
 
 
-def choose(
-    grid: Mapping[str, Mapping[str, Any]], only: Sequence[str] | None
-) -> dict[str, Mapping[str, Any]]:
-    """The settings of some names, or all.
+def select_settings(grid: Grid, names: Sequence[str] | None) -> dict[str, Changes]:
+    """Return the named settings in the order of the grid, or all of them.
 
     Raises:
-        InputError: there is no such setting.
+        InputError: an unknown name.
     """
-    if unknown := [name for name in only or () if name not in grid]:
+    if unknown := [name for name in names or () if name not in grid]:
         raise InputError(f"--only: no setting {', '.join(unknown)}; choose from {', '.join(grid)}")
-    return {name: changes for name, changes in grid.items() if not only or name in only}
+    return {name: changes for name, changes in grid.items() if not names or name in names}
 
 
 def base_recipe(level: str, steps: int) -> Recipe:
-    """That of `pixellm demo --train`, on a level of the shapes, with one evaluation at the end.
+    """Return the recipe of `pixellm demo --train` on a level of the shapes, validated at the end.
 
     Raises:
-        InputError: `steps` is not at least 1.
+        InputError: `steps` is below 1.
     """
-
-    def data(own: DataConfig, split: str) -> DataConfig:
-        family = FamilyConfig(weight=1.0, datasets=(f"{LEVELS[level]}/{split}",))
-        return dataclasses.replace(own, families=(family,), **BUDGETS[level])
-
-    size = Vocabulary.with_codebook(FOLDER, **dataclasses.asdict(shapes_training.CODEBOOK)).size
-    return Recipe(
-        model=shapes_training.make_model_config(size),
-        data=data(shapes_training.DATA, "train"),
-        train=with_steps(shapes_training.TRAIN, steps),
-        validation=data(shapes_training.HELD_OUT, "val"),
-        tokenizer=SHAPES,
-    )
+    overrides = dict[str, Any]()
+    for stream, split in (("data", "train"), ("validation", "val")):
+        family = {"weight": 1.0, "datasets": (f"{LEVELS[level]}/{split}",)}
+        overrides[f"{stream}.families"] = (family,)
+        overrides |= {f"{stream}.{field}": value for field, value in BUDGETS[level].items()}
+    recipe = with_overrides(demo_recipe(), overrides)
+    return dataclasses.replace(recipe, train=with_steps(recipe.train, steps))
 
 
 def with_steps(train: TrainConfig, steps: int) -> TrainConfig:
-    """A training of another length, which logs twenty times and evaluates at the end."""
+    """Return a training of `steps` steps that logs twenty times and validates at the end."""
     return dataclasses.replace(
         train,
         steps=steps,
@@ -102,30 +103,31 @@ def with_steps(train: TrainConfig, steps: int) -> TrainConfig:
     )
 
 
-def change(base: Recipe, changes: Mapping[str, Any], seed: int) -> Recipe:
-    """The recipe of a run: changed, and what must follow a change of the codebook.
+def apply_changes(base: Recipe, changes: Changes, seed: int) -> Recipe:
+    """Return the recipe of one run: a setting's changes and a seed, applied to the base recipe.
 
-    The vocabulary gets the tokens of the codebook, and the budget of positions grows or shrinks by
-    what they take in as many targets as fit, so that no setting loses more conversations.
+    A change of the codebook changes the vocabulary with it, and the sequence length by what the
+    codebook tokens of all targets of an image take up, so that no setting drops more conversations.
 
     Raises:
-        InputError: no such key, a value of the wrong type, or values that contradict each other.
+        InputError: an unknown key, a value of the wrong type, or values that contradict each other.
     """
-    values = dataclasses.asdict(base)
-    for key, value in {**changes, "train.seed": seed, "data.seed": seed}.items():
-        *groups, last = key.split(".")
-        group = values
-        for name in groups:
-            group = group.setdefault(name, {})
-        group[last] = value
-    codebook = values["model"]["codebook"]
+    codebook = dataclasses.asdict(base.model.codebook)
+    for field in codebook:
+        codebook[field] = changes.get(f"model.codebook.{field}", codebook[field])
     vocabulary = Vocabulary.with_codebook(FOLDER, **codebook)
-    values["model"]["language"]["vocabulary"] = vocabulary.size
-    more = len(vocabulary.group) - _tokens(base.model.codebook)
-    for data in (values["data"], values["validation"]):
-        data["length"] += more * data["targets"]
-    return from_mapping(Recipe, values)
+    added = len(vocabulary.group) - _group_size(base.model.codebook)
+    overrides: dict[str, Any] = {
+        **changes,
+        "train.seed": seed,
+        "data.seed": seed,
+        "model.language.vocabulary": vocabulary.size,
+    }
+    assert base.validation is not None
+    for stream, data in (("data", base.data), ("validation", base.validation)):
+        overrides[f"{stream}.length"] = data.length + added * data.targets
+    return with_overrides(base, overrides)
 
 
-def _tokens(codebook: CodebookConfig) -> int:
+def _group_size(codebook: CodebookConfig) -> int:
     return codebook.tokens_per_scale * codebook.scales

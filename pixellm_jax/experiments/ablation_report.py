@@ -1,4 +1,4 @@
-"""Results of ablation runs: a line of JSON each, and the table and the plot of all of them."""
+"""Ablation results: one JSON line per run, a Markdown table and a plot over all runs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,24 @@ NO_MATPLOTLIB = "the plot needs matplotlib: pip install 'pixellm_jax[figures]'"
 
 
 class Result(NamedTuple):
-    """What became of one run.
+    """Result of one run; scores and losses are teacher-forced, on held-out scenes.
 
-    changes: dotted key of the recipe -> value. giou to mask_dice: on held-out scenes, the words of
-    the answers given; `loss` is the sum of the three after it. seconds_per_step: the median.
-    seconds: of all that the run took, compilation included; of a run that was broken off, its last
-    part. left_out: conversations that were over a budget and never trained on.
+    Attributes:
+        name: setting of the grid.
+        seed: seed of the initial weights and of the data order.
+        changes: dotted key of the recipe -> value.
+        parameters: number of parameters of the model.
+        steps: optimiser steps.
+        giou: mean IoU over targets, 0 to 1.
+        ciou: cumulative IoU, 0 to 1.
+        loss: sum of the three losses below.
+        text: cross-entropy of the answer tokens.
+        mask_bce: weighted binary cross-entropy of the masks.
+        mask_dice: weighted dice loss of the masks.
+        seconds_per_step: median.
+        seconds: wall time of the run, compilation included; of an interrupted run, since its last
+            resume.
+        left_out: conversations over a budget, never trained on.
     """
 
     name: str
@@ -42,7 +54,7 @@ class Result(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The runs of one setting, which differ in their seed alone."""
+    """The runs of one setting, which differ in their seed only."""
 
     name: str
     results: tuple[Result, ...]
@@ -55,33 +67,33 @@ class Group(NamedTuple):
 
 
 def read_results(folder: Path) -> list[Result]:
-    """What has been run so far; nothing where there is no file.
+    """Return the results so far; an empty list where there is no file.
 
     Raises:
-        InputError: a line is no result.
+        InputError: a line is not a result.
     """
-    path, results = folder / RESULTS, []
+    path = folder / RESULTS
     if not path.exists():
         return []
+    results = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             results.append(Result(**json.loads(line)))
         except (ValueError, TypeError):
             raise InputError(
-                f"{path}: line {number} is no result of a run; remove the line, and the run is "
-                "done again"
+                f"{path}: line {number} is no result of a run; remove the line to repeat the run"
             ) from None
     return results
 
 
 def append_result(folder: Path, result: Result) -> None:
-    """Adds a line in one write, so that several processes may share the file."""
+    """Append a line in a single write, so that several processes may share the file."""
     with (folder / RESULTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(result._asdict()) + "\n")
 
 
 def group_results(results: Sequence[Result]) -> list[Group]:
-    """By setting, the best mean gIoU first; seeds in order."""
+    """Group results by setting, the best mean gIoU first, with seeds in ascending order."""
     names = dict.fromkeys(result.name for result in results)
     ordered = sorted(results, key=lambda result: result.seed)
     groups = [Group(name, tuple(r for r in ordered if r.name == name)) for name in names]
@@ -89,21 +101,21 @@ def group_results(results: Sequence[Result]) -> list[Group]:
 
 
 def write_report(folder: Path) -> None:
-    """Writes the table and the plot of the results in a folder, each whole or not at all.
+    """Write the table and the plot of a folder's results, each atomically.
 
     Raises:
-        InputError: there is no matplotlib, or a line of the results is damaged.
+        InputError: matplotlib is not installed, or a line of the results is damaged.
     """
     groups = group_results(read_results(folder))
     if not groups:
         return
     write_whole(folder / TABLE, format_groups(groups))
-    with whole_file(folder / PLOT) as made:
-        draw_groups(groups).savefig(made, format="png", dpi=150)
+    with whole_file(folder / PLOT) as path:
+        draw_groups(groups).savefig(path, format="png", dpi=150)
 
 
 def format_groups(groups: Sequence[Group]) -> str:
-    """A Markdown table; spreads are sample standard deviations over the seeds."""
+    """Return a Markdown table; spreads are sample standard deviations over the seeds."""
     head = "setting | changes | parameters | gIoU | cIoU | text loss | steps | s/step | seeds"
     lines = [f"| {head} |", "|---|---|" + "---:|" * 7]
     for group in groups:
@@ -112,21 +124,21 @@ def format_groups(groups: Sequence[Group]) -> str:
             group.name,
             format_changes(first.changes),
             f"{first.parameters:,}",
-            *(_spread(group.values(field)) for field in ("giou", "ciou", "text")),
+            *(_format_spread(group.values(field)) for field in ("giou", "ciou", "text")),
             str(first.steps),
             f"{group.mean('seconds_per_step'):.3f}",
             ", ".join(str(result.seed) for result in group.results),
         )
         lines.append(f"| {' | '.join(cells)} |")
-    lost = {group.name: int(sum(group.values("left_out"))) for group in groups}
-    if any(lost.values()):
-        named = ", ".join(f"{name} {count}" for name, count in lost.items() if count)
-        lines += ["", f"Conversations over budget, never trained on: {named}."]
+    left_out = {group.name: int(sum(group.values("left_out"))) for group in groups}
+    if any(left_out.values()):
+        counts = ", ".join(f"{name} {count}" for name, count in left_out.items() if count)
+        lines += ["", f"Conversations over budget, never trained on: {counts}."]
     return "\n".join(lines) + "\n"
 
 
 def format_changes(changes: Mapping[str, Any]) -> str:
-    """As code of Markdown: `model.vision.taps=-2,-4`."""
+    """Return changes as Markdown code: `model.vision.taps=-2,-4`."""
     texts = [
         f"`{key}={','.join(map(str, value)) if isinstance(value, list | tuple) else value}`"
         for key, value in changes.items()
@@ -135,18 +147,18 @@ def format_changes(changes: Mapping[str, Any]) -> str:
 
 
 def draw_groups(groups: Sequence[Group]) -> Any:
-    """A figure: gIoU of every seed as a dot, the mean of a setting as a bar across, best on top.
+    """Return a figure with a row per setting: a dot for every seed's gIoU, a bar for their mean.
 
     Raises:
-        InputError: there is no matplotlib.
+        InputError: matplotlib is not installed.
     """
     figure = figure_class()(figsize=(7, 1.1 + 0.42 * len(groups)), layout="constrained")
     axes = figure.add_subplot()
     colour = tuple(colours(1)[0] / 255)
-    for place, group in enumerate(reversed(groups)):
+    for row, group in enumerate(reversed(groups)):
         values = group.values("giou")
-        axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.6, markersize=6)
-        axes.plot([group.mean("giou")], [place], "|", color="black", markersize=16)
+        axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.6, markersize=6)
+        axes.plot([group.mean("giou")], [row], "|", color="black", markersize=16)
     axes.set_yticks(range(len(groups)), [group.name for group in reversed(groups)])
     axes.set_xlabel("gIoU on held-out scenes; bar: mean over seeds")
     axes.grid(axis="x", alpha=0.3)
@@ -155,10 +167,10 @@ def draw_groups(groups: Sequence[Group]) -> Any:
 
 
 def figure_class() -> Any:
-    """The class of figures that needs no screen.
+    """Return matplotlib's `Figure`, which needs no display.
 
     Raises:
-        InputError: there is no matplotlib.
+        InputError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -167,7 +179,7 @@ def figure_class() -> Any:
     return Figure
 
 
-def _spread(values: Sequence[float]) -> str:
-    """Mean and deviation: "0.612 ± 0.012"; one value has no deviation."""
+def _format_spread(values: Sequence[float]) -> str:
+    """Format mean and deviation, "0.612 ± 0.012"; a single value has no deviation."""
     mean = f"{statistics.fmean(values):.3f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"

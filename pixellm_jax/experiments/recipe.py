@@ -1,91 +1,145 @@
-"""A recipe file of configs/ -> what it configures, with changes given on the command line."""
+"""Training recipes: files that define `get_config()`, command-line overrides, named recipes."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, FamilyConfig
 from data_pipeline.sources.shapes.tokenizer import FOLDER as SHAPES_TOKENIZER
-from pixellm_jax.config import ModelConfig, from_mapping
+from pixellm_jax.config import SIZES, ModelConfig, from_mapping
 from pixellm_jax.errors import InputError
 from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.training.config import TrainConfig
 from pixellm_jax.weights.checkpoint import read_config, read_vocabulary
 
 SHAPES = "shapes"
+"""Name of the tokenizer that comes with the package."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What `get_config()` of a file in configs/ gives.
+    """A training run: model, data, optimisation and validation.
 
-    `validation`: the stream that is evaluated on, None to leave that out. `tokenizer`: "shapes" is
-    the one in the package, another name is a folder; "" takes that of the checkpoint a run begins
-    from.
+    Example:
+        >>> recipe = read_recipe(Path("configs/shapes.py"), ["--config.train.steps=100"])
+        >>> recipe.train.steps
+        100
     """
 
     model: ModelConfig
+    """Architecture, and the dtype it computes in."""
+
     data: DataConfig
+    """Stream of training batches."""
+
     train: TrainConfig
+    """Optimiser, schedule, trainable parameters, mesh and logging."""
+
     validation: DataConfig | None = None
+    """Stream of validation batches; None skips validation."""
+
     tokenizer: str = ""
+    """Tokenizer folder, or "shapes" for the one in the package; "" takes that of `--init`."""
 
     def vocabulary(self, init: Path | None) -> Vocabulary:
-        """The tokenizer with the codebook of the model.
+        """Return the tokenizer extended by the model's codebook tokens.
+
+        Args:
+            init: checkpoint that the run starts from; used where the recipe names no tokenizer.
 
         Raises:
-            InputError: there is none, or it is that of another model.
+            InputError: there is no tokenizer, or it has more ids than the model.
         """
-        if self.tokenizer:
-            folder = SHAPES_TOKENIZER if self.tokenizer == SHAPES else Path(self.tokenizer)
-            codebook = self.model.codebook
-            vocabulary = Vocabulary.with_codebook(
-                folder, tokens_per_scale=codebook.tokens_per_scale, scales=codebook.scales
-            )
-            if vocabulary.size > self.model.language.vocabulary:
+        if not self.tokenizer:
+            if init is None:
                 raise InputError(
-                    f"{folder}: {vocabulary.size} ids, but model.language.vocabulary="
-                    f"{self.model.language.vocabulary}; make them equal"
+                    "this recipe starts from trained weights: give --init CHECKPOINT (made by "
+                    "`pixellm convert`), or set tokenizer in the recipe to train from scratch"
                 )
-            return vocabulary
-        if init is None:
+            return read_vocabulary(init, read_config(init))
+        folder = SHAPES_TOKENIZER if self.tokenizer == SHAPES else Path(self.tokenizer)
+        vocabulary = Vocabulary.with_codebook(folder, **dataclasses.asdict(self.model.codebook))
+        if vocabulary.size > self.model.language.vocabulary:
             raise InputError(
-                "this recipe begins from trained weights: give --init CHECKPOINT (made by "
-                "`pixellm convert`), or set tokenizer in the recipe to train from nothing"
+                f"{folder}: {vocabulary.size} ids, but model.language.vocabulary="
+                f"{self.model.language.vocabulary}; make them equal"
             )
-        return read_vocabulary(init, read_config(init))
+        return vocabulary
+
+    def as_config_dict(self) -> ConfigDict:
+        """Return the recipe in the form that `get_config()` of a recipe file returns."""
+        return ConfigDict(dataclasses.asdict(self))
 
 
-def read_recipe(path: Path, changes: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
-    """Runs a recipe file and applies changes such as `--config.train.steps=100`.
+def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
+    """Return the recipe with some values replaced.
 
-    Returns the recipe, and the same as plain values, to be kept beside the run.
+    Args:
+        recipe: the recipe to start from.
+        overrides: dotted key, such as "train.optimizer.warmup" -> value.
 
     Raises:
-        InputError: no such file or key, or a value of the wrong type; each is named.
+        InputError: an unknown key, a value of the wrong type, or values that contradict each other.
     """
-    values = _run(path)
-    for change in changes:
-        key, equals, text = change.removeprefix("--config.").partition("=")
-        if not change.startswith("--config.") or not equals:
+    values = dataclasses.asdict(recipe)
+    for key, value in overrides.items():
+        *groups, last = key.split(".")
+        group = values
+        for name in groups:
+            group = group.setdefault(name, {})
+        group[last] = value
+    return from_mapping(Recipe, values)
+
+
+def released_recipe(size: str) -> Recipe:
+    """Return the recipe of the paper for a released size, "7b" or "13b".
+
+    LoRA on the query and value projections; embeddings, head, projectors, codebook and pixel
+    decoder trained in full; 5,000 updates of 160 images in 10 micro-batches.
+    """
+    data = DataConfig(batch=160, length=1024, targets=32, workers=8)
+    validation = dataclasses.replace(
+        data, families=(FamilyConfig(weight=1.0, datasets=("reasonseg/val",)),), batch=16, seed=1
+    )
+    return Recipe(
+        model=SIZES[size],
+        data=data,
+        train=TrainConfig(steps=5000, accumulation=10),
+        validation=validation,
+    )
+
+
+def read_recipe(path: Path, overrides: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
+    """Run a recipe file and apply overrides such as `--config.train.steps=100`.
+
+    Returns:
+        The recipe, and the same as nested plain values, as it is stored next to the run.
+
+    Raises:
+        InputError: no such file or key, or a value of the wrong type; the message names it.
+    """
+    values = _run_file(path)
+    for override in overrides:
+        key, equals, text = override.removeprefix("--config.").partition("=")
+        if not override.startswith("--config.") or not equals:
             raise InputError(
-                f"{change!r}: expected --config.KEY=VALUE, such as --config.train.steps=9"
+                f"{override!r}: expected --config.KEY=VALUE, such as --config.train.steps=9"
             )
-        _set(values, key.split("."), text, change)
+        _set_value(values, key.split("."), text, override)
     recipe = from_mapping(Recipe, values, where=path.stem)
     return recipe, dataclasses.asdict(recipe)
 
 
-def _run(path: Path) -> ConfigDict:
+def _run_file(path: Path) -> ConfigDict:
     if not path.is_file():
-        raise InputError(f"{path}: no such recipe; those of the project are in configs/")
+        raise InputError(f"{path}: no such recipe; the recipes of the project are in configs/")
     spec = importlib.util.spec_from_file_location("pixellm_recipe", path)
     if spec is None or spec.loader is None:
         raise InputError(f"{path}: not a Python file; a recipe defines get_config()")
@@ -99,13 +153,13 @@ def _run(path: Path) -> ConfigDict:
         raise InputError(f"{path}: {type(error).__name__}: {error}; correct the recipe") from None
     if not isinstance(values, ConfigDict):
         raise InputError(
-            f"{path}: get_config() gave {type(values).__name__}, expected a ConfigDict"
+            f"{path}: get_config() returned {type(values).__name__}, expected a ConfigDict"
         )
     return values
 
 
-def _set(values: ConfigDict, keys: list[str], text: str, change: str) -> None:
-    """Changes one value; strings need no quotes."""
+def _set_value(values: ConfigDict, keys: list[str], text: str, override: str) -> None:
+    """Replace one value; strings need no quotes."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -114,8 +168,8 @@ def _set(values: ConfigDict, keys: list[str], text: str, change: str) -> None:
     for key in keys[:-1]:
         group = group.get(key) if isinstance(group, ConfigDict) else None
     if not isinstance(group, ConfigDict):
-        raise InputError(f"{change}: the recipe has no group {'.'.join(keys[:-1])!r}")
+        raise InputError(f"{override}: the recipe has no group {'.'.join(keys[:-1])!r}")
     if isinstance(group.get(keys[-1]), str):
         value = text
     with group.unlocked(), group.ignore_type():
-        group[keys[-1]] = value  # types and unknown keys are checked when it is converted
+        group[keys[-1]] = value  # `from_mapping` checks types and unknown keys

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from pixellm_jax.experiments.shapes_quiz import Reply, Scene, number_markers
+from pixellm_jax.experiments.shapes_quiz import Reply, Scene, split_at_markers
 from pixellm_jax.images.overlay import colours, draw_overlay
 from pixellm_jax.text.answer import MARKER
 
@@ -113,7 +113,7 @@ def _article(scene: Scene, replies: Sequence[Reply]) -> str:
     sections = "\n".join(_section(scene, reply) for reply in replies)
     return f"""<article>
 <div class="scene"><h2>Scene {scene.number}</h2>
-<img alt="the scene" src="{_link(_enlarge(scene.picture))}"></div>
+<img alt="the scene" src="{_link(_enlarge(scene.image))}"></div>
 <div>
 {sections}
 </div>
@@ -121,7 +121,7 @@ def _article(scene: Scene, replies: Sequence[Reply]) -> str:
 
 
 def _section(scene: Scene, reply: Reply) -> str:
-    texts = number_markers(reply.text, reply.answer.markers.tolist())
+    texts = split_at_markers(reply.text, reply.answer.markers.tolist())
     answer = html.escape(texts[0]) + "".join(
         draw_chip(number) + html.escape(text) for number, text in enumerate(texts[1:])
     )
@@ -142,16 +142,16 @@ def _marks(reply: Reply) -> str:
     if not len(reply.truth):
         return '<li class="good">right: there is none</li>'
     items = []
-    for number, mark in enumerate(reply.marks):
-        kind = "good" if mark.iou >= GOOD else "fair" if mark.iou >= FAIR else "bad"
-        items.append(f'<li>{draw_chip(number)} <span class="{kind}">{mark.note}</span></li>')
+    for number, target in enumerate(reply.target_scores):
+        kind = "good" if target.iou >= GOOD else "fair" if target.iou >= FAIR else "bad"
+        items.append(f'<li>{draw_chip(number)} <span class="{kind}">{target.note}</span></li>')
     return "".join(items)
 
 
 def _pair(scene: Scene, reply: Reply) -> str:
     if not len(reply.truth):
         return "<div></div>"
-    grey = _bleach(_enlarge(scene.picture))
+    grey = _bleach(_enlarge(scene.image))
     figures = [
         f'<figure><img alt="{what}" src="{_link(_with_masks(grey, masks))}">'
         f"<figcaption>{what}</figcaption></figure>"

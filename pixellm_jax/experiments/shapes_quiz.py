@@ -1,12 +1,13 @@
-"""Questions about drawn scenes that a model has never seen, its answers, and how right they are."""
+"""Quiz about rendered scenes: questions, the answers of a model, and their scores."""
 
 from __future__ import annotations
 
 import io
 import re
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,33 +26,44 @@ from pixellm_jax.inference.predictor import Predictor
 from pixellm_jax.text.answer import MARKER
 
 CANDIDATES = 8
-"""Scenes that are looked at for each that is taken."""
+"""Scenes considered for each scene that is selected."""
 
-_SURE = 16.0
-"""Logit of a pixel in a mask of which nothing but its outline is known."""
+_CERTAIN_LOGIT = 16.0
+"""Magnitude of the logits that stand for a binary mask, where the model's logits are not kept."""
 
 
 class Scene(NamedTuple):
-    """A scene to be asked about. `number`: its place in the split. masks: of all its things."""
+    """A scene of a split, and the questions about it.
+
+    Attributes:
+        number: position in the split.
+        image: RGB.
+        masks: one per object of the scene.
+        questions: questions; their targets are indices into `masks`.
+    """
 
     number: int
-    picture: UInt8[np.ndarray, "y x 3"]
+    image: UInt8[np.ndarray, "y x 3"]
     masks: Bool[np.ndarray, "m y x"]
     questions: tuple[Question, ...]
 
 
-class Mark(NamedTuple):
-    """How right a target is. note: its IoU in words."""
+class TargetScore(NamedTuple):
+    """IoU of one target, and the same in words: "IoU 0.93", "missed" or "one too many"."""
 
     iou: float
     note: str
 
 
 class Reply(NamedTuple):
-    """A question and what came of it.
+    """A question, the model's answer, and the two matched target by target.
 
-    predicted, truth: the i-th of them belong together; one is empty where a target was missed, or
-    where there is one too many. Targets of the answer come first, in its order. sums: of `metrics`.
+    Attributes:
+        question: the question.
+        answer: the model's answer.
+        predicted: masks of the answer in its order, then an empty mask per missed target.
+        truth: the matching true masks; empty where the answer has a target too many.
+        sums: intersection and union of each pair.
     """
 
     question: Question
@@ -62,46 +74,51 @@ class Reply(NamedTuple):
 
     @property
     def giou(self) -> float:
-        """Mean IoU of the targets; of a question without any, 1 if the answer has none, too."""
+        """Mean IoU of the targets; 1 where neither question nor answer has a target."""
         return scores(merge(*self.sums)).giou if self.sums else 1.0
 
     @property
-    def marks(self) -> list[Mark]:
-        """Of every pair of `predicted` and `truth`."""
-        marks = []
+    def target_scores(self) -> list[TargetScore]:
+        """Score of every pair of `predicted` and `truth`."""
+        result = []
         for i, part in enumerate(self.sums):
             iou = scores(part).giou
-            extra, missed = not self.truth[i].any(), i >= len(self.answer.masks)
+            extra = not self.truth[i].any()
+            missed = i >= len(self.answer.masks)
             note = "missed" if missed else "one too many" if extra else f"IoU {iou:.2f}"
-            marks.append(Mark(iou, note))
-        return marks
+            result.append(TargetScore(iou, note))
+        return result
 
     @property
     def text(self) -> str:
-        """The answer as a sentence: the tokenizer of the shapes has no capital letters."""
+        """The answer, capitalised: the tokenizer of the shapes has no capital letters."""
         return self.answer.text[:1].upper() + self.answer.text[1:]
 
     @property
     def expected(self) -> str:
-        """The right answer, in the same form."""
+        """The true answer, with the same marker for every target."""
         return self.question.answer.replace(SEG, MARKER)
 
     @property
     def same_words(self) -> bool:
-        """Whether the answer is the right one to the word."""
+        """Whether the answer has exactly the words of the true one."""
         return _words(self.text) == _words(self.expected)
 
     @property
     def right_number(self) -> bool:
-        """Whether there are as many targets as there should be."""
+        """Whether the answer has as many targets as the question."""
         return len(self.answer.masks) == len(self.question.targets)
 
 
 class Summary(NamedTuple):
-    """How right many replies are.
+    """Scores over many replies.
 
-    scores: over all targets. right_number: replies with as many targets as there should be. absent:
-    questions about what is not there; absent_right: those of them answered without a target.
+    Attributes:
+        scores: gIoU and cIoU over all targets.
+        questions: number of questions.
+        right_number: answers with the right number of targets.
+        absent: questions about an object that is not in the scene.
+        absent_right: such questions that were answered without a target.
     """
 
     scores: Scores
@@ -111,68 +128,100 @@ class Summary(NamedTuple):
     absent_right: int
 
 
-def choose(shapes: Shapes, count: int, *, seed: int, fewest: int) -> list[Scene]:
-    """Draws `count` scenes with as many kinds of questions as may be; the model has no part in it.
+class Quiz(NamedTuple):
+    """The scenes of a quiz, the replies scene by scene, and their summary.
 
-    Of `CANDIDATES` times as many scenes, those with at least `fewest` things are kept; each next
-    one is that whose questions are of the kinds that were asked least so far.
+    Attributes:
+        scenes: scenes.
+        replies: for each scene, a reply per question.
+        summary: scores over all replies.
+        seconds: wall time of all answers, compilation included.
+    """
+
+    scenes: list[Scene]
+    replies: list[list[Reply]]
+    summary: Summary
+    seconds: float
+
+
+def select_scenes(shapes: Shapes, count: int, *, seed: int, min_objects: int) -> list[Scene]:
+    """Select `count` scenes with as varied kinds of questions as possible, independent of a model.
+
+    Greedy: out of `CANDIDATES` times as many random scenes, each next one is the scene whose
+    questions are of the kinds selected least so far.
+
+    Args:
+        shapes: split to select from.
+        count: number of scenes.
+        seed: seed of the random order.
+        min_objects: scenes with fewer objects are skipped.
 
     Raises:
-        InputError: there are fewer.
+        InputError: the split has fewer such scenes.
     """
     order = Draws(seed=seed, epoch=0, index=0).permutation(len(shapes))
-    drawn = dict[int, Drawn]()
-    for tried, number in enumerate(order):
-        if tried >= CANDIDATES * count and len(drawn) >= count:
+    candidates = dict[int, Drawn]()
+    for tried, index in enumerate(order):
+        if tried >= CANDIDATES * count and len(candidates) >= count:
             break
-        scene = shapes.draw(number)
-        if len(scene.scene.things) >= fewest:
-            drawn[number] = scene
-    if len(drawn) < count:
-        raise InputError(f"{count} scenes are more than the {len(drawn)} there are; ask for fewer")
-    asked = Counter[str]()
-    chosen = list[Scene]()
+        drawn = shapes.draw(index)
+        if len(drawn.scene.things) >= min_objects:
+            candidates[index] = drawn
+    if len(candidates) < count:
+        raise InputError(
+            f"{count} scenes are more than the {len(candidates)} there are; ask for fewer"
+        )
+    selected_kinds = Counter[str]()
+    selected = list[Scene]()
 
-    def gain(number: int) -> float:
-        kinds = Counter(question.kind for question in drawn[number].questions)
-        return sum(1 / (1 + asked[kind] + i) for kind in kinds for i in range(kinds[kind]))
+    def gain(index: int) -> float:
+        kinds = Counter(question.kind for question in candidates[index].questions)
+        return sum(1 / (1 + selected_kinds[kind] + i) for kind in kinds for i in range(kinds[kind]))
 
     for _ in range(count):
-        best = max(drawn, key=gain)
-        asked.update(question.kind for question in drawn[best].questions)
-        chosen.append(_scene(best, drawn.pop(best)))
-    return chosen
+        best = max(candidates, key=gain)
+        selected_kinds.update(question.kind for question in candidates[best].questions)
+        selected.append(_make_scene(best, candidates.pop(best)))
+    return selected
 
 
-def answer_all(predictor: Predictor, scenes: Sequence[Scene]) -> list[list[Reply]]:
-    """Asks every question of every scene; replies scene by scene."""
-    pairs = [(scene.picture, q.question) for scene in scenes for q in scene.questions]
+def run_quiz(predictor: Predictor, scenes: Sequence[Scene]) -> Quiz:
+    """Ask every question of every scene in one batch, and score the answers."""
+    begin = time.perf_counter()
+    pairs = [(scene.image, question.question) for scene in scenes for question in scene.questions]
     answers = iter(predictor.batch(pairs, progress=sys.stderr.isatty()))
-    return [[compare(scene, q, next(answers)) for q in scene.questions] for scene in scenes]
-
-
-def compare(scene: Scene, question: Question, answer: Answer) -> Reply:
-    """Finds out which target of the answer is which of the question's."""
-    truth = scene.masks[list(question.targets)]
-    logits = np.where(answer.masks, _SURE, -_SURE)
-    pairs = match(logits, truth.astype(np.uint8)).tolist()
-    pairs.sort(key=lambda pair: (pair[0] == NOBODY, pair))  # as the answer names them, then missed
-    nothing = np.zeros((1, *scene.picture.shape[:2]), bool)
-    aligned = [
-        np.concatenate([nothing, *(nothing if i == NOBODY else masks[i : i + 1] for i in chosen)])
-        for masks, chosen in ((answer.masks, [p for p, _ in pairs]), (truth, [t for _, t in pairs]))
+    replies = [
+        [score_answer(scene, question, next(answers)) for question in scene.questions]
+        for scene in scenes
     ]
-    predicted, right = (masks[1:] for masks in aligned)
-    sums = tuple(
-        tally(measure(own, true.view(np.uint8)), extra=np.bool_(target == NOBODY))
-        for own, true, (_, target) in zip(predicted, right, pairs, strict=True)
+    seconds = time.perf_counter() - begin
+    summary = summarise([reply for scene_replies in replies for reply in scene_replies])
+    return Quiz(list(scenes), replies, summary, seconds)
+
+
+def score_answer(scene: Scene, question: Question, answer: Answer) -> Reply:
+    """Match the targets of an answer to the targets of its question, and score every pair."""
+    truth = scene.masks[list(question.targets)]
+    logits = np.where(answer.masks, _CERTAIN_LOGIT, -_CERTAIN_LOGIT)
+    pairs = match(logits, truth.astype(np.uint8)).tolist()
+    pairs.sort(key=lambda pair: (pair[0] == NOBODY, pair))  # in the answer's order, then missed
+    empty = np.zeros((1, *scene.image.shape[:2]), bool)
+    predicted, true = (
+        np.concatenate([empty, *(empty if i == NOBODY else masks[i : i + 1] for i in indices)])[1:]
+        for masks, indices in (
+            (answer.masks, [prediction for prediction, _ in pairs]),
+            (truth, [target for _, target in pairs]),
+        )
     )
-    return Reply(question, answer, predicted, right, sums)
+    sums = tuple(
+        tally(measure(mask, true_mask.view(np.uint8)), extra=np.bool_(target == NOBODY))
+        for mask, true_mask, (_, target) in zip(predicted, true, pairs, strict=True)
+    )
+    return Reply(question, answer, predicted, true, sums)
 
 
-def summarise(replies: Iterable[Reply]) -> Summary:
-    """Scores of all of them together."""
-    replies = list(replies)
+def summarise(replies: Sequence[Reply]) -> Summary:
+    """Score many replies together."""
     absent = [reply for reply in replies if not reply.question.targets]
     return Summary(
         scores=scores(merge(*(part for reply in replies for part in reply.sums))),
@@ -183,15 +232,15 @@ def summarise(replies: Iterable[Reply]) -> Summary:
     )
 
 
-def number_markers(text: str, markers: Sequence[Sequence[int]]) -> list[str]:
-    """Text between the markers of targets: "A [SEG] and a [SEG]." -> ["A ", " and a ", "."]."""
-    cuts = [0, *(int(place) for marker in markers for place in marker), len(text)]
+def split_at_markers(text: str, markers: Sequence[Sequence[int]]) -> list[str]:
+    """Return the text between target markers: "A [SEG] and a [SEG]." -> ["A ", " and a ", "."]."""
+    cuts = [0, *(int(position) for marker in markers for position in marker), len(text)]
     return [text[start:stop] for start, stop in zip(cuts[::2], cuts[1::2], strict=True)]
 
 
-def _scene(number: int, drawn: Drawn) -> Scene:
-    picture = np.asarray(Image.open(io.BytesIO(drawn.image)).convert("RGB"))
-    return Scene(number, picture, drawn.scene.masks(), drawn.questions)
+def _make_scene(index: int, drawn: Drawn) -> Scene:
+    image = np.asarray(Image.open(io.BytesIO(drawn.image)).convert("RGB"))
+    return Scene(index, image, drawn.scene.masks(), drawn.questions)
 
 
 def _words(text: str) -> list[str]:

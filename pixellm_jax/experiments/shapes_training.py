@@ -1,4 +1,4 @@
-"""The training of `pixellm demo --train`: its recipe, its curves, and what it is compared with."""
+"""Training of a shapes model from scratch, with its curves and a constant-mask baseline."""
 
 from __future__ import annotations
 
@@ -16,83 +16,38 @@ import jax
 import numpy as np
 from jaxtyping import Bool
 
-from data_pipeline.config import DataConfig, FamilyConfig
+from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader, open_datasets
 from data_pipeline.sources.shapes.dataset import Shapes
-from data_pipeline.sources.shapes.tokenizer import FOLDER
 from pixellm_jax.batch import Batch
-from pixellm_jax.config import (
-    CodebookConfig,
-    DecoderConfig,
-    LanguageConfig,
-    MeshConfig,
-    ModelConfig,
-    VisionConfig,
-)
+from pixellm_jax.config import ModelConfig
 from pixellm_jax.evaluation.metrics import measure, merge, scores, tally
+from pixellm_jax.experiments.recipe import Recipe
+from pixellm_jax.experiments.shapes_recipe import DEMO_LEVEL, DEMO_QUESTIONS
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.sharding import make_mesh
 from pixellm_jax.text.vocabulary import Vocabulary
-from pixellm_jax.training.config import OptimizerConfig, TrainConfig
+from pixellm_jax.training.config import TrainConfig
 from pixellm_jax.training.export import write_model
 from pixellm_jax.training.log import METRICS
 from pixellm_jax.training.loop import Evaluation, fit
 from pixellm_jax.training.state import initial_state, make_blueprint
 from pixellm_jax.training.validation import evaluate_given
 
-LEVEL = "simple"
-QUESTIONS = 2
-"""About each scene that is trained on."""
-
-CODEBOOK = CodebookConfig(tokens_per_scale=2, scales=2)
-
-TRAIN = TrainConfig(
-    steps=900,
-    lora=None,
-    trainable=(
-        "vision_encoder",
-        "image_projector",
-        "mask_projector",
-        "language_model",
-        "codebook",
-        "pixel_decoder",
-    ),
-    frozen=(),
-    optimizer=OptimizerConfig(
-        method="muon", learning_rate=1e-3, b2=0.98, warmup=50, schedule="cosine"
-    ),
-    mesh=MeshConfig(fsdp=1),
-    log_every=10,
-    evaluate_every=100,
-    evaluate_batches=4,
-    save_every=900,
-    keep_last=1,
-    keep_best=0,
-)
-DATA = DataConfig(
-    families=(FamilyConfig(weight=1.0, datasets=(f"shapes_{LEVEL}/train",)),),
-    batch=8,
-    length=176,
-    targets=6,
-    masks=96,
-)
-HELD_OUT = dataclasses.replace(
-    DATA,
-    families=(FamilyConfig(weight=1.0, datasets=(f"shapes_{LEVEL}/val",)),),
-    batch=32,
-    seed=1,
-)
-"""The scenes of the curve."""
-
-SEEN_SCENES = 400
-"""Training scenes that the constant mask is chosen on."""
+BASELINE_SCENES = 400
+"""Training scenes on which the constant mask is fitted."""
 
 
 class Trained(NamedTuple):
-    """A training, with points (step, value) of its curves.
+    """Outcome of a training run; curves are lists of points (step, value).
 
-    losses: on training scenes. gious: on held-out scenes, the words of the answers given; the first
-    is that of the untrained model, at step 0. constant: gIoU of the best constant mask there.
+    Attributes:
+        losses: total loss on training scenes.
+        gious: teacher-forced gIoU on held-out scenes; the first point, at step 0, is the untrained
+            model.
+        constant: gIoU of the best constant mask on the same held-out scenes.
+        steps: optimiser steps.
+        seconds: wall time, compilation included.
     """
 
     losses: list[tuple[float, float]]
@@ -102,55 +57,24 @@ class Trained(NamedTuple):
     seconds: float
 
 
-def make_model_config(vocabulary: int) -> ModelConfig:
-    """The model: 1.2 million parameters."""
-    return ModelConfig(
-        vision=VisionConfig(
-            width=96,
-            layers=5,
-            heads=4,
-            mlp=384,
-            patch=12,
-            canvas=96,
-            table=8,
-            taps=(-2, -3),
-            position_resize="correct",
-        ),
-        language=LanguageConfig(
-            vocabulary=vocabulary,
-            width=128,
-            layers=2,
-            heads=4,
-            kv_heads=4,
-            head=32,
-            mlp=352,
-            max_positions=256,
-        ),
-        codebook=CODEBOOK,
-        decoder=DecoderConfig(width=48, heads=4, mlp=96, depth=1, channels=16),
-        image_grid=8,
-        template="plain",
-        dtype="float32",
-        remat=False,
-    )
-
-
-def train(out: Path, *, seed: int) -> Trained:
-    """Trains from nothing and writes the model to `out`.
+def train(recipe: Recipe, out: Path) -> Trained:
+    """Train from scratch on one device and write the model to `out`.
 
     Raises:
-        KeyboardInterrupt: it was told to stop before the end.
+        KeyboardInterrupt: the run was interrupted before its last step.
     """
+    assert recipe.validation is not None
     begin = time.perf_counter()
-    vocabulary = Vocabulary.with_codebook(FOLDER, **dataclasses.asdict(CODEBOOK))
-    config, recipe = make_model_config(vocabulary.size), dataclasses.replace(TRAIN, seed=seed)
-    blueprint = make_blueprint(config, recipe)
-    mesh = make_mesh(recipe.mesh, jax.local_devices()[:1])
-    held_out = _batches(HELD_OUT, config, vocabulary, recipe.evaluate_batches)
-    evaluate = partial(_evaluate, held_out, mesh, recipe)
+    config = recipe.model
+    vocabulary = recipe.vocabulary(None)
+    blueprint = make_blueprint(config, recipe.train)
+    mesh = make_mesh(recipe.train.mesh, jax.local_devices()[:1])
+    held_out = read_batches(
+        recipe.validation, config, vocabulary, count=recipe.train.evaluate_batches
+    )
+    evaluate = partial(_evaluate, held_out, mesh, recipe.train)
     untrained = evaluate(blueprint.model(initial_state(blueprint, mesh, None)))
-    data = dataclasses.replace(DATA, seed=seed)
-    batches = Loader(data, config, vocabulary, _datasets(data))
+    batches = open_loader(recipe.data, config, vocabulary)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         run = Path(folder)
         try:
@@ -159,34 +83,56 @@ def train(out: Path, *, seed: int) -> Trained:
             batches.close()
         if not outcome.finished:
             raise KeyboardInterrupt
-        write_model(run, recipe.steps, out, blueprint, vocabulary)
+        write_model(run, recipe.train.steps, out, blueprint, vocabulary)
         records = [json.loads(line) for line in (run / METRICS).read_text("utf-8").splitlines()]
+    constant = fit_constant_mask(_target_masks())
     return Trained(
-        losses=_points(records, "loss/total"),
-        gious=[(0.0, untrained.scores["giou"]), *_points(records, "validation/giou")],
-        constant=_score_constant(choose_constant(_asked_masks()), held_out),
-        steps=recipe.steps,
+        losses=_curve(records, "loss/total"),
+        gious=[(0.0, untrained.scores["giou"]), *_curve(records, "validation/giou")],
+        constant=_score_constant_mask(constant, held_out),
+        steps=recipe.train.steps,
         seconds=time.perf_counter() - begin,
     )
 
 
-def choose_constant(masks: Bool[np.ndarray, "m y x"]) -> Bool[np.ndarray, "y x"]:
-    """One mask for everything, that of the best mean IoU with all of these among some.
+def open_loader(data: DataConfig, config: ModelConfig, vocabulary: Vocabulary) -> Loader:
+    """Return a loader of shapes datasets with `DEMO_QUESTIONS` questions about each scene."""
+    datasets = {
+        name: dataclasses.replace(shapes, questions=DEMO_QUESTIONS)
+        for name, shapes in open_datasets(data, None).items()
+        if isinstance(shapes, Shapes)
+    }
+    return Loader(data, config, vocabulary, datasets)
 
-    Those are the pixels where at least a share of the masks is inside, for every share.
+
+def read_batches(
+    data: DataConfig, config: ModelConfig, vocabulary: Vocabulary, *, count: int
+) -> list[Batch]:
+    """Return the first batches of `open_loader`."""
+    loader = open_loader(data, config, vocabulary)
+    try:
+        return list(itertools.islice(loader, count))
+    finally:
+        loader.close()
+
+
+def fit_constant_mask(masks: Bool[np.ndarray, "m y x"]) -> Bool[np.ndarray, "y x"]:
+    """Return the best constant mask: the one with the highest mean IoU over all of `masks`.
+
+    Candidates are the superlevel sets of the mean mask, at 65 quantiles.
     """
     heat = masks.mean(0)
-    shares = np.quantile(heat, np.linspace(0, 1, 65))
-    return max((heat >= share for share in shares), key=partial(_mean_iou, masks))
+    thresholds = np.quantile(heat, np.linspace(0, 1, 65))
+    return max((heat >= threshold for threshold in thresholds), key=partial(_mean_iou, masks))
 
 
 def _mean_iou(masks: Bool[np.ndarray, "m y x"], constant: Bool[np.ndarray, "y x"]) -> float:
-    whole = np.broadcast_to(constant, masks.shape)
-    return scores(tally(measure(whole, masks.view(np.uint8)))).giou
+    predicted = np.broadcast_to(constant, masks.shape)
+    return scores(tally(measure(predicted, masks.view(np.uint8)))).giou
 
 
-def _score_constant(constant: Bool[np.ndarray, "y x"], batches: Sequence[Batch]) -> float:
-    """gIoU on the targets of batches."""
+def _score_constant_mask(constant: Bool[np.ndarray, "y x"], batches: Sequence[Batch]) -> float:
+    """Return the gIoU of one mask on all targets of some batches."""
     parts = [
         tally(
             measure(np.broadcast_to(constant, batch.masks.shape), batch.masks),
@@ -197,39 +143,24 @@ def _score_constant(constant: Bool[np.ndarray, "y x"], batches: Sequence[Batch])
     return scores(merge(*parts)).giou
 
 
-def _asked_masks() -> Bool[np.ndarray, "m y x"]:
-    """Masks of all targets of questions about some training scenes."""
-    shapes = Shapes(split="train", level=LEVEL, questions=QUESTIONS)
-    drawn = map(shapes.draw, range(SEEN_SCENES))
+def _target_masks() -> Bool[np.ndarray, "m y x"]:
+    """Return the masks of all targets of the first training scenes."""
+    shapes = Shapes(split="train", level=DEMO_LEVEL, questions=DEMO_QUESTIONS)
+    scenes = map(shapes.draw, range(BASELINE_SCENES))
     return np.concatenate(
-        [d.scene.masks()[list(question.targets)] for d in drawn for question in d.questions]
+        [
+            scene.scene.masks()[list(question.targets)]
+            for scene in scenes
+            for question in scene.questions
+        ]
     )
 
 
-def _batches(
-    data: DataConfig, config: ModelConfig, vocabulary: Vocabulary, count: int
-) -> list[Batch]:
-    loader = Loader(data, config, vocabulary, _datasets(data))
-    try:
-        return list(itertools.islice(loader, count))
-    finally:
-        loader.close()
-
-
-def _datasets(data: DataConfig) -> dict[str, Shapes]:
-    """As `open_datasets`, with fewer questions about a scene."""
-    return {
-        name: dataclasses.replace(shapes, questions=QUESTIONS)
-        for name, shapes in open_datasets(data, None).items()
-        if isinstance(shapes, Shapes)
-    }
-
-
 def _evaluate(
-    batches: Sequence[Batch], mesh: jax.sharding.Mesh, recipe: TrainConfig, model: PixelLM
+    batches: Sequence[Batch], mesh: jax.sharding.Mesh, train: TrainConfig, model: PixelLM
 ) -> Evaluation:
-    return Evaluation(evaluate_given(model, batches, mesh, recipe.loss).scores)
+    return Evaluation(evaluate_given(model, batches, mesh, train.loss).scores)
 
 
-def _points(records: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+def _curve(records: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
     return [(float(record["step"]), record[name]) for record in records if name in record]

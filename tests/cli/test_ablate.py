@@ -10,10 +10,18 @@ import pytest
 from PIL import Image
 
 from data_pipeline.config import FamilyConfig
-from pixellm_jax.cli import ablate
+from pixellm_jax.cli.main import main
 from pixellm_jax.config import MeshConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.experiments.ablation_grid import BASE, base_recipe, change, choose, settings
+from pixellm_jax.experiments import ablation_run
+from pixellm_jax.experiments.ablation_grid import (
+    BASE,
+    apply_changes,
+    base_recipe,
+    make_grid,
+    select_settings,
+    with_steps,
+)
 from pixellm_jax.experiments.ablation_report import (
     PLOT,
     RESULTS,
@@ -27,6 +35,7 @@ from pixellm_jax.experiments.ablation_report import (
     write_report,
 )
 from pixellm_jax.experiments.recipe import Recipe
+from pixellm_jax.experiments.shapes_training import open_loader
 from pixellm_jax.training.config import TrainConfig
 from pixellm_jax.training.state import Blueprint, make_blueprint
 from tests.support.small_training import small_data, small_model, small_train
@@ -40,12 +49,12 @@ def base() -> Recipe:
 
 
 def blueprint(base: Recipe, name: str) -> Blueprint:
-    recipe = change(base, settings(base.model)[name], seed=0)
+    recipe = apply_changes(base, make_grid(base.model)[name], seed=0)
     return make_blueprint(recipe.model, recipe.train)
 
 
 def test_grid_has_every_switch(base):
-    assert list(settings(base.model)) == [
+    assert list(make_grid(base.model)) == [
         BASE,
         "tokens-1",
         "tokens-3",
@@ -59,7 +68,7 @@ def test_grid_has_every_switch(base):
 
 
 def test_base_is_the_method_whole(base):
-    recipe = change(base, {}, seed=0)
+    recipe = apply_changes(base, {}, seed=0)
     assert recipe == base
     assert recipe.model.codebook.tokens_per_scale == recipe.model.codebook.scales == 2
     assert len(set(recipe.model.vision.taps)) == 2
@@ -69,8 +78,8 @@ def test_base_is_the_method_whole(base):
 
 
 def test_every_setting_has_the_same_budget(base):
-    for changes in settings(base.model).values():
-        recipe = change(base, changes, seed=5)
+    for changes in make_grid(base.model).values():
+        recipe = apply_changes(base, changes, seed=5)
         assert recipe.train.steps == recipe.train.evaluate_every == 400
         assert recipe.train.seed == recipe.data.seed == 5
         assert recipe.train.optimizer == base.train.optimizer
@@ -82,17 +91,19 @@ def test_every_setting_has_the_same_budget(base):
 @pytest.mark.parametrize("count", [1, 3])
 def test_tokens_per_scale(base, count):
     name = f"tokens-{count}"
-    found, recipe = blueprint(base, name), change(base, settings(base.model)[name], seed=0)
+    found, recipe = blueprint(base, name), apply_changes(base, make_grid(base.model)[name], seed=0)
     assert found.shapes["codebook.token_fusion"].shape == (2, count)
     rows, width = blueprint(base, BASE).shapes["language_model.embedding"].shape
     added = 2 * (count - 2)
     assert found.shapes["language_model.embedding"].shape == (rows + added, width)
     assert recipe.vocabulary(None).tokens_per_scale == count
     assert recipe.vocabulary(None).size == recipe.model.language.vocabulary
-    for data, own in ((recipe.data, base.data), (recipe.validation, base.validation)):
-        assert data.length == own.length + added * own.targets
+    for data, old in ((recipe.data, base.data), (recipe.validation, base.validation)):
+        assert data.length == old.length + added * old.targets
     # Beside rows of the embedding and of the head, only the fusion weights are more or fewer.
-    more = ablate.count_parameters(found) - ablate.count_parameters(blueprint(base, BASE))
+    more = ablation_run.count_parameters(found) - ablation_run.count_parameters(
+        blueprint(base, BASE)
+    )
     assert more == added * (2 * width + 1)
 
 
@@ -108,7 +119,9 @@ def test_scales(base, count, taps):
         if name.startswith("pixel_decoder.transformers.")
     }
     assert transformers == set(map(str, range(count)))
-    more = ablate.count_parameters(found) - ablate.count_parameters(blueprint(base, BASE))
+    more = ablation_run.count_parameters(found) - ablation_run.count_parameters(
+        blueprint(base, BASE)
+    )
     assert (more > 0) == (count > 2)
 
 
@@ -116,11 +129,13 @@ def test_scales(base, count, taps):
 def test_early_tap(base, tap):
     found = blueprint(base, f"early-tap{tap}")
     assert found.config.vision.taps == (-2, tap) != base.model.vision.taps
-    assert ablate.count_parameters(found) == ablate.count_parameters(blueprint(base, BASE))
+    assert ablation_run.count_parameters(found) == ablation_run.count_parameters(
+        blueprint(base, BASE)
+    )
 
 
 def test_plain_bce(base):
-    recipe = change(base, settings(base.model)["plain-bce"], seed=0)
+    recipe = apply_changes(base, make_grid(base.model)["plain-bce"], seed=0)
     assert recipe.train.loss.alpha == 1
     loss = dataclasses.replace(recipe.train.loss, alpha=base.train.loss.alpha)
     train = dataclasses.replace(recipe.train, loss=loss)
@@ -148,8 +163,8 @@ def test_full_level_has_its_own_scenes_and_budgets(base):
 def test_every_conversation_fits(level):
     base = base_recipe(level, 400)
     for name in (BASE, "tokens-3", "scales-3"):
-        recipe = change(base, settings(base.model)[name], seed=0)
-        batches = ablate.open_loader(recipe.data, recipe.model, recipe.vocabulary(None))
+        recipe = apply_changes(base, make_grid(base.model)[name], seed=0)
+        batches = open_loader(recipe.data, recipe.model, recipe.vocabulary(None))
         for _ in range(6):
             next(batches)
         batches.close()
@@ -165,7 +180,7 @@ def tiny() -> Recipe:
     """Two steps of four scenes."""
     data, model = small_data(), small_model()
     held_out = (FamilyConfig(weight=1.0, datasets=("shapes_simple/val",)),)
-    return change(
+    return apply_changes(
         Recipe(
             model=model,
             data=data,
@@ -180,7 +195,7 @@ def tiny() -> Recipe:
 
 def small_steps(steps: int) -> TrainConfig:
     train = small_train(mesh=MeshConfig(fsdp=1), keep_last=1, keep_best=0, evaluate_batches=1)
-    return ablate.with_steps(train, steps)
+    return with_steps(train, steps)
 
 
 RUNS = [(BASE, 0), ("plain-bce", 0), (BASE, 1), ("plain-bce", 1)]
@@ -204,8 +219,8 @@ def check_results(out: Path) -> list[Result]:
 @pytest.mark.slow
 def test_grid_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys, quick_compilation):
     out = tmp_path / "new" / "ablations"
-    grid = choose(settings(tiny.model), ["plain-bce", BASE])
-    ablate.run_grid(tiny, choose(grid, ["plain-bce"]), [0], out)
+    grid = select_settings(make_grid(tiny.model), ["plain-bce", BASE])
+    ablation_run.run_grid(tiny, select_settings(grid, ["plain-bce"]), [0], out)
     (first,) = check_results(out)
     assert (out / TABLE).read_text().count("plain-bce") == 1
 
@@ -216,8 +231,8 @@ def test_grid_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys, quick_co
         seen.append((name, seed))
         return first._replace(name=name, seed=seed, changes=dict(changes), giou=0.25 * len(seen))
 
-    monkeypatch.setattr(ablate, "train", train)
-    ablate.run_grid(tiny, grid, [0, 1], out)
+    monkeypatch.setattr(ablation_run, "train", train)
+    ablation_run.run_grid(tiny, grid, [0, 1], out)
     assert seen == [run for run in RUNS if run != ("plain-bce", 0)]
     assert len(check_results(out)) == 4
     table, text = (out / TABLE).read_text(), (out / RESULTS).read_text()
@@ -225,7 +240,7 @@ def test_grid_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys, quick_co
 
     (out / TABLE).unlink()
     capsys.readouterr()
-    ablate.run_grid(tiny, grid, [1, 0], out)
+    ablation_run.run_grid(tiny, grid, [1, 0], out)
     assert len(seen) == 3 and capsys.readouterr().out == ""
     assert (out / RESULTS).read_text() == text and (out / TABLE).read_text() == table
 
@@ -233,8 +248,8 @@ def test_grid_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys, quick_co
 @pytest.mark.long
 def test_grid_is_trained(tiny, tmp_path, quick_compilation):
     """Its short form, with one run that is trained, is the test before."""
-    grid = choose(settings(tiny.model), ["plain-bce", BASE])
-    ablate.run_grid(tiny, grid, [0, 1], tmp_path)
+    grid = select_settings(make_grid(tiny.model), ["plain-bce", BASE])
+    ablation_run.run_grid(tiny, grid, [0, 1], tmp_path)
     results = check_results(tmp_path)
     assert [(result.name, result.seed) for result in results] == RUNS
     assert results[0].text != results[2].text  # another seed
@@ -242,10 +257,10 @@ def test_grid_is_trained(tiny, tmp_path, quick_compilation):
 
 
 def test_a_folder_is_of_one_recipe(tiny, tmp_path):
-    ablate.run_grid(tiny, {}, [0], tmp_path)
+    ablation_run.run_grid(tiny, {}, [0], tmp_path)
     longer = dataclasses.replace(tiny, train=small_steps(40))
     with pytest.raises(InputError, match=r"train\.steps=2, now 40.*another --out"):
-        ablate.run_grid(longer, {}, [0], tmp_path)
+        ablation_run.run_grid(longer, {}, [0], tmp_path)
 
 
 def test_runs_are_shared_with_another_process(tiny, tmp_path, monkeypatch, capsys):
@@ -255,12 +270,12 @@ def test_runs_are_shared_with_another_process(tiny, tmp_path, monkeypatch, capsy
         folder.mkdir()
         seen.append((name, seed))
         if len(seen) == 1:  # while this run is in hand, another process begins
-            ablate.run_grid(base, grid, [0], tmp_path)
+            ablation_run.run_grid(base, grid, [0], tmp_path)
         return made_result(name=name, seed=seed)
 
-    monkeypatch.setattr(ablate, "train", train)
+    monkeypatch.setattr(ablation_run, "train", train)
     grid = {"a": {}, "b": {}}
-    ablate.run_grid(tiny, grid, [0], tmp_path)
+    ablation_run.run_grid(tiny, grid, [0], tmp_path)
     assert seen == [("a", 0), ("b", 0)]
     assert "a, seed 0: left to the process" in capsys.readouterr().out
     assert sorted(r.name for r in read_results(tmp_path)) == ["a", "b"]
@@ -321,7 +336,7 @@ def test_plot_has_every_seed_and_the_best_on_top():
 
 def test_estimate_by_hand():
     reference = made_result(name="a", steps=10, seconds_per_step=2.0, seconds=50.0)
-    seconds = ablate.estimate(["a", "b", "b"], {"a": 4.0, "b": 6.0}, 100, reference)
+    seconds = ablation_run.estimate_seconds(["a", "b", "b"], {"a": 4.0, "b": 6.0}, 100, reference)
     assert seconds == pytest.approx(3 * 30 + 100 * 2 + 2 * 100 * 3)
 
 
@@ -338,21 +353,31 @@ def test_estimate_by_hand():
 )
 def test_options_that_make_no_sense(tmp_path, capsys, options, found):
     out = tmp_path / "out"
-    assert ablate.main([*options, "--out", str(out)]) == 2
+    assert main(["ablate", *options, "--out", str(out)]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and err.startswith("ablate.py: ") and found in err
+    assert err.count("\n") == 1 and err.startswith("pixellm ablate: ") and found in err
     assert not out.exists()
 
 
 def test_dry_run_estimates_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     def train(base, name, changes, seed, folder):
-        assert base.train.steps == ablate.TRIAL_STEPS and (name, changes) == (BASE, {})
+        assert base.train.steps == ablation_run.TRIAL_STEPS and (name, changes) == (BASE, {})
         return made_result(name=name, steps=6, seconds_per_step=1.0, seconds=36.0)
 
-    monkeypatch.setattr(ablate, "train", train)
+    monkeypatch.setattr(ablation_run, "train", train)
     out = tmp_path / "out"
-    options = ["--dry-run", "--only", BASE, "plain-bce", "--steps", "90", "--out", str(out)]
-    assert ablate.main(options) == 0
+    options = [
+        "ablate",
+        "--dry-run",
+        "--only",
+        BASE,
+        "plain-bce",
+        "--steps",
+        "90",
+        "--out",
+        str(out),
+    ]
+    assert main(options) == 0
     printed = capsys.readouterr().out
     assert "6 runs of 90 steps, 6 to do" in printed
     assert "estimate: 12 minutes in one process, 6 in two" in printed  # 6 x (30 + 90) s

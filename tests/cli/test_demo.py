@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import time
@@ -14,16 +13,15 @@ import pytest
 from data_pipeline.sources.shapes.dataset import Shapes
 from data_pipeline.sources.shapes.questions import KINDS, Question
 from data_pipeline.sources.shapes.tokenizer import FOLDER
-from pixellm_jax.cli import demo
 from pixellm_jax.cli.main import main
-from pixellm_jax.experiments import shapes_training
+from pixellm_jax.experiments import shapes_demo, shapes_recipe, shapes_training
 from pixellm_jax.experiments.shapes_page import Tile, write_page
 from pixellm_jax.experiments.shapes_quiz import (
     Reply,
     Scene,
-    choose,
-    compare,
-    number_markers,
+    score_answer,
+    select_scenes,
+    split_at_markers,
     summarise,
 )
 from pixellm_jax.images.overlay import colours
@@ -68,7 +66,7 @@ NONE = Question("absent", "Where is c?", "There is no such object.", ())
 def half_wrong() -> Reply:
     """The second target first, exactly; a quarter of the first; and something that nobody asked."""
     masks = boxes((10, 10, 18, 18), (0, 0, 2, 2), (15, 0, 20, 5))
-    return compare(SCENE, BOTH, made_answer("here b [SEG] and a [SEG] [SEG].", masks))
+    return score_answer(SCENE, BOTH, made_answer("here b [SEG] and a [SEG] [SEG].", masks))
 
 
 # Judging
@@ -79,27 +77,31 @@ def test_targets_are_brought_together_in_any_order():
     np.testing.assert_array_equal(reply.predicted, reply.answer.masks)
     np.testing.assert_array_equal(reply.truth[:2], THINGS[[2, 0]])
     assert not reply.truth[2].any()
-    assert [mark.iou for mark in reply.marks] == pytest.approx([1, 0.25, 0])
-    assert [mark.note for mark in reply.marks] == ["IoU 1.00", "IoU 0.25", "one too many"]
+    assert [target.iou for target in reply.target_scores] == pytest.approx([1, 0.25, 0])
+    assert [target.note for target in reply.target_scores] == [
+        "IoU 1.00",
+        "IoU 0.25",
+        "one too many",
+    ]
     assert reply.giou == pytest.approx(1.25 / 3)
     assert not reply.right_number
 
 
 def test_missed_targets_come_last():
-    reply = compare(SCENE, BOTH, made_answer("Here are b [SEG].", THINGS[2:]))
+    reply = score_answer(SCENE, BOTH, made_answer("Here are b [SEG].", THINGS[2:]))
     np.testing.assert_array_equal(reply.truth, THINGS[[2, 0]])
     assert reply.predicted[0].sum() == 64 and not reply.predicted[1].any()
-    assert [mark.note for mark in reply.marks] == ["IoU 1.00", "missed"]
+    assert [target.note for target in reply.target_scores] == ["IoU 1.00", "missed"]
     assert reply.giou == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("count", "giou"), [(0, 1), (1, 0)])
 def test_where_there_is_none_no_mask_is_right(count, giou):
     answer = made_answer("There is" + " [SEG]" * count, THINGS[:count])
-    reply = compare(SCENE, NONE, answer)
+    reply = score_answer(SCENE, NONE, answer)
     assert reply.giou == giou
     assert reply.right_number == (count == 0)
-    assert len(reply.marks) == count
+    assert len(reply.target_scores) == count
 
 
 def test_words_are_compared_without_capitals_and_gaps():
@@ -109,15 +111,15 @@ def test_words_are_compared_without_capitals_and_gaps():
         "here are b [SEG] and a [SEG].": False,
     }
     for text, same in texts.items():
-        reply = compare(SCENE, BOTH, made_answer(text, THINGS[:2]))
+        reply = score_answer(SCENE, BOTH, made_answer(text, THINGS[:2]))
         assert reply.same_words == same
     assert reply.text == "Here are b [SEG] and a [SEG]."
     assert reply.expected == "Here are a [SEG] and b [SEG]."
 
 
 def test_summary_counts():
-    right = compare(SCENE, NONE, made_answer("none", THINGS[:0]))
-    wrong = compare(SCENE, NONE, made_answer("a [SEG]", THINGS[:1]))
+    right = score_answer(SCENE, NONE, made_answer("none", THINGS[:0]))
+    wrong = score_answer(SCENE, NONE, made_answer("a [SEG]", THINGS[:1]))
     summary = summarise([half_wrong(), right, wrong])
     assert summary.scores.giou == pytest.approx(1.25 / 4)
     assert summary.scores.ciou == pytest.approx((64 + 4) / (64 + 16 + 25 + 16))
@@ -126,8 +128,8 @@ def test_summary_counts():
 
 def test_text_between_markers():
     text = "A [SEG] and a [SEG]."
-    assert number_markers(text, [(2, 7), (14, 19)]) == ["A ", " and a ", "."]
-    assert number_markers("None.", []) == ["None."]
+    assert split_at_markers(text, [(2, 7), (14, 19)]) == ["A ", " and a ", "."]
+    assert split_at_markers("None.", []) == ["None."]
 
 
 # Scenes
@@ -135,18 +137,18 @@ def test_text_between_markers():
 
 def test_scenes_are_varied_and_fixed():
     shapes = Shapes(split="test")
-    scenes = choose(shapes, 6, seed=0, fewest=4)
+    scenes = select_scenes(shapes, 6, seed=0, min_objects=4)
     numbers = [scene.number for scene in scenes]
     assert len(set(numbers)) == 6
     assert {q.kind for scene in scenes for q in scene.questions} == set(KINDS)
     assert all(len(scene.masks) >= 4 for scene in scenes)
-    assert [scene.number for scene in choose(shapes, 6, seed=0, fewest=4)] == numbers
-    assert [scene.number for scene in choose(shapes, 6, seed=1, fewest=4)] != numbers
+    assert [scene.number for scene in select_scenes(shapes, 6, seed=0, min_objects=4)] == numbers
+    assert [scene.number for scene in select_scenes(shapes, 6, seed=1, min_objects=4)] != numbers
     scene = scenes[0]
     drawn = shapes.draw(scene.number)
     assert scene.questions == drawn.questions
     np.testing.assert_array_equal(scene.masks, drawn.scene.masks())
-    assert scene.picture.shape == (96, 96, 3)
+    assert scene.image.shape == (96, 96, 3)
 
 
 # The page
@@ -182,7 +184,7 @@ class Page(HTMLParser):
 
 
 def test_page_shows_answers_beside_the_truth():
-    replies = [half_wrong(), compare(SCENE, NONE, made_answer("none", THINGS[:0]))]
+    replies = [half_wrong(), score_answer(SCENE, NONE, made_answer("none", THINGS[:0]))]
     chart = render_curves("loss", [Curve([(0.0, 1.0), (5.0, 0.5)], "red")], x_label="step")
     tiles = [Tile("0.5", "score")]
     page = Page(write_page("A & B", "lead", tiles, [(SCENE, replies)], plots=[chart], foot="end"))
@@ -213,10 +215,10 @@ def test_a_number_has_the_colour_of_its_mask():
 
 def test_constant_mask_is_the_best_of_the_shares():
     masks = boxes((0, 0, 10, 10), (0, 0, 10, 10), (0, 0, 10, 20))
-    best = shapes_training.choose_constant(masks)
+    best = shapes_training.fit_constant_mask(masks)
     np.testing.assert_array_equal(best, masks[0])
     far = boxes((0, 0, 2, 2), (18, 18, 20, 20), (0, 18, 2, 20))
-    np.testing.assert_array_equal(shapes_training.choose_constant(far), far.any(0))
+    np.testing.assert_array_equal(shapes_training.fit_constant_mask(far), far.any(0))
 
 
 # The command
@@ -265,7 +267,9 @@ def refuse(tmp_path, capfd):
 
 def test_more_scenes_than_there_are_is_refused(tmp_path, refuse):
     shapes = Shapes(split="test")
-    fit = sum(len(shapes.draw(i).scene.things) >= demo.FEWEST_THINGS for i in range(len(shapes)))
+    fit = sum(
+        len(shapes.draw(i).scene.things) >= shapes_demo.MIN_OBJECTS for i in range(len(shapes))
+    )
     assert f"900 scenes are more than the {fit} there are" in refuse(
         "--out", tmp_path / "out", "--scenes", 900
     )
@@ -288,7 +292,7 @@ def test_the_shipped_model_answers_as_well_as_its_recipe_says(tmp_path, capfd):
     begin = time.process_time()
     assert main(["demo", "--out", str(tmp_path / "out"), "--scenes", "24"]) == 0
     assert time.process_time() - begin < 120
-    record = json.loads((tmp_path / "out" / demo.RECORD).read_text())
+    record = json.loads((tmp_path / "out" / shapes_demo.RECORD).read_text())
     assert record["giou"] >= 0.85 and record["ciou"] >= 0.85
     assert record["right_number"] >= 0.9 * record["questions"]
     assert record["absent_right"] >= 0.75 * record["absent"] > 4
@@ -296,7 +300,7 @@ def test_the_shipped_model_answers_as_well_as_its_recipe_says(tmp_path, capfd):
 
 
 def test_absent_model_is_named(tmp_path, monkeypatch, refuse):
-    monkeypatch.setattr(demo, "SHAPES_MODEL", tmp_path / "no_model")
+    monkeypatch.setattr(shapes_demo, "SHAPES_MODEL", tmp_path / "no_model")
     line = refuse("--out", tmp_path / "out")
     assert f"{tmp_path / 'no_model'}: the shipped model is not there" in line
     assert "--train" in line and "--checkpoint" in line
@@ -316,7 +320,7 @@ def test_folder_of_something_else_is_kept(tmp_path, refuse):
     [
         (["--scenes", 0], "--scenes must be at least 1"),
         (["--seed", -1], "--seed at least 0"),
-        (["--train", "--checkpoint", "x"], "--train begins from nothing"),
+        (["--train", "--checkpoint", "x"], "--train starts from scratch"),
     ],
 )
 def test_options_that_make_no_sense(tmp_path, refuse, options, found):
@@ -325,17 +329,17 @@ def test_options_that_make_no_sense(tmp_path, refuse, options, found):
 
 @pytest.mark.slow
 def test_training_ends_with_a_page_and_a_model(tmp_path, monkeypatch, capfd):
-    few = dataclasses.replace(
-        shapes_training.TRAIN,
-        steps=4,
-        log_every=2,
-        evaluate_every=2,
-        evaluate_batches=1,
-        save_every=4,
-    )
-    monkeypatch.setattr(shapes_training, "TRAIN", few)
-    monkeypatch.setattr(shapes_training, "SEEN_SCENES", 20)
-    monkeypatch.setattr(demo, "HELD_OUT", 3)
+    few = {
+        "train.steps": 4,
+        "train.log_every": 2,
+        "train.evaluate_every": 2,
+        "train.evaluate_batches": 1,
+        "train.save_every": 4,
+    }
+    overrides = {**shapes_recipe.DEMO_OVERRIDES, **few}
+    monkeypatch.setattr(shapes_recipe, "DEMO_OVERRIDES", overrides)
+    monkeypatch.setattr(shapes_training, "BASELINE_SCENES", 20)
+    monkeypatch.setattr(shapes_demo, "MIN_HELD_OUT", 3)
     out = tmp_path / "demo"
     assert main(["demo", "--train", "--scenes", "2", "--out", str(out)]) == 0
     printed, _ = capfd.readouterr()
@@ -346,7 +350,7 @@ def test_training_ends_with_a_page_and_a_model(tmp_path, monkeypatch, capfd):
     assert [step for step, _ in training["losses"]] == [2, 4]
     assert [step for step, _ in training["gious"]] == [0, 2, 4]
     assert 0 < training["constant"] < 0.3
-    assert record["questions"] == 3 * shapes_training.QUESTIONS
+    assert record["questions"] == 3 * shapes_recipe.DEMO_QUESTIONS
     page = Page((out / "index.html").read_text(encoding="utf-8"))
     assert page.tags.count("svg") == 2 and page.tags.count("article") == 2
     config = checkpoint.read_config(out / "model")

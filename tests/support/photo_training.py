@@ -24,7 +24,7 @@ from pixellm_jax.config import MeshConfig, ModelConfig
 from pixellm_jax.evaluation.free_running import answer_generated
 from pixellm_jax.evaluation.scoring import make_record
 from pixellm_jax.evaluation.summary import Summary, summarise
-from pixellm_jax.experiments.shapes_training import CODEBOOK, make_model_config
+from pixellm_jax.experiments.shapes_recipe import demo_recipe
 from pixellm_jax.inference.engine import Engine, EngineConfig
 from pixellm_jax.inference.prepare import serve
 from pixellm_jax.sharding import make_mesh
@@ -100,7 +100,9 @@ def learn_photos(root: Path, out: Path, *, photos: int, steps: int, evaluate_eve
     """Trains on the photos, and evaluates on the same ones, the words of the answers given."""
     examples = read_photos(root, photos)
     write_tokenizer(examples, out / "tokenizer")
-    vocabulary = Vocabulary.with_codebook(out / "tokenizer", **dataclasses.asdict(CODEBOOK))
+    vocabulary = Vocabulary.with_codebook(
+        out / "tokenizer", **dataclasses.asdict(demo_recipe().model.codebook)
+    )
     config = photo_model(vocabulary.size)
     train = dataclasses.replace(
         photo_train(), steps=steps, evaluate_every=evaluate_every, save_every=steps
@@ -133,7 +135,9 @@ def learn_photos(root: Path, out: Path, *, photos: int, steps: int, evaluate_eve
 
 def answer_photos(root: Path, run: Path, *, photos: int) -> Summary:
     """What the model of a finished run says of its own photos, in its own words."""
-    vocabulary = Vocabulary.with_codebook(run / "tokenizer", **dataclasses.asdict(CODEBOOK))
+    vocabulary = Vocabulary.with_codebook(
+        run / "tokenizer", **dataclasses.asdict(demo_recipe().model.codebook)
+    )
     blueprint = make_blueprint(photo_model(vocabulary.size), photo_train())
     (last,) = (run / CHECKPOINTS).iterdir()
     write_model(run, int(last.name), run / "model", blueprint, vocabulary)
@@ -156,11 +160,11 @@ def answer_photos(root: Path, run: Path, *, photos: int) -> Summary:
 
 
 def photo_model(vocabulary: int) -> ModelConfig:
-    """That of `pixellm demo --train` for larger pictures: two million parameters.
+    """Return the model of `pixellm demo --train` for larger images: two million parameters.
 
-    Masks are of a quarter of the canvas.
+    Masks have a quarter of the canvas's resolution.
     """
-    small = make_model_config(vocabulary)
+    small = demo_recipe().model
     vision = dataclasses.replace(small.vision, width=128, mlp=512, patch=14, canvas=224, table=16)
-    language = dataclasses.replace(small.language, max_positions=1024)
+    language = dataclasses.replace(small.language, vocabulary=vocabulary, max_positions=1024)
     return dataclasses.replace(small, vision=vision, language=language)
