@@ -25,19 +25,19 @@ from pixellm_jax.benchmark_question import BenchmarkQuestion
 from pixellm_jax.cli.console import format_table
 from pixellm_jax.cli.judge_options import (
     add_judge_options,
-    judge_report,
     make_judge,
     names_judge,
-    print_report,
-    refuse_failures,
+    print_judge_report,
+    token_price,
 )
 from pixellm_jax.cli.options import add_distributed_option, initialize_distributed
 from pixellm_jax.cli.report import JSON, PAGE, write_report
 from pixellm_jax.config import DTYPES
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluation.free_running import answer_generated
+from pixellm_jax.evaluation.judge.report import check_complete, judge_folder
 from pixellm_jax.evaluation.metrics import Sums, merge, merge_hosts
-from pixellm_jax.evaluation.record import GIVEN, QuestionRecord
+from pixellm_jax.evaluation.record import GENERATED, GIVEN, QuestionRecord
 from pixellm_jax.evaluation.run_folder import QuestionLog
 from pixellm_jax.evaluation.scoring import Answered, make_record, make_released_line
 from pixellm_jax.evaluation.settings import describe_model
@@ -50,7 +50,6 @@ from pixellm_jax.inference.prepare import WEIGHTS, serve
 from pixellm_jax.stopwatch import Stopwatch
 from pixellm_jax.weights import checkpoint
 
-GENERATED = "generated"
 EXAMPLES = """examples:
   pixellm evaluate --checkpoint runs/shapes/model --benchmark shapes --out report
   pixellm evaluate --checkpoint pixellm-7b --benchmark muse/test_many --data dataset --out many
@@ -152,12 +151,15 @@ def run(options: argparse.Namespace) -> None:
     records = _merge(share, log, sums)
     if records is None:
         return
-    judged = judge_report(options, options.out) if names_judge(options) else None
+    judged = None
+    if names_judge(options):
+        judge = make_judge(options, options.out)
+        judged = judge_folder(options.out, judge, options.threshold, price=token_price(options))
     write_report(options.out, options.data)
     _print(options.out, records)
     if judged is not None:
-        print_report(judged)
-        refuse_failures(judged)
+        print_judge_report(judged)
+        check_complete(judged)
 
 
 class _Asker:

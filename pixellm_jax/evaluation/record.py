@@ -24,6 +24,9 @@ from pixellm_jax.images.rle import check
 QUESTIONS, SETTINGS = "questions", "settings.json"
 """Files in the folder of an evaluation; the first has the ending .jsonl."""
 
+GENERATED = "generated"
+"""Mode in which the model writes its answers."""
+
 GIVEN = "given"
 """Mode and `reason` of an answer that was put into the prompt, codebook tokens included."""
 

@@ -1,4 +1,4 @@
-"""`pixellm judge` on a folder, with a real server and without one."""
+"""`pixellm judge` on a folder, with a real server and offline."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_server(folder, capsys):
         assert "run the same command again" in said.err
         bad.clear()
         assert main(command) == 0
-        assert sum(server.asked.values()) == 6
+        assert sum(server.requests_by_question.values()) == 6
     said = capsys.readouterr().out.splitlines()
     assert said[0].split()[:4] == ["questions", "of", "questions", "masks"]
     # Scores, first of the whole mask, then of the half one: 2 3, 5 6, 8 9, 1 2, 4 5.
@@ -58,9 +58,9 @@ def test_offline(folder, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "which judge?"),
-        (["--judge-model", "m"], "which judge?"),
-        (["--judge-offline", "--judge-model", "m"], "asks no server"),
+        ([], "no judge: give"),
+        (["--judge-model", "m"], "no judge: give"),
+        (["--judge-offline", "--judge-model", "m"], "uses no server"),
         (["--judge-offline", "--threshold", "0"], "threshold 0"),
         (["--judge-url", "host", "--judge-model", "m"], "URL"),
         (["--judge-url", "http://h", "--judge-model", "m", "--judge-workers", "0"], "one worker"),

@@ -435,7 +435,7 @@ def test_answers_are_judged_at_once(tiny, data_root, tmp_path, capfd):
         ("shapes", ["--reference-compat"], "no numbers of shapes in mode generated"),
         ("muse", ["--data", ".", "--mode", "given", "--reference-compat"], "only of --mode gen"),
         ("muse", ["--data", "."], "muse_val.json"),
-        ("muse", ["--data", ".", "--judge-model", "m"], "which judge?"),
+        ("muse", ["--data", ".", "--judge-model", "m"], "no judge: give"),
         ("muse", ["--data", ".", "--judge-offline", "--mode", "given"], "nothing to read"),
         ("llava", ["--data", ".", "--mode", "given"], "llava asks for words"),
         ("muse", ["--data", ".", "--mode", "given", "--weights", "int8"], "answers that the model"),

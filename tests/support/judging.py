@@ -1,4 +1,4 @@
-"""Records for a judge, and a real server that speaks the OpenAI protocol, as bad as one likes."""
+"""Records to judge, and a real HTTP server for the OpenAI protocol that fails on request."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ HW = (11, 13)
 
 
 def mask(rows: int) -> dict[str, Any]:
-    """The first rows of the picture."""
+    """Return a mask of the first rows of the image."""
     return encode(np.arange(HW[0])[:, None].repeat(HW[1], 1) < rows)
 
 
 def record(number: int, **changes: Any) -> QuestionRecord:
-    """Two true masks of 26 and 52 pixels; the first is found but for 13 pixels, the second whole.
+    """Return a record with true masks of 26 and 52 pixels, the second named first in the answer.
 
-    IoU 13 / 26 and 52 / 52. The answer names the second first.
+    The first is found but for 13 pixels, the second completely: IoU 13 / 26 and 52 / 52.
     """
     whole = QuestionRecord(
         id=f"muse/val/{number}/0",
@@ -48,7 +48,7 @@ def record(number: int, **changes: Any) -> QuestionRecord:
 
 
 class Bad(NamedTuple):
-    """What the server does instead of a good reply."""
+    """A deviation of the server from a good reply."""
 
     status: int = 200
     body: bytes | None = None
@@ -60,18 +60,18 @@ class Bad(NamedTuple):
 
 
 class Server:
-    """`behave(question number, how often it was asked before)`: None is a good reply.
+    """`behave(question number, number of earlier requests)` returns None for a good reply.
 
     A good reply gives target N of question Q the score (3 Q + N) % 10 + 1.
     """
 
     def __init__(self, behave: Callable[[int, int], Bad | None] = lambda *_: None) -> None:
         self.behave, self.lock = behave, threading.Lock()
-        self.asked: dict[int, int] = defaultdict(int)
+        self.requests_by_question: dict[int, int] = defaultdict(int)
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.times: list[float] = []
-        self.url, self.at_once, self.most_at_once = "", 0, 0
+        self.url, self.concurrent, self.max_concurrent = "", 0, 0
 
 
 def good_scores(number: int, targets: int) -> list[int]:
@@ -80,27 +80,30 @@ def good_scores(number: int, targets: int) -> list[int]:
 
 @contextlib.contextmanager
 def serve(server: Server) -> Iterator[Server]:
-    """Runs the server on a free port of this machine."""
+    """Run the server on a free port of this machine."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
             with server.lock:
-                server.at_once += 1
-                server.most_at_once = max(server.at_once, server.most_at_once)
+                server.concurrent += 1
+                server.max_concurrent = max(server.concurrent, server.max_concurrent)
             try:
                 self.reply()
             finally:
                 with server.lock:
-                    server.at_once -= 1
+                    server.concurrent -= 1
 
         def reply(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["content-length"])))
             said = json.loads(request["messages"][-1]["content"])
             number = int(said["question"].split()[-1].rstrip("?"))
             with server.lock:
-                before, server.asked[number] = server.asked[number], server.asked[number] + 1
+                before, server.requests_by_question[number] = (
+                    server.requests_by_question[number],
+                    server.requests_by_question[number] + 1,
+                )
                 server.requests.append(request)
                 server.keys.append(self.headers["authorization"])
                 server.times.append(time.monotonic())

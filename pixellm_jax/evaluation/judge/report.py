@@ -1,4 +1,4 @@
-"""Judges the answers of an evaluation: scores go into its records, a summary beside them."""
+"""Judge a finished evaluation: scores go into its records, a summary into `judge.json`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tqdm import tqdm
+
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluation.judge.judge import (
-    HIGHEST,
-    LOWEST,
+    MAX_SCORE,
+    MIN_SCORE,
+    THRESHOLD,
     Judge,
     Judged,
     apply_judge,
     judge_records,
     target_scores,
 )
-from pixellm_jax.evaluation.record import GIVEN, QUESTIONS, SETTINGS, QuestionRecord, read_records
+from pixellm_jax.evaluation.record import (
+    GENERATED,
+    GIVEN,
+    QUESTIONS,
+    SETTINGS,
+    QuestionRecord,
+    read_records,
+)
 from pixellm_jax.evaluation.summary import group_records, summarise
 from pixellm_jax.files import read_json, write_whole
 
@@ -28,11 +38,13 @@ ALL = "all"
 
 
 class JudgedScores(NamedTuple):
-    """Scores of questions that were judged; NaN where there is nothing to divide by.
+    """Scores of judged questions; NaN where the denominator is zero.
 
-    masks: true masks and extra predictions. giou, ciou: by masks alone, of these very questions.
+    questions: number of questions. masks: true masks and extra predictions.
+    giou, ciou: by masks alone, of the same questions.
     judged_giou, judged_ciou: with intersection 0 where the judge's score is below the threshold.
-    score: mean score of the matched targets. rejected: their share below the threshold.
+    score: mean score of the matched targets.
+    rejected: share of the matched targets whose score is below the threshold.
     """
 
     questions: int
@@ -46,20 +58,27 @@ class JudgedScores(NamedTuple):
 
 
 class Price(NamedTuple):
-    """What a million tokens costs, in the currency of the bill."""
+    """Price of a million prompt tokens and of a million completion tokens, in any currency."""
 
     tokens_in: float
     tokens_out: float
 
-    def of(self, tokens_in: int, tokens_out: int) -> float:
+    def cost(self, tokens_in: int, tokens_out: int) -> float:
         return (tokens_in * self.tokens_in + tokens_out * self.tokens_out) / 1e6
 
 
 class JudgeReport(NamedTuple):
-    """What `judge.json` holds. scores: of "all" and of each group; `failures` are in none.
+    """Contents of `judge.json`.
 
-    judged: questions in `scores`. counts: see `judge_server.ServerJudge.counts`. cost: of this run
-    and of all the scores; None without prices, or where a reply did not say its tokens.
+    judge: name of the judge. threshold: lowest score that counts.
+    settings: see `Judge.describe`.
+    questions: number of all questions. judged: number of questions in `scores`.
+    failures: id of a question -> reason why it has no scores; none of them is in `scores`.
+    stopped: reason why the judge stopped early, else None.
+    scores: by name of the group of questions; `ALL` for all of them.
+    counts: see `client.ServerJudge.counts`.
+    cost: cost of this run ("run") and of all scores ("scores"); None without prices, or where a
+        reply did not report its tokens.
     """
 
     judge: str
@@ -74,7 +93,7 @@ class JudgeReport(NamedTuple):
     cost: dict[str, float] | None
 
     def to_json(self) -> dict[str, Any]:
-        """For `json.dumps`; NaN is null."""
+        """Return the value for `json.dumps`; NaN becomes null."""
         scores = {
             name: {
                 key: None if isinstance(value, float) and math.isnan(value) else value
@@ -88,42 +107,66 @@ class JudgeReport(NamedTuple):
 def judge_folder(
     folder: Path,
     judge: Judge,
-    threshold: int,
+    threshold: int = THRESHOLD,
     *,
     price: Price | None = None,
-    start: Callable[[int], Callable[[], object]] = lambda questions: lambda: None,
+    start: Callable[[int], Callable[[], object]] | None = None,
 ) -> JudgeReport:
-    """Judges all answers of a finished evaluation.
+    """Judge all answers of a finished evaluation.
 
-    Scores go into the records of `questions.jsonl`, which is replaced as a whole, and a summary
-    into `judge.json`. Earlier scores, of another judge perhaps, are replaced; where the judge stops
-    before its first score, nothing is. To ask again for what failed, call it again: what a server
-    replied is in its cache. `start`: gets the number of questions, returns what to call after each.
+    Scores go into the records of `questions.jsonl`, which is replaced atomically, and a summary
+    into `judge.json`. Earlier scores, possibly of another judge, are replaced; if the judge stops
+    before its first score, nothing is. Call it again to retry failed questions: the replies of a
+    server are cached.
+
+    Args:
+        folder: the output folder of the evaluation.
+        judge: `offline.WordJudge` or `client.ServerJudge`.
+        threshold: lowest score that counts, 1 to 10.
+        price: prices of the tokens, to compute the cost.
+        start: receives the number of questions and returns a function to call after each of them.
+            By default a progress bar on standard error, if that is a terminal.
 
     Raises:
-        InputError: there is nothing that a judge could read, or a file cannot be read or written.
+        InputError: there is nothing to judge, or a file cannot be read or written.
     """
-    if not LOWEST <= threshold <= HIGHEST:
-        raise InputError(
-            f"threshold {threshold}: expected {LOWEST} to {HIGHEST}, the scores' range"
-        )
+    if not MIN_SCORE <= threshold <= MAX_SCORE:
+        raise InputError(f"threshold {threshold}: expected a score from {MIN_SCORE} to {MAX_SCORE}")
     path = folder / f"{QUESTIONS}.jsonl"
-    before = _stamp(path)
+    stamp = _stamp(path)
     records = read_records(path)
     _check(folder, records)
-    judged = judge_records(records, judge, advance=start(len(records)))
+    with tqdm(desc="judging", unit="question", disable=None if start is None else True) as bar:
+        bar.reset(len(records))
+        advance = bar.update if start is None else start(len(records))
+        judged = judge_records(records, judge, advance=advance)
     report = _report(judged, judge, threshold, price)
     if report.stopped is not None and not target_scores(judged.records):
         raise InputError(f"no answer was judged: {report.stopped}")
-    if _stamp(path) != before:
-        raise InputError(f"{path}: changed while it was judged; wait for its end, then run again")
+    if _stamp(path) != stamp:
+        raise InputError(
+            f"{path}: the file changed while it was judged; wait until the evaluation has ended, "
+            "then run the command again"
+        )
     _replace(path, "".join(f"{record.to_json()}\n" for record in judged.records))
     _replace(folder / JUDGE, json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n")
     return report
 
 
+def check_complete(report: JudgeReport) -> None:
+    """Raise `InputError` if a question has no score."""
+    if not report.failures:
+        return
+    name, failure = next(iter(report.failures.items()))
+    reason = report.stopped or f"the first is {name}: {failure}"
+    raise InputError(
+        f"{len(report.failures)} of {report.questions} questions have no score and are missing "
+        f"from the numbers above; {reason}; run the same command again"
+    )
+
+
 def summarise_judged(records: Sequence[QuestionRecord], threshold: int) -> JudgedScores:
-    """Scores of any part of the judged questions."""
+    """Summarise judged questions, all or any part of them."""
     plain = summarise(records)
     judged = summarise([apply_judge(record, threshold) for record in records])
     scores = target_scores(records)
@@ -142,10 +185,11 @@ def summarise_judged(records: Sequence[QuestionRecord], threshold: int) -> Judge
 def _report(judged: Judged, judge: Judge, threshold: int, price: Price | None) -> JudgeReport:
     done = [record for record in judged.records if record.judge is not None]
     parts = {ALL: done} | group_records(done)
-    counts, cost = dict(judge.counts()), None
+    counts = dict(judge.counts())
+    cost = None
     if price is not None and not counts.get("without_tokens"):
         cost = {
-            name: price.of(counts.get(f"{kind}tokens_in", 0), counts.get(f"{kind}tokens_out", 0))
+            name: price.cost(counts.get(f"{kind}tokens_in", 0), counts.get(f"{kind}tokens_out", 0))
             for name, kind in (("run", ""), ("scores", "scored_"))
         }
     return JudgeReport(
@@ -165,22 +209,22 @@ def _report(judged: Judged, judge: Judge, threshold: int, price: Price | None) -
 def _check(folder: Path, records: Sequence[QuestionRecord]) -> None:
     if read_json(folder / SETTINGS).get("mode") == GIVEN:
         raise InputError(
-            f"{folder}: its answers were given to the model (mode {GIVEN}), there is nothing of "
-            "its own to judge; evaluate in mode generated"
+            f"{folder}: the answers were given to the model (mode {GIVEN}), so there is nothing to "
+            f"judge; run the evaluation in mode {GENERATED}"
         )
     if not any(record.descriptions for record in records):
         raise InputError(
             f"{folder}: no question has descriptions of its true masks, which a judge reads in "
-            "their place; MUSE has them"
+            "place of the masks; choose a benchmark that has them, such as MUSE"
         )
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What a judge reads, what its scores do to the numbers, and the judge without a network."""
+"""Judge questions, the effect of scores on the metrics, judged folders, and the offline judge."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import math
 import pytest
 
 from pixellm_jax.errors import InputError
-from pixellm_jax.evaluation.judge.judge import FAILURES_IN_A_ROW, apply_judge, judge_records
+from pixellm_jax.evaluation.judge.judge import MAX_CONSECUTIVE_FAILURES, apply_judge, judge_records
 from pixellm_jax.evaluation.judge.offline import WordJudge
-from pixellm_jax.evaluation.judge.question import (
+from pixellm_jax.evaluation.judge.prompt import (
     JudgeDownError,
     JudgeQuestion,
     NotJudgedError,
-    put_in_words,
+    make_question,
 )
 from pixellm_jax.evaluation.judge.report import Price, judge_folder, summarise_judged
 from pixellm_jax.evaluation.record import read_records
@@ -23,7 +23,7 @@ from tests.support.judging import mask, record
 
 
 class FixedJudge:
-    """Scores by the question's number; an exception is raised instead."""
+    """Scores by question number; a score that is an exception is raised."""
 
     name, workers = "fixed", 3
 
@@ -44,8 +44,8 @@ class FixedJudge:
         return {"tokens_in": 500_000, "tokens_out": 10, "scored_tokens_in": 1_000_000}
 
 
-def test_masks_are_replaced_by_what_they_match():
-    found = put_in_words(record(0))
+def test_masks_are_replaced_by_the_descriptions_of_their_matches():
+    found = make_question(record(0))
     assert found.answer == (
         "There is a wooden table <target 1: a round wooden table> and a green plant "
         "<target 2: a red cup>."
@@ -54,23 +54,25 @@ def test_masks_are_replaced_by_what_they_match():
     assert found.truths == (1, 0)
 
 
-def test_a_prediction_without_a_partner_shows_nothing():
-    found = put_in_words(record(0, pairs=((0, None, 0, 52), (1, 0, 13, 26), (None, 1, 0, 52))))
+def test_an_unmatched_prediction_shows_nothing():
+    found = make_question(record(0, pairs=((0, None, 0, 52), (1, 0, 13, 26), (None, 1, 0, 52))))
     assert found.answer == (
         "There is a wooden table <nothing> and a green plant <target 1: a red cup>."
     )
-    assert found.truths == (0,) and found.owners == (None, 0)
+    assert found.truths == (0,) and found.marker_targets == (None, 0)
 
 
 def test_united_predictions_are_one_target():
     united = record(0, predicted=(mask(4),), pairs=((0, 1, 52, 52), (None, 0, 0, 26)))
-    found = put_in_words(united)
+    found = make_question(united)
     assert found.answer.count("<target 1: a round wooden table>") == 2
     assert found.truths == (1,)
 
 
 def test_nothing_to_judge():
-    assert put_in_words(record(0, predicted=(), pairs=((None, 0, 0, 26), (None, 1, 0, 52)))) is None
+    assert (
+        make_question(record(0, predicted=(), pairs=((None, 0, 0, 26), (None, 1, 0, 52)))) is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,9 +83,9 @@ def test_nothing_to_judge():
         ({"descriptions": ()}, "no descriptions"),
     ],
 )
-def test_what_cannot_be_put_in_words(changes, message):
+def test_records_that_cannot_be_judged(changes, message):
     with pytest.raises(NotJudgedError) as caught:
-        put_in_words(record(0, **changes))
+        make_question(record(0, **changes))
     assert message in str(caught.value)
 
 
@@ -117,7 +119,7 @@ def test_a_record_without_scores_is_refused():
         apply_judge(record(0, judge={"judge": "x", "scores": [None, 4]}), 4)
 
 
-def test_scores_reach_their_targets_and_failures_stay_apart():
+def test_scores_reach_their_targets_and_failures_are_separate():
     judge = FixedJudge(lambda n: NotJudgedError("no reply") if n % 3 == 1 else [n % 10 + 1, 7])
     records = [record(n, judge={"judge": "an older one", "scores": [5, 5]}) for n in range(31)]
     missed = ((None, 0, 0, 26), (None, 1, 0, 52))
@@ -136,7 +138,7 @@ def test_scores_reach_their_targets_and_failures_stay_apart():
             assert one.judge == {"judge": "fixed", "scores": [7, n % 10 + 1]}
 
 
-def test_a_judge_that_is_down_is_not_asked_on():
+def test_a_judge_that_is_down_receives_no_more_questions():
     judge = FixedJudge(lambda n: JudgeDownError("wrong key") if n >= 2 else [1, 2])
     found = judge_records([record(n) for n in range(97)], judge)
     assert found.stopped == "wrong key"
@@ -144,15 +146,15 @@ def test_a_judge_that_is_down_is_not_asked_on():
     assert len(found.failures) + sum(one.judge is not None for one in found.records) == 97
 
 
-def test_failure_after_failure_ends_the_run():
+def test_consecutive_failures_end_the_run():
     judge = FixedJudge(lambda n: NotJudgedError("status 500"))
     found = judge_records([record(n) for n in range(97)], judge)
     assert "failed in a row" in found.stopped and "status 500" in found.stopped
-    assert len(judge.read) <= FAILURES_IN_A_ROW + judge.workers
+    assert len(judge.read) <= MAX_CONSECUTIVE_FAILURES + judge.workers
     assert len(found.failures) == 97
 
 
-def test_a_fault_of_a_judge_is_no_score_and_no_failure():
+def test_a_bug_in_a_judge_is_neither_score_nor_failure():
     with pytest.raises(ZeroDivisionError):
         judge_records([record(n) for n in range(9)], FixedJudge(lambda n: ZeroDivisionError()))
     with pytest.raises(ValueError, match="from 1 to 10"):
@@ -168,7 +170,7 @@ def test_a_fault_of_a_judge_is_no_score_and_no_failure():
         ("It is a cup [SEG].", 10),
         ("It is the red apple [SEG].", 6),  # 1 + 9 / 2, rounded up
         ("It is the plant [SEG].", 1),
-        ("It is [SEG].", 6),  # nothing names it: the question's "hot", "cup" are compared
+        ("It is [SEG].", 6),  # nothing names it: "hot", "cup" of the question are compared
     ],
 )
 def test_shared_words(answer, score):
@@ -181,13 +183,13 @@ def test_shared_words(answer, score):
         pairs=((0, 0, 26, 26),),
         descriptions=("red cup on the left",),
     )
-    question = put_in_words(asked)
+    question = make_question(asked)
     assert WordJudge().score(question) == [score]
     assert WordJudge().score(question) == WordJudge().score(question)
 
 
 def test_shared_words_of_several_targets():
-    assert WordJudge().score(put_in_words(record(0))) == [10, 1]
+    assert WordJudge().score(make_question(record(0))) == [10, 1]
 
 
 @pytest.fixture
@@ -223,7 +225,7 @@ def test_a_folder_is_judged(folder):
     ]
 
 
-def test_a_judge_that_never_answered_changes_nothing(folder):
+def test_a_judge_without_any_score_changes_nothing(folder):
     judge_folder(folder, WordJudge(), 4)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(InputError, match="no answer was judged: wrong key"):
@@ -231,7 +233,7 @@ def test_a_judge_that_never_answered_changes_nothing(folder):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_nothing_is_lost_of_an_evaluation_that_goes_on(folder):
+def test_no_record_of_a_running_evaluation_is_lost(folder):
     path = folder / "questions.jsonl"
 
     def write_on(n):
@@ -253,7 +255,7 @@ def test_scores_of_nothing_are_null(folder):
     assert json.loads((folder / "judge.json").read_text())["scores"]["all"]["score"] is None
 
 
-def test_what_cannot_be_judged_is_refused(folder):
+def test_folders_that_cannot_be_judged_are_refused(folder):
     with pytest.raises(InputError, match="threshold 11"):
         judge_folder(folder, WordJudge(), 11)
     (folder / "settings.json").write_text('{"mode": "given"}')

@@ -1,4 +1,4 @@
-"""Replies are read strictly: what is not a score of every target is no score of any."""
+"""Replies are parsed strictly: without a valid score of every target, no target is scored."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ import json
 
 import pytest
 
-from pixellm_jax.evaluation.judge.cache import ReplyCache
-from pixellm_jax.evaluation.judge.prompt import Reply, read_reply, read_scores, write_request
-from pixellm_jax.evaluation.judge.question import JudgeDownError, NotJudgedError, put_in_words
+from pixellm_jax.evaluation.judge.client import ReplyCache
+from pixellm_jax.evaluation.judge.prompt import (
+    JudgeDownError,
+    NotJudgedError,
+    Reply,
+    make_question,
+    make_request,
+    read_reply,
+    read_scores,
+)
 from tests.support.judging import record
 
 
@@ -96,20 +103,20 @@ def test_reply():
         completion(finish_reason="content_filter"),
     ],
 )
-def test_no_reply_is_made_up(body):
+def test_no_reply_is_invented(body):
     with pytest.raises(NotJudgedError):
         read_reply(body)
 
 
 def test_request():
-    question = put_in_words(record(3, question="Wo? \ud800 图 3?"))
-    request = write_request(question, model="m", temperature=0.0)
+    question = make_question(record(3, question="Wo? \ud800 图 3?"))
+    request = make_request(question, model="m", temperature=0.0)
     assert request["model"] == "m" and request["temperature"] == 0.0
     said = json.loads(request["messages"][1]["content"])
     assert said["question"] == "Wo? ? 图 3?"
     assert said["answer"] == question.answer
     assert said["targets"] == {"1": "a round wooden table", "2": "a red cup"}
-    assert "temperature" not in write_request(question, model="m", temperature=None)
+    assert "temperature" not in make_request(question, model="m", temperature=None)
 
 
 def test_cache_is_keyed_by_the_whole_request(tmp_path):
@@ -146,8 +153,8 @@ def test_a_damaged_entry_counts_as_absent(tmp_path, damage):
     assert list(tmp_path.rglob("*.*")) == [path]
 
 
-def test_a_reply_that_cannot_be_kept_stops_the_judge(tmp_path):
+def test_a_reply_that_cannot_be_cached_stops_the_judge(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(JudgeDownError, match="cannot be kept"):
+    with pytest.raises(JudgeDownError, match="cannot be cached"):
         ReplyCache(tmp_path / "file", "u").put({"model": "m"}, Reply("text", "m", None))
     assert (tmp_path / "file").read_text() == ""
