@@ -3,7 +3,7 @@
 This is the protocol of the paper for MUSE: the mask of a predicted target may be right by chance. A
 judge therefore reads the answer with each mask replaced by the description of the true mask it was
 matched with, and scores each target from 1 to 10. A target below a threshold counts with
-intersection 0 (paper, evaluation on MUSE; reference.md 5.6).
+intersection 0 (paper, evaluation on MUSE; docs/reference_notes.md 5.6).
 """
 
 from __future__ import annotations

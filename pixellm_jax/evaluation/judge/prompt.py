@@ -1,7 +1,8 @@
 """The judge's prompt: an answer in words, the request to a language model, and its parsed reply.
 
 The released evaluation names such a judge but contains neither the call nor the prompt
-(reference.md 5.6, bug M9). The prompt below is ours, and its version is part of every judged score.
+(docs/reference_notes.md 5.6, M9). The prompt below is ours, and its version is part
+of every judged score.
 """
 
 from __future__ import annotations
