@@ -22,7 +22,7 @@ from data_pipeline.sources.refer import GREFCOCO, REFCOCO, REFCOCO_PLUS, REFCOCO
 from data_pipeline.sources.shapes.dataset import Shapes
 from data_pipeline.templates import enumerate_words
 from data_pipeline.transforms import Composed, compose_evaluation
-from pixellm_jax.benchmark_question import BenchmarkQuestion, Rle
+from pixellm_jax.benchmark_question import GENERATED, GIVEN, BenchmarkQuestion, Rle
 from pixellm_jax.errors import InputError
 from pixellm_jax.text.answer import MARKER
 
@@ -86,16 +86,16 @@ BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
         *(
-            Benchmark(name=source.dataset, source=source, united=True, released="given")
+            Benchmark(name=source.dataset, source=source, united=True, released=GIVEN)
             for source in (REFCOCO, REFCOCO_PLUS, REFCOCOG)
         ),
         *(
-            Benchmark(name=f"multi{source.dataset}", source=source, group=GROUP, released="given")
+            Benchmark(name=f"multi{source.dataset}", source=source, group=GROUP, released=GIVEN)
             for source in (REFCOCO, REFCOCO_PLUS, REFCOCOG)
         ),
-        Benchmark(name="reasonseg", source=ReasonSeg(), united=True, released="given"),
+        Benchmark(name="reasonseg", source=ReasonSeg(), united=True, released=GIVEN),
         Benchmark(name="grefcoco", source=GREFCOCO, united=True),
-        Benchmark(name="muse", source=Muse(), released="generated"),
+        Benchmark(name="muse", source=Muse(), released=GENERATED),
         Benchmark(name="shapes", source=DrawnShapes(), split="test"),
         Benchmark(name="llava", source=LlavaInstruct(), split="train", words=True),
         Benchmark(name="jsonl", source=Jsonl()),

@@ -25,12 +25,13 @@ from data_pipeline.templates import (
     fill,
     fill_each,
 )
+from pixellm_jax.benchmark_question import IMAGE
 from pixellm_jax.errors import InputError
 
 T = TypeVar("T")
 
-IMAGE = "<image>\n"
-"""Stands in front of the first question of every conversation."""
+IMAGE_LINE = f"{IMAGE}\n"
+"""Precedes the first question of every conversation."""
 
 CATEGORY = 0.1
 """How often a target of MUSE is called by its category, though it has a rephrased name."""
@@ -120,7 +121,7 @@ def compose(
             conversations = _muse(example, draws, settings, group_text)
         case _:
             conversations = _as_they_are(example, group_text)
-    return tuple(_join(IMAGE, rounds, group_text) for rounds in conversations)
+    return tuple(_join(IMAGE_LINE, rounds, group_text) for rounds in conversations)
 
 
 def compose_evaluation(
@@ -152,13 +153,14 @@ def compose_evaluation(
         raise ValueError(f"group is {group}, expected sizes of at least 1")
     match example.kind:
         case "names":
-            before, conversations = f"{IMAGE} ", _forced_names(example.targets, group, group_text)
+            before = f"{IMAGE_LINE} "
+            conversations = _forced_names(example.targets, group, group_text)
         case "short" | "long":
-            before, conversations = f"{IMAGE} ", _forced_text(example, group_text)
+            before, conversations = f"{IMAGE_LINE} ", _forced_text(example, group_text)
         case "muse":
-            before, conversations = IMAGE, _open_questions(example)
+            before, conversations = IMAGE_LINE, _open_questions(example)
         case _:
-            before, conversations = IMAGE, _as_they_are(example, group_text)
+            before, conversations = IMAGE_LINE, _as_they_are(example, group_text)
     return tuple(_join(before, rounds, group_text) for rounds in conversations)
 
 

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypedDict
 
+GENERATED = "generated"
+"""Mode of an evaluation in which the model writes its answers (free-running)."""
+
+GIVEN = "given"
+"""Mode in which the answers, codebook tokens included, are in the prompt (teacher-forced)."""
+
+IMAGE = "<image>"
+"""Stands for an image in the text of a message."""
+
 
 class Rle(TypedDict):
     """A mask in COCO's compressed run-length encoding; `size` is [height, width]."""
@@ -40,7 +49,7 @@ class BenchmarkQuestion(NamedTuple):
     @property
     def question(self) -> str:
         """The question as the model reads it, without the picture's mark."""
-        return self.messages[-1].removeprefix("<image>").strip()
+        return self.messages[-1].removeprefix(IMAGE).strip()
 
     @property
     def about(self) -> str:

@@ -22,10 +22,8 @@ from data_pipeline.reading import (
     find_index,
     read_picture,
 )
+from pixellm_jax.benchmark_question import IMAGE
 from pixellm_jax.errors import InputError
-
-IMAGE = "<image>"
-"""Stands for the picture in the published text."""
 
 HUMAN, ASSISTANT = "human", "gpt"
 

@@ -26,11 +26,8 @@ from data_pipeline.reading import (
     find_index,
     read_picture,
 )
-from pixellm_jax.benchmark_question import Rle
+from pixellm_jax.benchmark_question import IMAGE, Rle
 from pixellm_jax.errors import InputError
-
-IMAGE = "<image>"
-"""Stands for the picture in a prompt; it may not occur in questions and answers."""
 
 LINE_KEYS = frozenset({"image", "key", "split", "targets", "void", "conversations"})
 TARGET_KEYS = frozenset({"phrase", "mask"})

@@ -24,12 +24,10 @@ from pixellm_jax.errors import InputError
 from pixellm_jax.images.geometry import VOID, fit, mask_to_canvas
 from pixellm_jax.images.read import read_image
 from pixellm_jax.report.samples_page import Mask, Sample, Talk, Token, write_page
+from pixellm_jax.text.answer import MARKER
 from pixellm_jax.text.prompt import IMAGE_TOKEN, TEMPLATES, encode_conversation, pack
 from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.weights import checkpoint
-
-GROUP = "[SEG]"
-"""Stands for a target where there is no vocabulary."""
 
 EXAMPLES = """examples:
   pixellm data-view --data prepared/muse/train --out muse.html
@@ -112,7 +110,7 @@ def _sample(
     config: ModelConfig,
     vocabulary: Vocabulary | None,
 ) -> Sample:
-    group = vocabulary.group_text if vocabulary else GROUP
+    group = vocabulary.group_text if vocabulary else MARKER
     title = f"{example.dataset}/{example.split}/{example.key}"
     about = f"{example.hw[0]} × {example.hw[1]}, {example.kind}"
     composed: tuple[Composed, ...] = ()

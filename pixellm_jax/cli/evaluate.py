@@ -21,7 +21,7 @@ from data_pipeline.benchmarks import (
 )
 from data_pipeline.damage import Damaged
 from pixellm_jax import __version__
-from pixellm_jax.benchmark_question import BenchmarkQuestion
+from pixellm_jax.benchmark_question import GENERATED, GIVEN, BenchmarkQuestion
 from pixellm_jax.cli.console import format_table
 from pixellm_jax.cli.judge_options import (
     add_judge_options,
@@ -37,7 +37,7 @@ from pixellm_jax.errors import InputError
 from pixellm_jax.evaluation.free_running import answer_generated
 from pixellm_jax.evaluation.judge.report import check_complete, judge_folder
 from pixellm_jax.evaluation.metrics import Sums, merge, merge_hosts
-from pixellm_jax.evaluation.record import GENERATED, GIVEN, QuestionRecord
+from pixellm_jax.evaluation.record import QuestionRecord
 from pixellm_jax.evaluation.run_folder import QuestionLog
 from pixellm_jax.evaluation.scoring import Answered, make_record, make_released_line
 from pixellm_jax.evaluation.settings import describe_model

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pixellm_jax import __version__
+from pixellm_jax.benchmark_question import GIVEN
 from pixellm_jax.cli.report_pictures import EXTRA, HIT, MISSED, draw_figures
-from pixellm_jax.evaluation.record import GIVEN, QuestionRecord, natural_order
+from pixellm_jax.evaluation.record import QuestionRecord, natural_order
 from pixellm_jax.evaluation.summary import count_targets
 from pixellm_jax.experiments.shapes_page import FAIR, GOOD, STYLE, Tile, draw_chip
 from pixellm_jax.report.charts import Series, render_bars, render_grid

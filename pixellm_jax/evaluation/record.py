@@ -24,12 +24,6 @@ from pixellm_jax.images.rle import check
 QUESTIONS, SETTINGS = "questions", "settings.json"
 """Files in the folder of an evaluation; the first has the ending .jsonl."""
 
-GENERATED = "generated"
-"""Mode in which the model writes its answers."""
-
-GIVEN = "given"
-"""Mode and `reason` of an answer that was put into the prompt, codebook tokens included."""
-
 Pair = tuple[int | None, int | None, int, int]
 """Indices of a predicted and of a true mask (one may be None), intersection and union in pixels."""
 

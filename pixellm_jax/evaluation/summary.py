@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pixellm_jax.benchmark_question import GIVEN
 from pixellm_jax.evaluation.metrics import Areas, Sums, merge, scores, tally
-from pixellm_jax.evaluation.record import GIVEN, QuestionRecord
+from pixellm_jax.evaluation.record import QuestionRecord
 from pixellm_jax.images.rle import area
 from pixellm_jax.text.answer import MARKER
 

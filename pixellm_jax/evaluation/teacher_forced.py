@@ -16,10 +16,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pixellm_jax.batch import Batch, Packed, make_row, stack_rows
-from pixellm_jax.benchmark_question import BenchmarkQuestion
+from pixellm_jax.benchmark_question import GIVEN, BenchmarkQuestion
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.evaluation.prompts import Canvases, encode_question
-from pixellm_jax.evaluation.record import GIVEN
 from pixellm_jax.evaluation.scoring import TOO_LONG, Answered, no_masks, sound
 from pixellm_jax.images.geometry import unfit
 from pixellm_jax.inference.compilation import Programs, bucket

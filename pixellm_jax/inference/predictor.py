@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int32, UInt8
 from PIL import Image
 from tqdm import tqdm
 
+from pixellm_jax.benchmark_question import IMAGE
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.images.geometry import fit
@@ -325,7 +326,7 @@ def follow_up_ids(
 
     They do not depend on what was said before, because `</s>` cuts a text for the tokenizer.
     """
-    said = ["<image>\n?", "!", question, ""]
+    said = [f"{IMAGE}\n?", "!", question, ""]
     ids, supervised, _ = encode_conversation(vocabulary, TEMPLATES[config.template], said, images=1)
     return ids[1 + int(np.flatnonzero(supervised)[-1]) :]
 

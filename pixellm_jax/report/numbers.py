@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pixellm_jax.benchmark_question import GIVEN
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluation.bootstrap import Interval, Intervals, intervals
 from pixellm_jax.evaluation.judge.judge import THRESHOLD, apply_judge
 from pixellm_jax.evaluation.judge.report import JUDGE
 from pixellm_jax.evaluation.metrics import IOU_UNIT
-from pixellm_jax.evaluation.record import GIVEN, QUESTIONS, SETTINGS, QuestionRecord, read_records
+from pixellm_jax.evaluation.record import QUESTIONS, SETTINGS, QuestionRecord, read_records
 from pixellm_jax.evaluation.run_folder import RUN
 from pixellm_jax.evaluation.summary import (
     Summary,

@@ -12,11 +12,9 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
+from pixellm_jax.benchmark_question import IMAGE
 from pixellm_jax.images.geometry import VOID
 from pixellm_jax.images.overlay import colours, draw_overlay
-
-IMAGE = "<image>\n"
-"""Stands for the picture in front of a question."""
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2330; --soft: #6a7385; --page: #f3f4f7;
@@ -149,7 +147,7 @@ def _talk(talk: Talk, group: str) -> str:
         parts = [_text(part) for part in (message.split(group) if place % 2 else [message])]
         text = parts[0] + "".join(_chip(next(targets, None)) + part for part in parts[1:])
         if not place % 2:
-            text = text.replace(_text(IMAGE), '<span class="tag">image</span> ')
+            text = text.replace(_text(f"{IMAGE}\n"), '<span class="tag">image</span> ')
         open_answer = '<span class="empty">the model answers</span>'
         turns.append(
             f'<div class="turn {"reply" if place % 2 else "ask"}">{text or open_answer}</div>'

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from pixellm_jax.benchmark_question import GIVEN
 from pixellm_jax.evaluation.bootstrap import DRAWS, LEVEL, SEED, Interval
-from pixellm_jax.evaluation.record import GIVEN
 from pixellm_jax.report.numbers import ALL, BINS, NO_JUDGE, Part, Report, Run
 from pixellm_jax.report.published import Published, find_published
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from pixellm_jax.batch import Packed
+from pixellm_jax.benchmark_question import IMAGE
 from pixellm_jax.text.vocabulary import IM_END, IM_START, Vocabulary
 
 IMAGE_TOKEN = -200
@@ -130,7 +131,7 @@ def question_ids(
     first question; an `<image>` that the user typed is text. Raises as `encode_conversation`.
     """
     first, *others = *history, question, ""
-    ids = encode_conversation(vocabulary, template, [f"<image>\n{first}", *others], images=1).ids
+    ids = encode_conversation(vocabulary, template, [f"{IMAGE}\n{first}", *others], images=1).ids
     return np.repeat(ids, np.where(ids == IMAGE_TOKEN, image_tokens, 1))
 
 
@@ -196,7 +197,7 @@ def _stretches(template: Template, messages: Sequence[str], images: int) -> Iter
     parts = [(template.opening, False)]
     for turn, (question, answer) in enumerate(zip(messages[::2], messages[1::2], strict=True)):
         before, after = template.question if turn else template.first_question
-        first, *others = question.split("<image>", images)
+        first, *others = question.split(IMAGE, images)
         images -= len(others) if images > 0 else 0
         parts.append((template.user + (before + first if question else ""), False))
         for text in others:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from pixellm_jax.benchmark_question import GENERATED, GIVEN
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluation.judge.judge import (
     MAX_SCORE,
@@ -22,8 +23,6 @@ from pixellm_jax.evaluation.judge.judge import (
     target_scores,
 )
 from pixellm_jax.evaluation.record import (
-    GENERATED,
-    GIVEN,
     QUESTIONS,
     SETTINGS,
     QuestionRecord,
