@@ -28,7 +28,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["pixellm_jax*", "data_pipeline*"]),
     # The files of Orbax have no extension.
-    package_data={"": ["*.json", "*.txt", "py.typed"], "pixellm_jax": ["assets/**"]},
+    package_data={"": ["*.css", "*.json", "*.txt", "py.typed"], "pixellm_jax": ["assets/**"]},
     entry_points={"console_scripts": ["pixellm = pixellm_jax.cli.main:main"]},
     install_requires=[
         "jax>=0.10,<0.12",

@@ -23,7 +23,7 @@ from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.images.geometry import VOID, fit, mask_to_canvas
 from pixellm_jax.images.read import read_image
-from pixellm_jax.report.samples_page import Mask, Sample, Talk, Token, write_page
+from pixellm_jax.report.samples_page import Conversation, Mask, Sample, Token, render_samples
 from pixellm_jax.text.answer import MARKER
 from pixellm_jax.text.prompt import IMAGE_TOKEN, TEMPLATES, encode_conversation, pack
 from pixellm_jax.text.vocabulary import Vocabulary
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
     names = sorted({stored.dataset for stored in splits})
     total = sum(map(len, splits))
     lead = f"{len(samples)} of {total} examples, seed {options.seed}"
-    page = write_page(", ".join(names), lead, samples)
+    page = render_samples(", ".join(names), lead, samples)
     try:
         options.out.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     except OSError as error:
@@ -197,11 +197,11 @@ def _different(
 
 def _talks(
     composed: Sequence[Composed], kept: Sequence[int], numbers: Sequence[int]
-) -> Iterator[Talk]:
+) -> Iterator[Conversation]:
     start = 0
     for place, talk in enumerate(composed):
         end = start + len(talk.masks) * (place in kept)
-        yield Talk(talk.messages, tuple(numbers[start:end]), place in kept)
+        yield Conversation(talk.messages, tuple(numbers[start:end]), place in kept)
         start = end
 
 

@@ -31,7 +31,6 @@ from pixellm_jax.cli.judge_options import (
     token_price,
 )
 from pixellm_jax.cli.options import add_distributed_option, initialize_distributed
-from pixellm_jax.cli.report import JSON, PAGE, write_report
 from pixellm_jax.config import DTYPES
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluation.free_running import answer_generated
@@ -44,9 +43,11 @@ from pixellm_jax.evaluation.settings import describe_model
 from pixellm_jax.evaluation.summary import Summary, group_records, summarise, tally_record
 from pixellm_jax.evaluation.teacher_forced import answer_given
 from pixellm_jax.evaluation.text_scores import TextScorer
+from pixellm_jax.experiments.question_images import image_reader
 from pixellm_jax.files import read_json
 from pixellm_jax.inference.engine import Engine, EngineConfig
 from pixellm_jax.inference.prepare import WEIGHTS, serve
+from pixellm_jax.report.page import JSON, PAGE, write_report
 from pixellm_jax.stopwatch import Stopwatch
 from pixellm_jax.weights import checkpoint
 
@@ -155,7 +156,7 @@ def run(options: argparse.Namespace) -> None:
     if names_judge(options):
         judge = make_judge(options, options.out)
         judged = judge_folder(options.out, judge, options.threshold, price=token_price(options))
-    write_report(options.out, options.data)
+    write_report(options.out, image_reader(options.data))
     _print(options.out, records)
     if judged is not None:
         print_judge_report(judged)

@@ -11,9 +11,10 @@ from pixellm_jax.cli.judge_options import (
     print_judge_report,
     token_price,
 )
-from pixellm_jax.cli.report import PAGE, write_report
 from pixellm_jax.evaluation.judge.client import KEY
 from pixellm_jax.evaluation.judge.report import check_complete, judge_folder
+from pixellm_jax.experiments.question_images import image_reader
+from pixellm_jax.report.page import PAGE, write_report
 
 EXAMPLES = f"""examples:
   pixellm judge --report out/muse --judge-url http://localhost:8000/v1 --judge-model NAME
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
     options.when_interrupted = "replies are cached, run the same command again"
     judge = make_judge(options, options.report)
     report = judge_folder(options.report, judge, options.threshold, price=token_price(options))
-    write_report(options.report, options.data)
+    write_report(options.report, image_reader(options.data))
     print_judge_report(report)
     print(options.report / PAGE)
     check_complete(report)

@@ -13,12 +13,13 @@ from flax import nnx
 from data_pipeline.sources.shapes.dataset import Shapes
 from pixellm_jax.errors import InputError
 from pixellm_jax.experiments.recipe import Recipe
-from pixellm_jax.experiments.shapes_page import Tile, write_page
+from pixellm_jax.experiments.shapes_page import render_demo
 from pixellm_jax.experiments.shapes_quiz import Quiz, Scene, Summary, select_scenes
 from pixellm_jax.experiments.shapes_recipe import DEMO_LEVEL, DEMO_QUESTIONS
 from pixellm_jax.experiments.shapes_training import Trained
 from pixellm_jax.inference.predictor import Predictor
 from pixellm_jax.report.charts import Curve, ReferenceLine, render_curves
+from pixellm_jax.report.html import Tile
 from pixellm_jax.weights.checkpoint import SHAPES_MODEL
 
 RECORD, PAGE, MODEL = "demo.json", "index.html", "model"
@@ -68,7 +69,7 @@ def answers_page(quiz: Quiz, *, parameters: int, seed: int) -> str:
         parameters: size of the model.
         seed: seed the scenes were selected with.
     """
-    return write_page(
+    return render_demo(
         "PixelLM answers in words and masks",
         f"A model of {parameters / 1e6:.1f} million parameters, which began from nothing and has "
         f"seen only drawn scenes, answers {quiz.summary.questions} questions about "
@@ -76,8 +77,8 @@ def answers_page(quiz: Quiz, *, parameters: int, seed: int) -> str:
         "text is a mask, in its colour.",
         _tiles(quiz.summary),
         zip(quiz.scenes, quiz.replies, strict=True),
-        foot=f"The scenes were chosen by their kinds of questions, before they were answered, with "
-        f"seed {seed}. Answers and masks took {quiz.seconds:.0f} s, compilation included.",
+        footer="The scenes were chosen by their kinds of questions, before they were answered, "
+        f"with seed {seed}. Answers and masks took {quiz.seconds:.0f} s, compilation included.",
     )
 
 
@@ -96,7 +97,7 @@ def training_page(
     scenes = quiz.scenes[:shown]
     images_seen = trained.steps * recipe.data.batch
     baseline = ReferenceLine(trained.constant, "best constant mask")
-    return write_page(
+    return render_demo(
         f"PixelLM, trained in {trained.seconds / 60:.1f} minutes",
         f"A model of {parameters / 1e6:.1f} million parameters began from nothing and "
         f"saw {images_seen} drawn scenes, then answered {quiz.summary.questions} "
@@ -117,8 +118,8 @@ def training_page(
                 y_max=1.0,
             ),
         ],
-        foot="The curve of gIoU is measured with the words of the answers given; the number at the "
-        "top is measured on other scenes, with the model's own words.",
+        footer="The curve of gIoU is measured with the words of the answers given; the number at "
+        "the top is measured on other scenes, with the model's own words.",
     )
 
 

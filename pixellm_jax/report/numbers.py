@@ -1,4 +1,4 @@
-"""The numbers of a report, made of what an evaluation left: scores, intervals, histograms."""
+"""Numbers of a report, from the records of an evaluation: scores, intervals, histograms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from pixellm_jax.evaluation.bootstrap import Interval, Intervals, intervals
 from pixellm_jax.evaluation.judge.judge import THRESHOLD, apply_judge
 from pixellm_jax.evaluation.judge.report import JUDGE
 from pixellm_jax.evaluation.metrics import IOU_UNIT
-from pixellm_jax.evaluation.record import QUESTIONS, SETTINGS, QuestionRecord, read_records
+from pixellm_jax.evaluation.record import (
+    QUESTIONS,
+    SETTINGS,
+    Pair,
+    QuestionRecord,
+    read_records,
+)
 from pixellm_jax.evaluation.run_folder import RUN
 from pixellm_jax.evaluation.summary import (
     Summary,
@@ -27,18 +33,24 @@ from pixellm_jax.evaluation.text_scores import TextScorer, TextSummary, summaris
 from pixellm_jax.files import read_json, read_optional_json
 
 BINS = 20
-"""Of IoU, from 0 to 1."""
+"""Number of equal bins of the IoU histogram, from 0 to 1."""
 
 ALL = "all"
-"""Name of the part that is everything."""
+"""Name of the group of all questions."""
 
 NO_JUDGE = "none"
+"""Name of the judge where no answer was judged."""
 
 
 class Run(NamedTuple):
-    """What an evaluation left: its settings, and its records in order.
+    """A finished evaluation.
 
-    work: where the time went and what was left out. judging: how it was judged. Empty if unknown.
+    Attributes:
+        folder: where it was read from.
+        settings: the contents of settings.json.
+        records: its questions in the order of the file.
+        work: time spent and images left out; empty if unknown.
+        judging: settings of the judge; empty if unknown.
     """
 
     folder: Path
@@ -49,7 +61,7 @@ class Run(NamedTuple):
 
     @property
     def benchmark(self) -> str:
-        """Benchmark and split."""
+        """Benchmark and split: "muse/val"."""
         return f"{self.settings['benchmark']}/{self.settings['split']}"
 
     @property
@@ -58,23 +70,30 @@ class Run(NamedTuple):
 
     @property
     def judge(self) -> str:
-        """The judge's name; `NO_JUDGE` where nothing was judged."""
+        """Name of the judge; `NO_JUDGE` if no answer was judged."""
         names = sorted({record.judge["judge"] for record in self.records if record.judge})
         if len(names) > 1:
             raise InputError(
                 f"{self.folder}: scores of several judges ({'; '.join(names)}); judge "
-                "the whole run again by one of them"
+                "the whole run again with one of them"
             )
         return names[0] if names else NO_JUDGE
 
     @property
     def threshold(self) -> int:
-        """The least score of the judge with which a target counts."""
+        """Minimum score of the judge with which a target counts."""
         return int(self.judging.get("threshold", THRESHOLD))
 
 
-class Part(NamedTuple):
-    """Scores of some questions. judge: what decided which targets count, `NO_JUDGE` if nothing."""
+class GroupScores(NamedTuple):
+    """Scores of a group of questions.
+
+    Attributes:
+        name: the group; `ALL` for all questions.
+        judge: name of the judge that decided which targets count, `NO_JUDGE` if masks alone did.
+        summary: the scores.
+        intervals: bootstrap intervals of the scores.
+    """
 
     name: str
     judge: str
@@ -85,15 +104,19 @@ class Part(NamedTuple):
 class Report(NamedTuple):
     """All numbers of a run.
 
-    parts: everything, then its groups; judged ones after those that masks alone decide. unjudged:
-    questions that have no judge's scores, None where nothing was judged. iou: masks in each of
-    `BINS` bins, for matched, missed and extra ones. counts: questions by (true, written) number of
-    targets, empty where the answers were given. reasons: why answers ended. text: scores of the
-    words, where nothing but words is asked for.
+    Attributes:
+        run: the evaluation.
+        scores: all questions, then each group; first by masks alone, then by the judge.
+        unjudged: number of questions without scores of the judge; None if nothing was judged.
+        iou: histogram of IoU in `BINS` bins, for matched, missed and extra masks.
+        counts: number of questions by (true, written) number of targets; empty if answers were
+            given.
+        reasons: number of answers by the reason why they ended.
+        text: scores of the words, if the benchmark asks for words alone.
     """
 
     run: Run
-    parts: tuple[Part, ...]
+    scores: tuple[GroupScores, ...]
     unjudged: int | None
     iou: dict[str, list[int]]
     counts: dict[tuple[int, int], int]
@@ -102,10 +125,10 @@ class Report(NamedTuple):
 
 
 def read_run(folder: Path) -> Run:
-    """The run in a folder that `pixellm evaluate --out` wrote.
+    """Read the folder that `pixellm evaluate --out` wrote.
 
     Raises:
-        InputError: a file is missing or damaged, or there is no question in it.
+        InputError: a file is missing or damaged, or holds no question.
     """
     path = folder / SETTINGS
     if not path.is_file():
@@ -113,69 +136,80 @@ def read_run(folder: Path) -> Run:
     settings = read_json(path)
     for key in ("benchmark", "split", "mode"):
         if not isinstance(settings.get(key), str):
-            raise InputError(f"{path}: {key!r} is not there as text; evaluate again")
+            raise InputError(f"{path}: {key!r} is missing or not a string; evaluate again")
     records = read_records(folder / f"{QUESTIONS}.jsonl")
     if not records:
         raise InputError(f"{folder / QUESTIONS}.jsonl: no question in it; evaluate first")
-    work, judging = (read_optional_json(folder / name) for name in (RUN, JUDGE))
-    return Run(folder, settings, records, work, judging)
+    return Run(
+        folder=folder,
+        settings=settings,
+        records=records,
+        work=read_optional_json(folder / RUN),
+        judging=read_optional_json(folder / JUDGE),
+    )
 
 
 def make_report(run: Run) -> Report:
-    """Counts everything.
+    """Compute all numbers of a run.
 
     Raises:
-        InputError: words alone were asked for, and the package that scores them is not there.
+        InputError: the benchmark asks for words alone, and the package that scores them is not
+            installed.
     """
-    parts = _parts(run.records, NO_JUDGE)
+    scores = _score_groups(run.records, NO_JUDGE)
     unjudged = None
     if run.judge != NO_JUDGE:
         judged = [record for record in run.records if record.judge is not None]
         unjudged = len(run.records) - len(judged)
-        parts += _parts([apply_judge(record, run.threshold) for record in judged], run.judge)
+        scores += _score_groups(
+            [apply_judge(record, run.threshold) for record in judged], run.judge
+        )
     written = [record for record in run.records if record.reason != GIVEN]
     return Report(
         run=run,
-        parts=tuple(parts),
+        scores=tuple(scores),
         unjudged=unjudged,
         iou=_count_ious(run.records),
         counts=dict(sorted(Counter((len(r.truth), count_targets(r)) for r in written).items())),
         reasons=dict(Counter(record.reason for record in run.records).most_common()),
-        text=_score_words(run.records),
+        text=_score_texts(run.records),
     )
 
 
 def question_iou(record: QuestionRecord) -> float:
-    """Mean IoU of the masks of a question, as gIoU takes it; 1 where rightly there is none."""
+    """Return the mean IoU of a question as gIoU counts it; 1 for a correct empty answer."""
     sums = tally_record(record)
     return sums.iou / (sums.masks * IOU_UNIT) if sums.masks else 1.0
 
 
-def pair_iou(pair: tuple[int | None, int | None, int, int]) -> float:
-    """IoU of a pair; without any pixel it is 1, but 0 of an extra prediction."""
+def pair_iou(pair: Pair) -> float:
+    """Return the IoU of a pair; without any pixel it is 0 for an extra prediction and 1 else."""
     _, truth, intersection, union = pair
     return intersection / union if union else float(truth is not None)
 
 
-def _parts(records: Sequence[QuestionRecord], judge: str) -> list[Part]:
+def _score_groups(records: Sequence[QuestionRecord], judge: str) -> list[GroupScores]:
     if not records:
         return []
     groups = {ALL: list(records)} | group_records(records)
-    return [_part(name, judge, rows) for name, rows in groups.items()]
+    return [_score_group(name, judge, members) for name, members in groups.items()]
 
 
-def _part(name: str, judge: str, records: Sequence[QuestionRecord]) -> Part:
-    summary, found = summarise(records), intervals([tally_record(record) for record in records])
-    if judge != NO_JUDGE:  # it decides which masks count, and nothing else
+def _score_group(name: str, judge: str, records: Sequence[QuestionRecord]) -> GroupScores:
+    summary = summarise(records)
+    bounds = intervals([tally_record(record) for record in records])
+    if judge != NO_JUDGE:  # a judge decides which masks count; the other scores do not depend on it
         nan = math.nan
+        undefined = Interval(nan, nan, nan, 0)
         summary = summary._replace(
             t_acc=nan, n_acc=nan, right_count=nan, empty_right=nan, same_text=nan
         )
-        found = found._replace(t_acc=Interval(nan, nan, nan, 0), n_acc=Interval(nan, nan, nan, 0))
-    return Part(name, judge, summary, found)
+        bounds = bounds._replace(t_acc=undefined, n_acc=undefined)
+    return GroupScores(name, judge, summary, bounds)
 
 
-def _score_words(records: Sequence[QuestionRecord]) -> TextSummary | None:
+def _score_texts(records: Sequence[QuestionRecord]) -> TextSummary | None:
+    """Score answers in words; None for benchmarks with masks and for given answers."""
     pairs = [(r.expected, r.answer) for r in records if r.expected and r.reason != GIVEN]
     if not pairs or any(record.truth for record in records):
         return None
@@ -183,8 +217,8 @@ def _score_words(records: Sequence[QuestionRecord]) -> TextSummary | None:
 
 
 def _count_ious(records: Sequence[QuestionRecord]) -> dict[str, list[int]]:
-    found = {kind: [0] * BINS for kind in ("matched", "missed", "extra")}
+    counts = {kind: [0] * BINS for kind in ("matched", "missed", "extra")}
     for pair in (pair for record in records for pair in record.pairs):
         kind = "extra" if pair[1] is None else "missed" if pair[0] is None else "matched"
-        found[kind][min(int(pair_iou(pair) * BINS), BINS - 1)] += 1
-    return found
+        counts[kind][min(int(pair_iou(pair) * BINS), BINS - 1)] += 1
+    return counts

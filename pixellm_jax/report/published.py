@@ -1,4 +1,4 @@
-"""Published scores (published.json), to be printed beside one's own where they mean the same."""
+"""Published scores (published.json), to print next to the scores of a comparable run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ from typing import NamedTuple
 
 
 class Published(NamedTuple):
-    """Scores of a system, from 0 to 1, by the names of `metrics.Scores`.
+    """Published scores of a system.
 
-    group: the part of the split, None for all of it. mode: None where it is neither "given" nor
-    "generated", or no source says which. judge: what judged the answers, if anything did. source:
-    paper and table; it may be a later paper that quotes the number. note: what else to know.
+    Attributes:
+        system: name of the model.
+        benchmark: as `pixellm evaluate` names it.
+        split: of the benchmark.
+        group: the part of the split, None for all of it.
+        mode: "given" or "generated"; None if it is neither or no source says which.
+        judge: the judge of the answers, None if there was none.
+        scores: name in `metrics.Scores` -> score, from 0 to 1.
+        source: paper and table; possibly a later paper that quotes the number.
+        note: a remark, "" if there is none.
     """
 
     system: str
@@ -27,7 +34,7 @@ class Published(NamedTuple):
 
 
 def read_published() -> list[Published]:
-    """All of them."""
+    """Read all published scores."""
     text = resources.files(__package__).joinpath("published.json").read_text(encoding="utf-8")
     table = json.loads(text)
     sources = {
@@ -50,6 +57,6 @@ def read_published() -> list[Published]:
 def find_published(
     benchmark: str, split: str, mode: str
 ) -> tuple[list[Published], list[Published]]:
-    """Those for a split of a benchmark: in the same mode, and in another or an unknown one."""
+    """Return the scores published for a split: in this mode, and in another or an unknown mode."""
     rows = [row for row in read_published() if (row.benchmark, row.split) == (benchmark, split)]
     return [row for row in rows if row.mode == mode], [row for row in rows if row.mode != mode]

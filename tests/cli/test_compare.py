@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from pixellm_jax.cli.compare import as_markdown, compare, draw_page
 from pixellm_jax.cli.main import main
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluation.bootstrap import paired_intervals
 from pixellm_jax.evaluation.summary import summarise, tally_record
+from pixellm_jax.report.compare import as_markdown, compare, render_comparison
 from pixellm_jax.report.numbers import read_run
 from tests.support.made_up_run import box, judged, question, random_questions, write_run
 
@@ -25,7 +25,7 @@ def runs(tmp_path, first, second, **settings):
 def test_rows_have_the_scores_of_both_runs(tmp_path):
     first, second = random_questions(41, 1, quality=0.3), random_questions(41, 2, quality=1.0)
     comparison = compare(*runs(tmp_path, first, second))
-    found = {(row.part, row.score): row for row in comparison.rows}
+    found = {(row.group, row.score): row for row in comparison.rows}
     assert {part for part, _ in found} == {"all", "few", "many"}
     for part in ("all", "few", "many"):
         own = [
@@ -35,7 +35,7 @@ def test_rows_have_the_scores_of_both_runs(tmp_path):
         assert (row.first, row.second) == tuple(summarise(records).giou for records in own)
         sums = [[tally_record(record) for record in records] for records in own]
         assert row.difference == paired_intervals(*sums).giou
-    assert found["all", "giou"].clear
+    assert found["all", "giou"].significant
     assert found["all", "giou"].difference.low > 0
 
 
@@ -48,7 +48,7 @@ def test_order_of_the_records_changes_nothing(tmp_path):
 def test_a_run_does_not_differ_from_itself(tmp_path):
     records = random_questions(23, 1)
     for row in compare(*runs(tmp_path, records, records)).rows:
-        assert row.difference[:3] == (0, 0, 0) and not row.clear
+        assert row.difference[:3] == (0, 0, 0) and not row.significant
 
 
 def test_only_common_questions_are_compared(tmp_path):
@@ -124,7 +124,7 @@ def test_page_has_the_table_and_escapes(tmp_path, capsys):
     evil = "<script>alert(1)</script>"
     first = [record._replace(question=evil, answer=f"{evil} {record.answer}") for record in first]
     comparison = compare(*runs(tmp_path, first, second))
-    page = draw_page(comparison)
+    page = render_comparison(comparison)
     assert "<script" not in page and "&lt;script&gt;" in page
     row = comparison.rows[0]
     assert f"<td>{row.first:.4f}</td><td>{row.second:.4f}</td>" in page

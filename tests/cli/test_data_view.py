@@ -21,7 +21,7 @@ from data_pipeline.storage.builders import prepare
 from data_pipeline.storage.stored import find_splits
 from pixellm_jax.cli.main import main
 from pixellm_jax.images.geometry import VOID
-from pixellm_jax.report.samples_page import Mask, Sample, Talk, Token, write_page
+from pixellm_jax.report.samples_page import Conversation, Mask, Sample, Token, render_samples
 from pixellm_jax.text.prompt import IMAGE_TOKEN
 from pixellm_jax.weights import checkpoint
 
@@ -166,18 +166,20 @@ def make_sample(**fields: object) -> Sample:
     mask[1:3, 2:6] = 1
     sample = Sample(
         title="a/<b>&",
-        about="kind",
+        caption="kind",
         image=np.full((16, 16, 3), 77, np.uint8),
         hw=(8, 16),
         masks=(Mask(("<i>cup</i>", "mug"), mask),),
-        talks=(Talk(("<image>\nWhere <script>?", "There: [SEG] & [SEG]."), (0, 0)),),
-        group="[SEG]",
+        conversations=(
+            Conversation(("<image>\nWhere <script>?", "There: [SEG] & [SEG]."), (0, 0)),
+        ),
+        marker="[SEG]",
     )
     return sample._replace(**fields)
 
 
 def test_text_is_escaped():
-    page = Page(write_page("<t>", "<l>", [make_sample()]))
+    page = Page(render_samples("<t>", "<l>", [make_sample()]))
     assert "script" not in page.tags and "i" not in page.tags
     assert "a/<b>&" in page.text and "<i>cup</i>; mug" in page.text
     assert "image Where <script>?" in page.text
@@ -187,7 +189,7 @@ def test_text_is_escaped():
 
 def test_codebook_tokens_have_the_colour_of_their_mask():
     tokens = (Token("It", "about <it>"), Token("[SEG0]", "id 9", True, 0), Token(".", "", True))
-    text = write_page("t", "l", [make_sample(tokens=tokens, length="3 of 5 positions")])
+    text = render_samples("t", "l", [make_sample(tokens=tokens, length="3 of 5 positions")])
     assert "the sequence: 3 of 5 positions; 2 supervised, in green" in Page(text).text
     (style,) = re.findall(r'title="id 9" style="([^"]*)"', text)
     assert style == "background:rgb(44,155,255);color:#000"
@@ -198,7 +200,7 @@ def test_void_is_hatched():
     plain, shown = (
         pictures(
             Page(
-                write_page(
+                render_samples(
                     "t",
                     "l",
                     [make_sample(image=np.full((448, 448, 3), 9, np.uint8), hw=(224, 448))],

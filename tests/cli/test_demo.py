@@ -15,7 +15,7 @@ from data_pipeline.sources.shapes.questions import KINDS, Question
 from data_pipeline.sources.shapes.tokenizer import FOLDER
 from pixellm_jax.cli.main import main
 from pixellm_jax.experiments import shapes_demo, shapes_recipe, shapes_training
-from pixellm_jax.experiments.shapes_page import Tile, write_page
+from pixellm_jax.experiments.shapes_page import render_demo
 from pixellm_jax.experiments.shapes_quiz import (
     Reply,
     Scene,
@@ -27,6 +27,7 @@ from pixellm_jax.experiments.shapes_quiz import (
 from pixellm_jax.images.overlay import colours
 from pixellm_jax.inference.answer import Answer
 from pixellm_jax.report.charts import Curve, render_curves
+from pixellm_jax.report.html import Tile
 from pixellm_jax.weights import checkpoint
 
 VOID_TAGS = {"meta", "img", "br"}
@@ -187,7 +188,8 @@ def test_page_shows_answers_beside_the_truth():
     replies = [half_wrong(), score_answer(SCENE, NONE, made_answer("none", THINGS[:0]))]
     chart = render_curves("loss", [Curve([(0.0, 1.0), (5.0, 0.5)], "red")], x_label="step")
     tiles = [Tile("0.5", "score")]
-    page = Page(write_page("A & B", "lead", tiles, [(SCENE, replies)], plots=[chart], foot="end"))
+    scenes = [(SCENE, replies)]
+    page = Page(render_demo("A & B", "lead", tiles, scenes, plots=[chart], footer="end"))
     assert page.tags.count("article") == 1 and page.tags.count("section") == 2
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert len(page.links) == 3  # the scene, and answer and truth of what has targets
@@ -204,7 +206,7 @@ def test_page_shows_answers_beside_the_truth():
 
 
 def test_a_number_has_the_colour_of_its_mask():
-    text = write_page("", "", [], [(SCENE, [half_wrong()])])
+    text = render_demo("", "", [], [(SCENE, [half_wrong()])])
     chips = re.findall(r"background:rgb\((\d+),(\d+),(\d+)\);color:#\w+\">(\d)<", text)
     shown = {int(number): tuple(map(int, rgb)) for *rgb, number in chips}
     assert shown == {i + 1: tuple(colour) for i, colour in enumerate(colours(3).tolist())}

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixellm_jax.cli import report_page
 from pixellm_jax.cli.main import main
-from pixellm_jax.cli.report import write_report
-from pixellm_jax.cli.report_pictures import EXTRA, HIT, MISSED, draw_figures
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluation.bootstrap import intervals
 from pixellm_jax.evaluation.summary import summarise, tally_record
+from pixellm_jax.experiments.question_images import image_reader
 from pixellm_jax.images import rle
+from pixellm_jax.report import page as report_page
+from pixellm_jax.report.figures import EXTRA, HIT, MISSED, render_figures
 from pixellm_jax.report.numbers import make_report, question_iou, read_run
+from pixellm_jax.report.page import write_report
 from pixellm_jax.report.published import find_published, read_published
 from tests.support.made_up_run import HW, box, judged, question, random_questions, write_run
 
@@ -66,7 +67,7 @@ def records():
 
 
 def test_report_has_the_numbers_of_the_records(tmp_path, records):
-    write_report(write_run(tmp_path, records), None)
+    write_report(write_run(tmp_path, records))
     found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     parts = {"all": (found["scores"], records)}
     for name, numbers in found["groups"].items():
@@ -85,7 +86,7 @@ def test_report_has_the_numbers_of_the_records(tmp_path, records):
 
 
 def test_page_and_markdown_have_the_numbers_of_the_report(tmp_path, records):
-    text = write_report(write_run(tmp_path, records), None)
+    text = write_report(write_run(tmp_path, records))
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == text
     scores = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["scores"]
     low, high = scores["intervals"]["giou"]
@@ -126,7 +127,7 @@ def test_judged_rows_count_rejected_targets_as_missed(tmp_path):
     mask = box(3, 4, 10, 10)
     good, bad = question(0, [(mask, mask)]), question(1, [(mask, mask)])
     records = [judged(good, [9]), judged(bad, [3]), question(2, [(mask, mask)])]
-    text = write_report(write_run(tmp_path, records), None)
+    text = write_report(write_run(tmp_path, records))
     found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert found["scores"]["giou"] == 1
     assert found["judged"]["judge"] == "made-up judge"
@@ -137,14 +138,14 @@ def test_judged_rows_count_rejected_targets_as_missed(tmp_path):
     assert "1 of 3 questions have no scores of the judge" in text
     assert re.search(r"\| all \| generated \| made-up judge \| 2 \| 2 \| 0\.5000 ", text)
     (tmp_path / "judge.json").write_text('{"threshold": 3}')
-    assert "| made-up judge | 2 | 2 | 1.0000 " in write_report(tmp_path, None)
+    assert "| made-up judge | 2 | 2 | 1.0000 " in write_report(tmp_path)
 
 
 def test_scores_of_two_judges_do_not_mix(tmp_path):
     mask = box(3, 4, 10, 10)
     records = [judged(question(n, [(mask, mask)]), [5], f"judge {n}") for n in range(2)]
     with pytest.raises(InputError, match="scores of several judges"):
-        write_report(write_run(tmp_path, records), None)
+        write_report(write_run(tmp_path, records))
 
 
 def test_questions_are_sorted_by_error_and_bounded(monkeypatch, records):
@@ -166,7 +167,7 @@ def test_questions_are_sorted_by_error_and_bounded(monkeypatch, records):
 def test_page_says_which_questions_it_shows(tmp_path, monkeypatch, records):
     monkeypatch.setattr(report_page, "WORST", 5)
     monkeypatch.setattr(report_page, "SAMPLE", 7)
-    write_report(write_run(tmp_path, records), None)
+    write_report(write_run(tmp_path, records))
     found = page(tmp_path)
     assert "the 5 worst and 7 taken evenly from the rest of 37 questions" in found.text
     articles = found.all("article")
@@ -176,7 +177,7 @@ def test_page_says_which_questions_it_shows(tmp_path, monkeypatch, records):
 
 
 def test_page_loads_nothing(tmp_path, records):
-    write_report(write_run(tmp_path, records[:5]), None)
+    write_report(write_run(tmp_path, records[:5]))
     found = page(tmp_path)
     assert not found.all("link") and not found.all("iframe")
     assert all(image["src"].startswith("data:image/webp;base64,") for image in found.all("img"))
@@ -200,7 +201,8 @@ def test_nothing_in_the_records_becomes_markup(tmp_path):
         reason=EVIL,
         id=f"muse/val/{EVIL}/0",
     )
-    write_report(write_run(tmp_path, [record], checkpoint=EVIL, data=EVIL), tmp_path)
+    run = write_run(tmp_path, [record], checkpoint=EVIL, data=EVIL)
+    write_report(run, image_reader(tmp_path))
     found = page(tmp_path)
     assert len(found.all("script")) == 1
     assert not any(name.startswith("on") for _, tags in found.tags for name in tags)
@@ -223,8 +225,8 @@ def near(pixels: np.ndarray, colour: tuple[int, int, int]) -> float:
 def test_pictures_show_hits_misses_and_extras():
     true, found = box(4, 4, 24, 24), box(4, 16, 24, 24)
     record = question(0, [(found, true)], extra=[box(32, 4, 12, 12)], picture="")
-    (truth, prediction, difference), problem = draw_figures(record, None)
-    assert [f.about for f in (truth, prediction, difference)] == [
+    (truth, prediction, difference), problem = render_figures(record, image_reader(None))
+    assert [f.caption for f in (truth, prediction, difference)] == [
         "truth",
         "prediction",
         "difference",
@@ -246,7 +248,7 @@ def test_pictures_show_hits_misses_and_extras():
 def test_void_pixels_are_no_difference():
     mask = box(4, 4, 24, 24)
     record = question(0, missed=[mask], void=rle.encode(box(0, 0, 47, 16)))
-    (_, _, difference), _ = draw_figures(record, None)
+    (_, _, difference), _ = render_figures(record, image_reader(None))
     pixels = decoded(difference.link)
     assert near(pixels[8:24, 18:26], MISSED) < 20
     grey = pixels[8:24, 4:14]
@@ -260,25 +262,27 @@ def test_pictures_come_from_the_data_folder_alone(tmp_path):
     photo[:, 30:] = 255
     Image.fromarray(photo).save(data / "photos" / "0.png")
     Image.fromarray(photo).save(tmp_path / "secret.png")
-    (truth, _, _), problem = draw_figures(question(0), data)
+    (truth, _, _), problem = render_figures(question(0), image_reader(data))
     pixels = decoded(truth.link)
     assert problem == "" and pixels[:, 40:].mean() - pixels[:, :20].mean() > 100
     outside = question(0, picture="../secret.png")
-    assert draw_figures(outside, data)[1] == "the picture is outside the data folder"
-    assert "cannot be read" in draw_figures(question(1), data)[1]
-    assert draw_figures(question(0), None)[1] == "no data folder was given"
+    assert (
+        render_figures(outside, image_reader(data))[1] == "the picture is outside the data folder"
+    )
+    assert "cannot be read" in render_figures(question(1), image_reader(data))[1]
+    assert render_figures(question(0), image_reader(None))[1] == "no data folder was given"
 
 
 def test_drawn_shapes_are_drawn_again():
     record = question(0, id="shapes/test/3/1", picture="", hw=(96, 96))
-    (truth, _, _), problem = draw_figures(record, None)
+    (truth, _, _), problem = render_figures(record, image_reader(None))
     assert problem == "" and decoded(truth.link).std() > 5
 
 
 def test_given_answers_are_not_counted(tmp_path):
     mask = box(3, 4, 10, 10)
     records = [question(0, [(mask, mask)], reason="given")]
-    text = write_report(write_run(tmp_path, records, mode="given", benchmark="refcoco"), None)
+    text = write_report(write_run(tmp_path, records, mode="given", benchmark="refcoco"))
     assert "The answers were given" in text and "| all | given | none |" in text
     assert "questions by number of targets" not in page(tmp_path).text
 
@@ -287,14 +291,14 @@ def test_published_scores_stand_beside_those_of_the_same_mode(tmp_path):
     mask = box(3, 4, 10, 10)
     records = [question(0, [(mask, mask)], reason="given")]
     settings = {"benchmark": "refcoco", "split": "testA"}
-    text = write_report(write_run(tmp_path / "a", records, mode="given", **settings), None)
+    text = write_report(write_run(tmp_path / "a", records, mode="given", **settings))
     assert re.search(r"\| PixelLM \| all \| given \| none \| – \| 0\.765 \|", text)
     assert "| GLaMM |" not in text and "not beside it: " in text and "GLaMM" in text
-    other = write_report(write_run(tmp_path / "b", records, mode="generated", **settings), None)
+    other = write_report(write_run(tmp_path / "b", records, mode="generated", **settings))
     assert "| PixelLM |" not in other and "PixelLM" in other
-    part = write_report(write_run(tmp_path / "c", records, mode="given", limit=9, **settings), None)
+    part = write_report(write_run(tmp_path / "c", records, mode="given", limit=9, **settings))
     assert "This run is of a part of the split" in part
-    own = write_report(write_run(tmp_path / "d", records, benchmark="shapes", split="test"), None)
+    own = write_report(write_run(tmp_path / "d", records, benchmark="shapes", split="test"))
     assert "Published" not in own
 
 
@@ -322,7 +326,7 @@ def test_command_makes_the_report_anew(tmp_path, capsys, records):
     ("name", "content", "message"),
     [
         ("settings.json", None, "no such file"),
-        ("settings.json", '{"benchmark": "muse"}', "'split' is not there"),
+        ("settings.json", '{"benchmark": "muse"}', "'split' is missing"),
         ("questions.jsonl", "", "no question in it"),
         ("questions.jsonl", "{}\n", "questions.jsonl:1"),
     ],
