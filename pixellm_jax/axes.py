@@ -1,7 +1,7 @@
-"""The legend: one letter, one axis, everywhere: in signatures, einsums, tests and parameters.
+"""Legend of array axes: one letter per axis in all signatures, einsums, tests and parameters.
 
-A letter names an axis of an array. Its logical name is what a parameter carries in its `axes`
-string and what `sharding.py` maps to mesh axes. A name that is not here is an error.
+A letter names an axis of an array. Parameters carry its logical name in their `axes` string, and
+`sharding.py` maps logical names to mesh axes. A name that is not in the legend is an error.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Axis(NamedTuple):
-    """What a letter means, and the logical name that parameters carry for it."""
+    """Meaning of a letter, and the logical name that parameters carry for it."""
 
     meaning: str
     logical: str
@@ -18,9 +18,9 @@ class Axis(NamedTuple):
 
 AXES: dict[str, Axis] = {
     "b": Axis("batch: one image", "batch"),
-    "t": Axis("sequence positions that ask (queries)", "sequence"),
-    "u": Axis("sequence positions that are asked (keys)", "keys"),
-    "p": Axis("patches of the image, row by row", "patch"),
+    "t": Axis("sequence positions of the queries", "sequence"),
+    "u": Axis("sequence positions of the keys", "keys"),
+    "p": Axis("patches of the image, row-major", "patch"),
     "i": Axis("image positions in the language model's sequence", "image_token"),
     "d": Axis("width of the language model", "embed"),
     "e": Axis("width of the vision encoder", "vision"),
@@ -35,8 +35,8 @@ AXES: dict[str, Axis] = {
     "s": Axis("feature scales of the codebook", "scale"),
     "k": Axis("codebook tokens per scale", "codebook"),
     "m": Axis("target slots", "target"),
-    "j": Axis("targets of the truth, where m are those of the prediction", "truth"),
-    "r": Axis("rank of a low-rank pair", "rank"),
+    "j": Axis("ground-truth targets, where m are the predicted ones", "truth"),
+    "r": Axis("rank of a LoRA pair", "rank"),
     "y": Axis("rows of an image or feature grid", "rows"),
     "x": Axis("columns of an image or feature grid", "columns"),
     "Y": Axis("rows of a mask grid", "mask_rows"),
@@ -56,7 +56,7 @@ LOGICAL: frozenset[str] = frozenset(axis.logical for axis in AXES.values()) | {
 
 
 def logical_axes(axes: str) -> tuple[str, ...]:
-    """Splits a parameter's `axes` string, e.g. "embed mlp", and refuses unknown names.
+    """Split a parameter's `axes` string, e.g. "embed mlp", and refuse unknown names.
 
     Raises:
         ValueError: a name is not in the legend.

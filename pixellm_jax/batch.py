@@ -1,7 +1,7 @@
-"""Everybody's contract: what goes into the model and what comes out of it.
+"""Input and output of the model: `Batch` and `Prediction`.
 
 One image is one packed sequence: the prefix (system text and image) once, then its conversations
-one after the other. A token sees the prefix and its own conversation.
+one after the other. A token attends to the prefix and to its own conversation.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ from jaxtyping import Bool, Float, Int32, Num, UInt8
 from pixellm_jax.config import ModelConfig
 
 Array = Any
-"""On the host a numpy array, on the device a jax array, in `spec` only its shape."""
+"""A NumPy array on the host, a JAX array on the device, a `ShapeDtypeStruct` in `spec`."""
 
 
 class Batch(NamedTuple):
     """A batch of images with their packed conversations; every ragged axis has a validity mask.
 
-    image: u8 RGB on the canvas, fitted to the top left corner and zero outside `image_hw`. (Float
-        images are taken as normalised already.)
-    image_hw: rows and columns of the fitted picture on the canvas.
-    tokens: ids; `prompt.IMAGE_TOKEN` at every image position.
-    segment: 0 prefix, 1.. conversation, -1 padding.
-    position: rotary position; each conversation continues from the end of the prefix.
-    loss_mask: the token is supervised.
-    codebook_index: sequence index of the state *before* each codebook token.
-    masks: 0, 1, `geometry.VOID`, at any square resolution of the canvas.
-    target_valid, target_conversation: which target slots are filled, and by whose answer.
+    Attributes:
+        image: u8 RGB canvas, the image in the top left corner and zero outside `image_hw`. Float
+            images count as normalised.
+        image_hw: height and width of the fitted image on the canvas, in pixels.
+        tokens: ids; `prompt.IMAGE_TOKEN` at every image position.
+        segment: 0 prefix, 1.. conversation, -1 padding.
+        position: rotary position; each conversation continues from the end of the prefix.
+        loss_mask: the token is supervised.
+        codebook_index: sequence index of the state *before* each codebook token.
+        masks: target masks of 0, 1 and `geometry.VOID`, at any square resolution of the canvas.
+        target_valid: the target slot is filled.
+        target_conversation: segment of the answer that contains the target.
     """
 
     image: Num[Array, "b y x 3"]
@@ -74,10 +76,12 @@ class Packed(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What the model says: the next token at every position, and one mask per target slot.
+    """Output of the model: the next token at every position, and one mask per target slot.
 
-    hidden: final-norm states of the language model. text_logits: of the *next* token.
-    mask_logits: fused logits on `config.mask_grid`; positive means inside.
+    Attributes:
+        hidden: states of the language model after the final norm.
+        text_logits: logits of the *next* token.
+        mask_logits: fused logits on a grid of `config.mask_grid`; positive means inside.
     """
 
     hidden: Float[Array, "b t d"]
@@ -113,9 +117,14 @@ def stack_rows(rows: Sequence[Batch]) -> Batch:
 
 
 def spec(config: ModelConfig, *, batch: int, length: int, targets: int, masks: int) -> Batch:
-    """Shapes and dtypes of a batch, for `jax.eval_shape` and ahead-of-time compilation.
+    """Return the shapes and dtypes of a batch, for `jax.eval_shape` and ahead-of-time compilation.
 
-    `length`, `targets`: budgets per image. `masks`: side of the target masks in pixels.
+    Args:
+        config: of the model.
+        batch: number of images.
+        length: sequence positions per image.
+        targets: target slots per image.
+        masks: side of the target masks in pixels.
     """
     canvas, codebook = config.vision.canvas, config.codebook
 
@@ -137,22 +146,22 @@ def spec(config: ModelConfig, *, batch: int, length: int, targets: int, masks: i
 
 
 def check(batch: Batch, config: ModelConfig) -> None:
-    """Checks a batch on the host: shapes, dtypes and the indices that would be clamped in silence.
+    """Check a batch on the host: shapes, dtypes, and indices that JAX would clamp silently.
 
     Raises:
         ValueError: names the field, what was found and what was expected.
     """
-    wanted = spec(
+    expected = spec(
         config,
         batch=batch.tokens.shape[0],
         length=batch.tokens.shape[1],
         targets=batch.target_valid.shape[1],
         masks=batch.masks.shape[-1],
     )
-    for name, found, want in zip(Batch._fields, batch, wanted, strict=True):
-        if found.shape != want.shape or found.dtype != want.dtype:
+    for name, array, want in zip(Batch._fields, batch, expected, strict=True):
+        if array.shape != want.shape or array.dtype != want.dtype:
             raise ValueError(
-                f"batch.{name}: found {found.dtype}{list(found.shape)}, "
+                f"batch.{name}: found {array.dtype}{list(array.shape)}, "
                 f"expected {want.dtype}{list(want.shape)}"
             )
     tokens, segment = np.asarray(batch.tokens), np.asarray(batch.segment)

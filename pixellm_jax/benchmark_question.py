@@ -1,4 +1,4 @@
-"""A question of a benchmark, with all that is needed to ask it and to score its answer."""
+"""A benchmark question, with all that is needed to ask it and to score the answer."""
 
 from __future__ import annotations
 
@@ -22,15 +22,19 @@ class Rle(TypedDict):
 
 
 class BenchmarkQuestion(NamedTuple):
-    """What is asked about a picture, and what is right. Sizes are those of the annotation.
+    """A question about an image and its ground truth.
 
-    id, picture, hw, expected, groups, descriptions: as in `question_record.QuestionRecord`.
-    image: the encoded file; EXIF orientation is not applied, for masks lie on the stored pixels.
-    messages: earlier questions and answers in turn, and the question. The first begins with
-        `<image>`; targets in answers are written `[SEG]`.
-    given: the answer that mode `given` puts into the prompt; "" where nothing can be given.
-    truth: the targets in the order of `expected`; void pixels are in none of them.
-    united: the question asks for one region, of which several predicted masks are the parts.
+    Attributes:
+        id, picture, hw, expected, groups, descriptions: as in `record.QuestionRecord`; `hw` is the
+            height and width of the annotation.
+        image: the encoded file. EXIF orientation is not applied, because masks refer to the stored
+            pixels.
+        messages: earlier questions and answers in turn, then the question. The first begins with
+            `<image>`; targets in answers are written `[SEG]`.
+        given: the answer that teacher-forced evaluation puts into the prompt; "" if there is none.
+        truth: ground-truth masks in the order of `expected`, without void pixels.
+        void: pixels that do not count.
+        united: the question asks for one region; several predicted masks are parts of it.
     """
 
     id: str
@@ -48,10 +52,10 @@ class BenchmarkQuestion(NamedTuple):
 
     @property
     def question(self) -> str:
-        """The question as the model reads it, without the picture's mark."""
+        """The question as the model reads it, without `<image>`."""
         return self.messages[-1].removeprefix(IMAGE).strip()
 
     @property
     def about(self) -> str:
-        """What questions about the same picture have in common."""
+        """Common prefix of the ids of questions about the same image."""
         return self.id.rpartition("/")[0]

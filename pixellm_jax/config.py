@@ -1,4 +1,4 @@
-"""What configures a model: frozen dataclasses, named sizes, and checks that tie them together."""
+"""Configuration of model, LoRA and mesh: frozen dataclasses that check their fields together."""
 
 from __future__ import annotations
 
@@ -18,66 +18,81 @@ DEFAULT_TAPS = (-2, -11, -17)
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
-"""Statistics on 0..255 RGB. The released weights expect these, not those of CLIP."""
+"""Statistics of RGB on 0..255. The released weights expect these, not the values of CLIP."""
 
 POSITION_RESIZES = ("released", "correct")
 DTYPES = ("float32", "bfloat16")
 
 TRAINING = "train config"
-"""Where the errors of `LoraConfig` and `MeshConfig` are: fields of a training recipe."""
+"""Prefix of error messages about fields of a training recipe (`LoraConfig`, `MeshConfig`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """CLIP ViT. Defaults: ViT-L/14-336 run on a canvas of 448 pixels.
-
-    `table` is the side of the stored position table in patches (336 / 14); it is resized to the
-    canvas at use. `position_resize`: "released" takes the last stored row as the class position, as
-    the released weights need it; "correct" takes the first, where CLIP keeps it.
-    `taps`: hidden states (0 = embeddings, -1 = after the last layer) for scale 0, 1, ...
-    """
+    """Vision encoder (CLIP ViT). Defaults: ViT-L/14-336 on a canvas of 448 pixels."""
 
     width: int = 1024
+    """Width of the hidden states."""
     layers: int = 24
+    """Number of transformer layers."""
     heads: int = 16
+    """Number of attention heads."""
     mlp: int = 4096
+    """Hidden width of the MLP."""
     patch: int = 14
+    """Side of a patch in pixels."""
     canvas: int = 448
+    """Side of the square input image in pixels."""
     table: int = 24
+    """Side of the stored position table in patches (336 / 14); it is resized to the canvas."""
     taps: tuple[int, ...] = DEFAULT_TAPS[:2]
+    """Hidden state per scale: 0 is the embeddings, -1 the output of the last layer."""
     position_resize: str = "released"
+    """Row of the class position: "correct" is the first, as in CLIP; the released weights need
+    "released", the last."""
     eps: float = 1e-5
+    """Epsilon of the layer norms."""
 
     @property
     def grid(self) -> int:
-        """Side of the patch grid of the canvas."""
+        """Side of the canvas in patches."""
         return self.canvas // self.patch
 
     @property
     def tap_layers(self) -> tuple[int, ...]:
-        """Number of layers that lie before each tap, scale by scale."""
+        """Number of layers before each tap, by scale."""
         return tuple(tap if tap >= 0 else self.layers + 1 + tap for tap in self.taps)
 
     @property
     def layers_used(self) -> int:
-        """Layers up to the deepest tap; the rest of the encoder is never run."""
+        """Number of layers up to the deepest tap; the rest of the encoder is never run."""
         return max(self.tap_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
-    """LLaMA. Defaults: 7B with 32,000 + 8 ids."""
+    """Language model (LLaMA). Defaults: 7B with 32,000 + 8 ids."""
 
     vocabulary: int = 32008
+    """Number of ids: rows of the embeddings and of the head."""
     width: int = 4096
+    """Width of the hidden states."""
     layers: int = 32
+    """Number of transformer layers."""
     heads: int = 32
+    """Number of attention heads."""
     kv_heads: int = 32
+    """Number of key/value heads (grouped-query attention)."""
     head: int = 128
+    """Size of one attention head."""
     mlp: int = 11008
+    """Hidden width of the SwiGLU MLP."""
     rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
     eps: float = 1e-5
+    """Epsilon of the RMS norms."""
     max_positions: int = 4096
+    """Maximum length of a sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,22 +100,27 @@ class CodebookConfig:
     """Segmentation codebook: N learnable tokens at each of L feature scales per target."""
 
     tokens_per_scale: int = 3
+    """N."""
     scales: int = 2
+    """L."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Pixel decoder: one two-way transformer per scale.
-
-    `channels`: of the upscaled features that the hypernetwork weighs; None is width / 8.
-    """
+    """Pixel decoder: one two-way transformer per scale."""
 
     width: int = 256
+    """Width of tokens and pixels."""
     heads: int = 8
+    """Number of attention heads."""
     mlp: int = 2048
+    """Hidden width of the MLP."""
     depth: int = 2
+    """Two-way layers per scale."""
     mask_tokens: int = 4
+    """Number of learned mask tokens, of which the first is used."""
     channels: int | None = None
+    """Channels of the upscaled features that the hypernetwork weighs; None is width / 8."""
 
     @property
     def inner(self) -> int:
@@ -109,50 +129,58 @@ class DecoderConfig:
 
     @property
     def upscaled(self) -> int:
-        """Channels of the upscaled features."""
+        """Number of channels of the upscaled features."""
         return self.width // 8 if self.channels is None else self.channels
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The whole model. `image_grid`: side of the grid of image positions the language model sees.
+    """The whole model.
 
-    `template`: conversation template (see `prompt.TEMPLATES`). `dtype`: of the activations; norms,
-    softmax, positional codes, mask logits and losses are always float32. `remat`: a gradient keeps
-    only what enters a layer and runs the layer again, for less memory.
+    Example:
+        >>> ModelConfig(codebook=CodebookConfig(tokens_per_scale=1)).mask_grid
+        128
 
     Raises:
         InputError: fields that contradict each other, named.
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
+    """Vision encoder."""
     language: LanguageConfig = field(default_factory=LanguageConfig)
+    """Language model."""
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    """Segmentation codebook."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """Pixel decoder."""
     image_grid: int = 16
+    """Side of the grid of image positions in the language model's sequence."""
     template: str = "llava_v1"
+    """Conversation template, a key of `prompt.TEMPLATES`."""
     pixel_mean: tuple[float, ...] = IMAGENET_MEAN
+    """Mean of the red, green and blue values, on 0..255."""
     pixel_std: tuple[float, ...] = IMAGENET_STD
+    """Standard deviation of the red, green and blue values, on 0..255."""
     dtype: str = "bfloat16"
+    """Compute dtype; norms, softmax, positional codes, mask logits and losses are float32."""
     remat: bool = True
+    """Rematerialisation: the backward pass recomputes each layer from its input, to save memory."""
 
     @property
     def image_tokens(self) -> int:
-        """Image positions in the language model's sequence."""
+        """Number of image positions in the language model's sequence."""
         return self.image_grid**2
 
     @property
     def mask_grid(self) -> int:
-        """Side of the fused mask logits: four times the patch grid, whatever L is."""
+        """Side of the fused mask logits: four times the patch grid for every L."""
         return 4 * self.vision.grid
 
     def __post_init__(self) -> None:
-        vision, language, codebook, decoder = (
-            self.vision,
-            self.language,
-            self.codebook,
-            self.decoder,
-        )
+        vision = self.vision
+        language = self.language
+        codebook = self.codebook
+        decoder = self.decoder
         for part in (vision, language, codebook, decoder, self):
             for name, value in vars(part).items():
                 if type(value) in (int, float):
@@ -201,16 +229,16 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank pairs beside frozen projections of the language model (docs/reference_notes.md 4.3).
-
-    `projections`: attributes of `language_model.LanguageBlock`. The product is scaled by
-    alpha / rank; `dropout` acts on its input in training.
-    """
+    """LoRA pairs on frozen projections of the language model (docs/reference_notes.md 4.3)."""
 
     rank: int = 8
+    """Rank r of the pair."""
     alpha: float = 16.0
+    """The product of the pair is scaled by alpha / rank."""
     dropout: float = 0.05
+    """Dropout rate of the pair's input, in training."""
     projections: tuple[str, ...] = ("query", "value")
+    """Projections that get a pair: attributes of `language_model.LanguageBlock`."""
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, f"lora.rank={self.rank} must be at least 1", TRAINING)
@@ -222,15 +250,14 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; one of them may be -1, which takes the rest.
-
-    data: copies of the weights, each with its share of the batch. fsdp: the batch is shared out and
-    so are the weights. tensor: heads, MLP and vocabulary are shared out.
-    """
+    """Number of devices along each mesh axis; one of them may be -1, which takes the rest."""
 
     data: int = 1
+    """Data parallelism: copies of the weights, each with its part of the batch."""
     fsdp: int = -1
+    """Fully sharded data parallelism: the batch is split, and so are the weights."""
     tensor: int = 1
+    """Tensor parallelism: heads, MLP and vocabulary are split."""
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
@@ -252,13 +279,13 @@ SIZES: dict[str, ModelConfig] = {
         language=LanguageConfig(width=5120, layers=40, heads=40, kv_heads=40, mlp=13824)
     ),
 }
-"""The released sizes by name."""
+"""Released model sizes by name."""
 
 T = TypeVar("T")
 
 
 def from_mapping(kind: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "config") -> T:
-    """Builds a config dataclass from nested mappings or a ConfigDict, in this one place.
+    """Build a config dataclass from nested mappings or a ConfigDict.
 
     Example:
         >>> from_mapping(CodebookConfig, {"tokens_per_scale": 1, "scales": 3})

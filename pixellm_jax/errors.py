@@ -1,4 +1,4 @@
-"""The one error that a person, not a programmer, can put right."""
+"""`InputError`, for errors that the user, not a programmer, can correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output folders and files that appear whole or not at all, and JSON objects read from files."""
+"""Atomic output folders and files, and JSON objects read from files."""
 
 from __future__ import annotations
 
@@ -18,33 +18,35 @@ from pixellm_jax.errors import InputError
 
 @contextlib.contextmanager
 def whole_folder(out: Path, *, replaces: Sequence[str] = ()) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` if the block ends without an error.
+    """Yield a temporary folder next to `out`, which becomes `out` if the block raises no error.
 
-    `replaces`: patterns of file names. A folder at `out` that holds the first of them, and no file
-    that none of them matches, is an earlier result of the same kind and is replaced. Anything else
-    at `out`, but for an empty folder, is left alone and refused.
+    Args:
+        out: an empty folder, or nothing, or an earlier result to be replaced.
+        replaces: patterns of file names. A folder at `out` counts as an earlier result if it holds
+            the first of them and every file matches one. Anything else is refused.
 
     Raises:
-        InputError: `out` is taken, or its parent cannot be written, or the disk is full.
+        InputError: `out` exists, or its parent cannot be written, or the disk is full.
     """
-    made, new_parents = None, list[Path]()
+    made = None
+    new_parents: list[Path] = []
     try:
         try:
-            place = Path(out).resolve()
-            if place.exists() and not _may_replace(place, replaces):
-                kind = "folder that is not empty" if place.is_dir() else "file"
+            target = Path(out).resolve()
+            if target.exists() and not _may_replace(target, replaces):
+                kind = "folder that is not empty" if target.is_dir() else "file"
                 raise InputError(
                     f"{out}: there is already a {kind}; choose another place or remove it"
                 )
-            new_parents = [parent for parent in place.parents if not parent.exists()]
-            place.parent.mkdir(parents=True, exist_ok=True)
-            made = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+            new_parents = [parent for parent in target.parents if not parent.exists()]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a zero byte
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"{out}: cannot write here ({reason}); choose another place") from None
         made.chmod(0o755)
         yield made
-        _move(made, place, replaces)
+        _move(made, target, replaces)
     except OSError as error:
         raise InputError(
             f"{out}: writing failed ({error.strerror or error}); nothing was left behind, free "
@@ -53,17 +55,17 @@ def whole_folder(out: Path, *, replaces: Sequence[str] = ()) -> Iterator[Path]:
     finally:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
-        for parent in new_parents:  # stays where something is in it
+        for parent in new_parents:  # a parent that is not empty stays
             with contextlib.suppress(OSError):
                 parent.rmdir()
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to: it becomes `path` if the block ends without an error.
+    """Yield a name next to `path`; the file written there becomes `path` if the block succeeds.
 
-    What was at `path` is replaced. Several threads and processes may do so at once. Errors of the
-    system come as they are.
+    An existing file is replaced. Several threads and processes may write at once. Errors of the
+    operating system propagate.
     """
     made = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -75,9 +77,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file as `whole_file` does; it outlives a loss of power.
+    """Write a text file atomically and durably (fsync).
 
-    A half of a surrogate pair, which a model may say, is written as a question mark.
+    Half of a surrogate pair, which a model may generate, is written as a question mark.
     """
     with whole_file(path) as made, made.open("x", encoding="utf-8", errors="replace") as file:
         file.write(text)
@@ -86,45 +88,45 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that must be there.
+    """Read the JSON object in a file that must exist.
 
     Raises:
-        InputError: the file is not there, not JSON, or not an object.
+        InputError: the file is missing, not JSON, or not an object.
     """
-    found = _read_object(path)
-    if found is None:
+    value = _read_object(path)
+    if value is None:
         raise InputError(f"{path}: no such file; is {path.parent} a model folder?")
-    return found
+    return value
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that may be left out: empty where it is not there.
+    """Read the JSON object in an optional file; return {} if it does not exist.
 
     Raises:
-        InputError: the file is there, but not JSON, or not an object.
+        InputError: the file exists, but is not JSON, or not an object.
     """
     return _read_object(path) or {}
 
 
-def _may_replace(place: Path, patterns: Sequence[str]) -> bool:
-    if not place.is_dir():
+def _may_replace(folder: Path, patterns: Sequence[str]) -> bool:
+    if not folder.is_dir():
         return False
-    names = [path.name for path in place.iterdir()]
+    names = [path.name for path in folder.iterdir()]
     known = (any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) for name in names)
     return not names or (patterns[:1] != () and patterns[0] in names and all(known))
 
 
-def _move(made: Path, place: Path, patterns: Sequence[str]) -> None:
-    """Renames; an earlier result makes way, and comes back if that fails."""
-    if not patterns or not place.exists() or not _may_replace(place, patterns):
-        os.replace(made, place)  # the system refuses if there is something by now
+def _move(made: Path, target: Path, patterns: Sequence[str]) -> None:
+    """Rename `made` to `target`; an earlier result is restored if that fails."""
+    if not patterns or not target.exists() or not _may_replace(target, patterns):
+        os.replace(made, target)  # refused by the system if `target` has appeared meanwhile
         return
     old = made.with_name(f"{made.name}.old")
-    os.replace(place, old)
+    os.replace(target, old)
     try:
-        os.replace(made, place)
+        os.replace(made, target)
     except OSError:
-        os.replace(old, place)
+        os.replace(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

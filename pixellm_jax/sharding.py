@@ -1,8 +1,8 @@
-"""Axis names -> places on a mesh of devices: one table of rules, for weights and activations.
+"""Sharding rules: one table from logical axes to mesh axes, for weights and activations (FSDP).
 
-The mesh has the axes `data`, `fsdp` and `tensor` (see `config.MeshConfig`). Weights are
-shared out over `fsdp` by their width and over `tensor` by heads, MLP and vocabulary; activations
-over `data` and `fsdp` by the batch and over `tensor` like the weights that make them.
+The mesh has the axes `data`, `fsdp` and `tensor` (see `config.MeshConfig`). Weights are sharded
+over `fsdp` by their width and over `tensor` by heads, MLP and vocabulary; activations over `data`
+and `fsdp` by the batch and over `tensor` like the weights that produce them.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ RULES: dict[str, str] = {
     "kv_heads": "tensor",
     "target": "tensor",
 }
-"""Logical axis of a weight -> axis of the mesh; what is not here is whole on every device.
+"""Logical axis -> mesh axis. An axis without a rule is not sharded.
 
-No weight has targets: they are there for activations (`constrain`). Where heads are shared out, the
-pixel decoder has its targets shared out instead, and its small weights are gathered.
+No weight has targets: their rule is for activations (`constrain`). Where the language model shards
+heads, the pixel decoder shards targets, and its small weights are gathered.
 """
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices (or those given), in the order that suits their network.
+    """Build the mesh over all devices, or over `devices`, in the order that suits their network.
 
     Raises:
         InputError: the sizes do not multiply to the number of devices.
     """
     count = len(devices) if devices is not None else jax.device_count()
     sizes = [config.data, config.fsdp, config.tensor]
-    rest, left = divmod(count, math.prod(size for size in sizes if size > 0))
+    rest, remainder = divmod(count, math.prod(size for size in sizes if size > 0))
     shape = tuple(rest if size < 0 else size for size in sizes)
-    if left or math.prod(shape) != count:
+    if remainder or math.prod(shape) != count:
         raise InputError(
             f"train.mesh: data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} do not "
             f"make {count} devices; change a size, or let one be -1"
@@ -59,51 +59,51 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def weight_spec(axes: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Where a weight lies. An axis that its mesh axis does not divide stays whole.
+    """Return the partition of a weight. An axis not divisible by its mesh axis is not sharded.
 
-    Where two axes of a weight have the same rule, the first that is divisible takes it.
+    If two axes of a weight have the same rule, it applies to the first divisible one.
     """
-    taken: set[str] = set()
-    places: list[str | None] = []
+    used: set[str] = set()
+    partition: list[str | None] = []
     for name, size in zip(logical_axes(axes), shape, strict=True):
-        place = RULES.get(name)
-        if place is None or place in taken or size % mesh.shape[place]:
-            places.append(None)
+        mesh_axis = RULES.get(name)
+        if mesh_axis is None or mesh_axis in used or size % mesh.shape[mesh_axis]:
+            partition.append(None)
             continue
-        taken.add(place)
-        places.append(place)
-    return PartitionSpec(*places)
+        used.add(mesh_axis)
+        partition.append(mesh_axis)
+    return PartitionSpec(*partition)
 
 
 def weight_sharding(axes: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """`weight_spec` on its mesh."""
+    """Return `weight_spec` bound to its mesh."""
     return NamedSharding(mesh, weight_spec(axes, shape, mesh))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over `data` and `fsdp`."""
+    """Return the sharding of a batch: rows over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def batch_ways(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are shared out."""
+    """Return the number of parts that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """Which share of every batch this process reads, and of how many.
+    """Return (index, count): the share of every batch that this process reads.
 
-    Processes that only have other parts of the same rows (`tensor`) read the same share.
+    Processes that hold other parts of the same rows (`tensor`) read the same share.
 
     Raises:
-        InputError: the rows of two processes overlap, but are not the same.
+        InputError: the rows of two processes overlap but are not the same.
     """
     ways = batch_ways(mesh)
     rows: dict[int, set[int]] = {}
-    places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((ways,))
-    for device, (row, *_) in places.items():
+    indices: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((ways,))
+    for device, (row, *_) in indices.items():
         rows.setdefault(device.process_index, set()).add(row.start or 0)
-    shares = sorted({tuple(sorted(own)) for own in rows.values()})
+    shares = sorted({tuple(sorted(local_rows)) for local_rows in rows.values()})
     if sum(map(len, shares)) != ways:
         raise InputError(
             f"train.mesh: {dict(mesh.shape)} gives processes rows that overlap in part; let "
@@ -113,25 +113,25 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole on every device."""
+    """Return the sharding of an array that every device holds completely."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def constrain(x: Array, axes: str) -> Array:
-    """Pins an activation to its place, where a mesh is set (`jax.set_mesh`); else gives it back.
+    """Constrain the sharding of an activation if a mesh is set (`jax.set_mesh`); else return it.
 
-    Without this, the partitioner may share out activations by their width, as the weights are, and
-    gather the batch. `axes`: logical names, e.g. "batch sequence embed".
+    Without this, the partitioner may shard activations by their width, like the weights, and gather
+    the batch. `axes`: logical names, e.g. "batch sequence embed".
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    places: list[str | tuple[str, ...] | None] = []
+    partition: list[str | tuple[str, ...] | None] = []
     for name, size in zip(logical_axes(axes), x.shape, strict=True):
-        place = BATCH if name == "batch" else RULES.get(name)
-        if place == "fsdp" or place is None:
-            places.append(None)
+        mesh_axis = BATCH if name == "batch" else RULES.get(name)
+        if mesh_axis == "fsdp" or mesh_axis is None:
+            partition.append(None)
             continue
-        ways = int(np.prod([mesh.shape[axis] for axis in np.atleast_1d(place)]))
-        places.append(place if size % ways == 0 else None)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*places))
+        ways = int(np.prod([mesh.shape[axis] for axis in np.atleast_1d(mesh_axis)]))
+        partition.append(mesh_axis if size % ways == 0 else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*partition))
