@@ -116,7 +116,7 @@ def write_llava(
     shapes = {"model.mm_projector.weight": (d, e), "model.mm_projector.bias": (d,)}
     shapes |= {
         name: entry.torch
-        for entry in torch_layout.table(config)
+        for entry in torch_layout.table(config, kind="required")
         if entry.path.startswith("language_model.")
         for name in entry.names
     }
@@ -191,10 +191,10 @@ def _write_configs(out: Path, settings: dict[str, Any], config: ModelConfig) -> 
 def _shapes(config: ModelConfig, source: str) -> dict[str, tuple[int, ...]]:
     return {
         name: entry.torch
-        for entry in torch_layout.table(config)
-        if entry.source == source
+        for entry in torch_layout.table(config, source=source)
+        if entry.kind != "optional"
         for name in entry.names
-    } | torch_layout.unused(config, source)
+    }
 
 
 def _shards(

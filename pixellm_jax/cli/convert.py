@@ -109,7 +109,9 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def _say_what_is_new(start: Start, folder: Path) -> None:
     before, after = start.rows
-    print(f"drawn at random: {', '.join(start.drawn)}; {max(after - before, 0)} new rows of ids")
+    print(
+        f"drawn at random: {', '.join(start.initialised)}; {max(after - before, 0)} new rows of ids"
+    )
     if before > after:
         print(f"cut: {before - after} rows of the embeddings that have no id")
     modules = sorted({".".join(name.split(".")[:2]) for name in start.discarded})

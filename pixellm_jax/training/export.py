@@ -13,7 +13,7 @@ from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.training.checkpoints import CHECKPOINTS, STATE
 from pixellm_jax.training.state import Blueprint
 from pixellm_jax.weights import checkpoint
-from pixellm_jax.weights.checkpoint import Leaf
+from pixellm_jax.weights.writer import Leaf, write_checkpoint
 
 MODEL = "model"
 
@@ -55,7 +55,7 @@ def write_model(
         for name, array in arrays.items()
     }
     unused = checkpoint.open_arrays(init, checkpoint.UNUSED) if init is not None else {}
-    checkpoint.write(
+    write_checkpoint(
         out,
         config=blueprint.config,
         params={

@@ -1,4 +1,4 @@
-"""A checkpoint -> the folders of PyTorch weights it was made from, bit for bit."""
+"""Export of a checkpoint to the folders of PyTorch weights it was made from, bit for bit."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.files import whole_folder
 from pixellm_jax.weights import checkpoint, torch_config, torch_layout
+from pixellm_jax.weights.torch_config import ConfigFile
 from pixellm_jax.weights.torch_folder import write_safetensors
 
 SHARD_BYTES = 1 << 30
-"""Tensors share a file up to this size; a larger one has its own."""
+"""Maximum size of a shard; a larger tensor has a file of its own."""
 
 VISION_FOLDER = "vision_tower"
 
@@ -28,7 +29,7 @@ Arrays = Mapping[str, tensorstore.TensorStore]
 
 
 class ExportedTensor(NamedTuple):
-    """One tensor of the file: its name, its size, and how to read it from the checkpoint."""
+    """A tensor to be written: its name, its size, and how to read it from the checkpoint."""
 
     name: str
     nbytes: int
@@ -38,13 +39,18 @@ class ExportedTensor(NamedTuple):
 def export(
     folder: Path, out: Path, *, progress: Callable[[int, int], None] = lambda new, total: None
 ) -> None:
-    """Writes `out` (the PixelLM layout) and `out/vision_tower` (CLIP), as safetensors.
+    """Write `out` (the PixelLM layout) and `out/vision_tower` (CLIP), as safetensors.
 
-    `pixellm convert --hf out --vision out/vision_tower` reads them back. One file's tensors at a
-    time are in memory. `progress` is called with the bytes just written and the bytes in all.
+    `pixellm convert --hf out --vision out/vision_tower` reads them back. Memory holds the tensors
+    of one file at a time.
+
+    Args:
+        folder: checkpoint.
+        out: a new folder.
+        progress: called with the bytes just written and the total.
 
     Raises:
-        InputError: `folder` is not a checkpoint, or `out` is taken or cannot be written.
+        InputError: `folder` is not a checkpoint, or `out` exists or cannot be written.
     """
     config = checkpoint.read_config(folder)
     vocabulary = checkpoint.read_vocabulary(folder, config)
@@ -52,30 +58,33 @@ def export(
     params = checkpoint.open_arrays(folder, checkpoint.PARAMS)
     unused = checkpoint.open_arrays(folder, checkpoint.UNUSED)
     checkpoint.check_arrays(folder, config, params)
-    imported = (
-        [torch_layout.VISION, torch_layout.MODEL]
-        if "config.json" in source
-        else [torch_layout.VISION]
-    )
-    wanted = [name for kind in imported for name in torch_layout.unused(config, kind)]
-    if missing := [name for name in wanted if name not in unused]:
+    imported = [torch_layout.VISION]
+    if "config.json" in source:
+        imported.append(torch_layout.MODEL)
+    expected = [
+        entry.name
+        for name in imported
+        for entry in torch_layout.table(config, kind="unused", source=name)
+    ]
+    if missing := [name for name in expected if name not in unused]:
         raise InputError(
             f"{folder / checkpoint.UNUSED}: missing {', '.join(missing)}; convert or copy it again"
         )
     tensors = {
-        k: list(_tensors(config, params, unused, k))
-        for k in (torch_layout.MODEL, torch_layout.VISION)
+        name: list(_tensors(config, params, unused, name))
+        for name in (torch_layout.MODEL, torch_layout.VISION)
     }
-    total = sum(tensor.nbytes for some in tensors.values() for tensor in some)
+    total = sum(tensor.nbytes for group in tensors.values() for tensor in group)
     progress(0, total)
     with whole_folder(out) as made:
         vocabulary.save(made)
         (made / VISION_FOLDER).mkdir()
-        for kind, place in (
-            (torch_layout.MODEL, made),
-            (torch_layout.VISION, made / VISION_FOLDER),
-        ):
-            write_shards(place, tensors[kind], lambda new: progress(new, total))
+        write_shards(made, tensors[torch_layout.MODEL], lambda new: progress(new, total))
+        write_shards(
+            made / VISION_FOLDER,
+            tensors[torch_layout.VISION],
+            lambda new: progress(new, total),
+        )
         if "generation_config.json" in source:
             _write_json(made / "generation_config.json", source["generation_config.json"])
         _write_configs(made, config, source)
@@ -84,11 +93,11 @@ def export(
 def _tensors(
     config: ModelConfig, params: Arrays, unused: Arrays, source: str
 ) -> Iterator[ExportedTensor]:
-    """All tensors of a folder: the table's, trained fusion weights, and what was carried along."""
-    for entry in torch_layout.table(config):
+    """List the tensors of a folder: parameters, trained fusion weights, then unused tensors."""
+    for entry in torch_layout.table(config, kind="required", source=source):
         array = params[entry.path]
         itemsize = array.dtype.numpy_dtype.itemsize
-        for i, name in enumerate(entry.names if entry.source == source else []):
+        for i, name in enumerate(entry.names):
             layer = array[i] if entry.count else array
 
             def read(
@@ -97,20 +106,22 @@ def _tensors(
                 return entry.to_torch(checkpoint.read(layer))
 
             yield ExportedTensor(name, math.prod(entry.torch) * itemsize, read)
-    if source == torch_layout.MODEL:
-        for path, released in torch_layout.released_fusion(config).items():
-            if not np.array_equal(checkpoint.read(params[path]), released):
-                yield _same(torch_layout.FUSION[path], params[path])
-    shapes = torch_layout.unused(config, source)
+    released = torch_layout.released_fusion(config)
+    for entry in torch_layout.table(config, kind="optional", source=source):
+        array = params[entry.path]
+        if not np.array_equal(checkpoint.read(array), released[entry.path]):
+            yield _unchanged(entry.name, array)
     for name, array in unused.items():
         if name.startswith("vision_") == (source == torch_layout.VISION):
-            yield _same(name, array)
-    for name in sorted(shapes.keys() - unused.keys()):  # a model that never had them
+            yield _unchanged(name, array)
+    rows = torch_layout.table(config, kind="unused", source=source)
+    shapes = {row.name: row.torch for row in rows}
+    for name in sorted(shapes.keys() - unused.keys()):  # zeros, if the model was not imported
         nbytes = 4 * math.prod(shapes[name])
         yield ExportedTensor(name, nbytes, partial(np.zeros, shapes[name], np.float32))
 
 
-def _same(name: str, array: tensorstore.TensorStore) -> ExportedTensor:
+def _unchanged(name: str, array: tensorstore.TensorStore) -> ExportedTensor:
     nbytes = math.prod(array.shape) * array.dtype.numpy_dtype.itemsize
     return ExportedTensor(name, nbytes, lambda: checkpoint.read(array))
 
@@ -118,7 +129,7 @@ def _same(name: str, array: tensorstore.TensorStore) -> ExportedTensor:
 def write_shards(
     folder: Path, tensors: list[ExportedTensor], progress: Callable[[int], None]
 ) -> None:
-    """Files of about `SHARD_BYTES`, and an index if there are several."""
+    """Write files of at most `SHARD_BYTES`, with an index if there are several."""
     groups: list[list[ExportedTensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -129,10 +140,9 @@ def write_shards(
         size += tensor.nbytes
     index: dict[str, str] = {}
     for i, group in enumerate(groups):
-        many = len(groups) > 1
-        file = (
-            f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if many else "model.safetensors"
-        )
+        file = "model.safetensors"
+        if len(groups) > 1:
+            file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
         write_safetensors(folder / file, {tensor.name: tensor.read() for tensor in group})
         index |= {tensor.name: file for tensor in group}
         progress(sum(tensor.nbytes for tensor in group))
@@ -145,21 +155,25 @@ def write_shards(
 
 
 def _write_configs(made: Path, config: ModelConfig, source: dict[str, dict[str, Any]]) -> None:
-    """The configs of the imported folders, with our own key where they do not say it all."""
-    vision = made / VISION_FOLDER
-    _write_json(
-        vision / "config.json", source.get("vision.json", torch_config.hf_vision(config.vision))
+    """Write the configs of the imported folders, with our own key where they are incomplete."""
+    vision = ConfigFile(
+        made / VISION_FOLDER / "config.json",
+        source.get("vision.json", torch_config.hf_vision(config.vision)),
     )
-    model = source.get("config.json", torch_config.hf_model(config))
-    _write_json(made / "config.json", model)
-    if torch_config.OWN_KEY not in model:
-        shapes = {name: entry.torch for entry in torch_layout.table(config) for name in entry.names}
-        seen = torch_config.read_vision(vision)
-        if torch_config.read_model(made, seen, shapes, config.codebook) == config:
+    model = ConfigFile(
+        made / "config.json", source.get("config.json", torch_config.hf_model(config))
+    )
+    _write_json(vision.path, vision.values)
+    _write_json(model.path, model.values)
+    if torch_config.OWN_KEY not in model.values:
+        rows = torch_layout.table(config, kind="required")
+        shapes = {name: row.torch for row in rows for name in row.names}
+        vision_config = torch_config.vision_config(vision)
+        if torch_config.pixellm_config(model, vision_config, shapes, config.codebook) == config:
             return
     own = {torch_config.OWN_KEY: dataclasses.asdict(config)}
-    _write_json(made / "config.json", {**model, **own})
+    _write_json(model.path, {**model.values, **own})
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

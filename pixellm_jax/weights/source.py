@@ -1,7 +1,13 @@
-"""The two folders of PyTorch weights a checkpoint is made of: opened, checked, streamed out."""
+"""Source folders of a conversion: PyTorch weights opened, LoRA pairs merged, checked, streamed.
+
+A checkpoint is made of two folders: a language model (PixelLM or LLaVA) and a CLIP vision encoder.
+Only headers are read at first; each tensor is read, and merged with its LoRA pair, when the
+checkpoint is written.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,119 +18,149 @@ import numpy as np
 
 from pixellm_jax.config import ModelConfig, VisionConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.files import read_json
+from pixellm_jax.files import read_optional_json
 from pixellm_jax.text.vocabulary import Vocabulary
-from pixellm_jax.weights import checkpoint, lora_adapter, torch_config, torch_layout
-from pixellm_jax.weights.checkpoint import Leaf
+from pixellm_jax.weights import torch_config, torch_layout
+from pixellm_jax.weights.tensor_view import Tensor
+from pixellm_jax.weights.torch_config import ConfigFile
 from pixellm_jax.weights.torch_folder import open_folder
+from pixellm_jax.weights.writer import Leaf, write_checkpoint
 
-NAMES_SHOWN = 1000
-"""Of each kind of problem; a report names every tensor of any model in use."""
+MAX_NAMES = 1000
+"""Names listed per kind of problem, enough for every tensor of any model in use."""
+
+PREFIX = "base_model.model."
+"""Prefix of peft and of the training script of PixelLM."""
+
+DEFAULT_ALPHA = 16.0
+"""LoRA alpha of the released training script, used where no adapter_config.json states one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFolders:
-    """A language model's folder (PixelLM or LLaVA) and a CLIP folder, their tensors still on disk.
-
-    `vision_config`: of the CLIP folder. `tensors`: by folder (`hf.MODEL`, `hf.VISION`), then name.
-    `problems`: what is wrong with the model's low-rank pairs, by kind.
-    """
+    """A language model's folder (PixelLM or LLaVA) and a CLIP folder, opened but not loaded."""
 
     model: Path
     vision: Path
+    model_json: ConfigFile
+    """`config.json` of the language model."""
+    vision_json: ConfigFile
+    """`config.json` of CLIP."""
     vision_config: VisionConfig
-    tensors: Mapping[str, Mapping[str, torch_layout.Tensor]]
-    problems: Mapping[str, list[str]]
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    """By folder (`torch_layout.MODEL`, `torch_layout.VISION`), then by name."""
+    lora_problems: Mapping[str, list[str]]
+    """Names of the language model's unusable LoRA tensors, by kind of problem."""
 
     @classmethod
     def open(cls, model: Path, vision: Path, lora_alpha: float | None = None) -> SourceFolders:
-        """Reads the headers of the files; low-rank pairs count as the weights they make.
+        """Read both configs and the headers of all files.
+
+        A weight with a LoRA pair is opened as the merged weight; `lora_alpha` overrides
+        adapter_config.json.
 
         Raises:
-            InputError: a folder or a file is missing or damaged, or not what it should be.
+            InputError: a folder or file is missing, damaged or of another kind.
         """
-        vision_config = torch_config.read_vision(vision)
-        merged, problems = lora_adapter.open_merged(model, lora_alpha)
+        vision_json = ConfigFile.read(vision)
+        vision_config = torch_config.vision_config(vision_json)
+        merged, problems = open_merged(model, lora_alpha)
         return cls(
             model=model,
             vision=vision,
+            model_json=ConfigFile.read(model),
+            vision_json=vision_json,
             vision_config=vision_config,
             tensors={torch_layout.MODEL: merged, torch_layout.VISION: open_folder(vision)},
-            problems=problems,
+            lora_problems=problems,
         )
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the model's tensors."""
+        """Shapes of the language model's tensors."""
         return {name: tensor.shape for name, tensor in self.tensors[torch_layout.MODEL].items()}
 
     def check(
-        self,
-        entries: Iterable[torch_layout.Entry],
-        unused: Mapping[str, Mapping[str, tuple[int, ...]]],
-        *,
-        optional: Mapping[str, tuple[int, ...]] | None = None,
-        ignored: tuple[str, ...] = (),
+        self, entries: Iterable[torch_layout.Entry], *, ignored: tuple[str, ...] = ()
     ) -> None:
-        """Every tensor is wanted, every wanted tensor is there in its shape.
+        """Check that both folders hold the tensors of `entries` and no others.
 
-        `unused`: shapes of further tensors that must be there, by folder. `optional`: of those that
-        the model's folder may hold. `ignored`: prefixes of what else it may hold.
+        `ignored`: prefixes of further tensors that the language model's folder may hold.
 
         Raises:
-            InputError: or one report says no, with all names.
+            InputError: one report of all tensors that are missing, unknown or of another shape.
         """
+        entries = list(entries)
         reports = []
-        for source, found in self.tensors.items():
-            of_model = source == torch_layout.MODEL
-            wanted = dict(unused[source])
-            for entry in entries:
-                if entry.source == source:
-                    wanted |= dict.fromkeys(entry.names, entry.torch)
-            known = wanted | dict(optional or {}) if of_model else wanted
-            passed = (*torch_layout.IGNORED[source], *(ignored if of_model else ()))
-            kinds = {
-                **(self.problems if of_model else {}),
-                "missing": [name for name in wanted if name not in found],
-                "unknown": [
-                    name
-                    for name in found
-                    if name not in known
-                    and not name.startswith(passed)
-                    and not name.endswith(torch_layout.DERIVED)
-                ],
-                "wrong shape": [
-                    f"{name} {tensor.shape}, expected {known[name]}"
-                    for name, tensor in found.items()
-                    if name in known and tensor.shape != known[name]
-                ],
-                "no floating point numbers": [
-                    f"{name} {tensor.dtype}"
-                    for name, tensor in found.items()
-                    if name in known and not jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating)
-                ],
-            }
-            parts = [f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names]
+        for source, folder in (
+            (torch_layout.MODEL, self.model),
+            (torch_layout.VISION, self.vision),
+        ):
+            rows = [entry for entry in entries if entry.source == source]
+            problems = self._problems(source, rows, ignored)
+            parts = [f"{kind}: {_listed(names)}" for kind, names in problems.items() if names]
             if parts:
-                folder = self.model if of_model else self.vision
                 reports.append(f"{folder}: {'; '.join(parts)}")
         if reports:
             raise InputError(
-                f"{' | '.join(reports)} (the tensors are not those that config.json describes: "
-                "download the folder again, or name the right one)"
+                f"{' | '.join(reports)} (these are not the tensors that config.json describes: "
+                "download the folder again, or choose the right one)"
             )
 
-    def leaf(self, entry: torch_layout.Entry) -> Leaf:
-        """One of our parameters, to be read layer by layer."""
-        layers = [self.tensors[entry.source][name] for name in entry.names]
-        dtypes = {layer.dtype for layer in layers}
-        common = np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
-        dtype = dtypes.pop() if len(dtypes) == 1 else common
+    def _problems(
+        self, source: str, rows: list[torch_layout.Entry], ignored: tuple[str, ...]
+    ) -> dict[str, list[str]]:
+        """Return the names of wrong tensors of one folder, by kind of problem."""
+        tensors = self.tensors[source]
+        expected = {name: row.torch for row in rows for name in row.names}
+        required = [name for row in rows if row.kind != "optional" for name in row.names]
+        passed = torch_layout.IGNORED[source]
+        problems: dict[str, list[str]] = {}
+        if source == torch_layout.MODEL:
+            passed = (*passed, *ignored)
+            problems |= self.lora_problems
+        problems["missing"] = [name for name in required if name not in tensors]
+        problems["unknown"] = [
+            name
+            for name in tensors
+            if name not in expected
+            and not name.startswith(passed)
+            and not name.endswith(torch_layout.DERIVED)
+        ]
+        known = {name: tensor for name, tensor in tensors.items() if name in expected}
+        problems["wrong shape"] = [
+            f"{name} {tensor.shape}, expected {expected[name]}"
+            for name, tensor in known.items()
+            if tensor.shape != expected[name]
+        ]
+        problems["no floating point numbers"] = [
+            f"{name} {tensor.dtype}"
+            for name, tensor in known.items()
+            if not jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating)
+        ]
+        return problems
 
-        def read(i: int) -> np.ndarray:
-            return np.ascontiguousarray(entry.to_ours(layers[i].read()), dtype)
+    def params(self, entries: Iterable[torch_layout.Entry]) -> dict[str, Leaf]:
+        """Return the required parameters among `entries`, to be read layer by layer."""
+        return {entry.path: self._leaf(entry) for entry in entries if entry.kind == "required"}
 
-        return Leaf(shape=entry.shape, dtype=dtype, read=read, stacked=bool(entry.count))
+    def unused(self, entries: Iterable[torch_layout.Entry]) -> dict[str, Leaf]:
+        """Return the unused tensors among `entries`, as they are in their files."""
+        return {
+            entry.name: as_stored(self.tensors[entry.source][entry.name])
+            for entry in entries
+            if entry.kind == "unused"
+        }
+
+    def derived(self) -> dict[str, Leaf]:
+        """Return the buffers of both folders that follow from the config."""
+        return {
+            name: as_stored(tensor)
+            for source, tensors in self.tensors.items()
+            for name, tensor in tensors.items()
+            if name.endswith(torch_layout.DERIVED)
+            and not name.startswith(torch_layout.IGNORED[source])
+        }
 
     def write(
         self,
@@ -137,33 +173,132 @@ class SourceFolders:
         source: Mapping[str, Mapping[str, Any]],
         progress: Callable[[int, int], None],
     ) -> None:
-        """Writes the checkpoint; `progress` gets the bytes just written and the bytes in all.
+        """Write the checkpoint.
 
-        `source`: configs of the model's folder to keep; that of the CLIP folder is kept anyway.
+        Args:
+            out: a new folder.
+            config: of the model.
+            params: parameters by dotted name.
+            unused: further tensors to keep for export.
+            vocabulary: the tokenizer.
+            source: JSON files of the language model's folder to keep for export, by name; the
+                config of CLIP is always kept.
+            progress: called with the bytes just written and the total.
         """
         total = sum(leaf.nbytes for leaf in [*params.values(), *unused.values()])
         progress(0, total)
-        checkpoint.write(
+        write_checkpoint(
             out,
             config=config,
             params=params,
             unused=unused,
             vocabulary=vocabulary,
-            source={**source, "vision.json": read_json(self.vision / "config.json")},
-            written=lambda leaf: progress(leaf.nbytes, total),
+            source={**source, "vision.json": self.vision_json.values},
+            on_written=lambda leaf: progress(leaf.nbytes, total),
         )
 
+    def _leaf(self, entry: torch_layout.Entry) -> Leaf:
+        layers = [self.tensors[entry.source][name] for name in entry.names]
+        dtypes = {layer.dtype for layer in layers}
+        common = np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+        dtype = dtypes.pop() if len(dtypes) == 1 else common
 
-def whole(tensor: torch_layout.Tensor) -> Leaf:
-    """A tensor as it is in its file."""
+        def read(i: int) -> np.ndarray:
+            return np.ascontiguousarray(entry.to_ours(layers[i].read()), dtype)
+
+        return Leaf(shape=entry.shape, dtype=dtype, read=read, stacked=bool(entry.count))
+
+
+def as_stored(tensor: Tensor) -> Leaf:
+    """Return a tensor unchanged, to be read when it is written."""
     return Leaf(shape=tensor.shape, dtype=tensor.dtype, read=lambda _: tensor.read())
 
 
-def constant(array: np.ndarray) -> Leaf:
-    """An array that is in memory."""
+def in_memory(array: np.ndarray) -> Leaf:
+    """Return an array of this process as a leaf."""
     return Leaf(shape=array.shape, dtype=array.dtype, read=lambda _: array)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoraTensor:
+    """A weight merged with its LoRA pair: W + (alpha / r) B A, summed in float32."""
+
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+    scale: float
+    """alpha / r."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.weight.dtype
+
+    def read(self) -> np.ndarray:
+        """Read the three tensors and return the merged weight, in the dtype of W."""
+        weight, a, b = (t.read().astype(np.float32) for t in (self.weight, self.a, self.b))
+        return (weight + self.scale * (b @ a)).astype(self.dtype)
+
+
+def open_merged(
+    folder: Path, alpha: float | None = None
+) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """Open a folder with the training prefix removed and LoRA pairs merged.
+
+    Returns the tensors by name, and the names of unusable LoRA tensors by kind of problem. `alpha`
+    overrides adapter_config.json.
+
+    Raises:
+        InputError: the files, `alpha` or adapter_config.json.
+    """
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise InputError(f"lora_alpha {alpha}: expected a number above 0")
+    plain: dict[str, Tensor] = {}
+    pairs: dict[str, dict[str, Tensor]] = {}
+    duplicates = []
+    for full_name, tensor in open_folder(folder).items():
+        name = full_name.removeprefix(PREFIX).replace(".base_layer.", ".")
+        stem, marker, rest = name.partition(".lora_")
+        if marker:
+            group = pairs.setdefault(f"{stem}.weight", {})
+            key = rest.split(".")[0]  # A or B
+        else:
+            group = plain
+            key = name
+        if key in group:
+            duplicates.append(name)
+        group[key] = tensor
+    alpha = _read_alpha(folder) if alpha is None else alpha
+    unmatched = []
+    for name, pair in pairs.items():
+        weight, a, b = plain.get(name), pair.get("A"), pair.get("B")
+        if weight is None or a is None or b is None or len(pair) != 2:
+            unmatched.append(name)
+        elif (*b.shape[:1], *a.shape[1:]) != weight.shape or a.shape[:1] != b.shape[1:]:
+            unmatched.append(f"{name} {weight.shape} with A {a.shape} and B {b.shape}")
+        else:
+            scale = alpha / max(a.shape[0], 1)
+            plain[name] = LoraTensor(weight=weight, a=a, b=b, scale=scale)
+    return plain, {"held twice": duplicates, "low-rank pair without its match": unmatched}
+
+
+def _read_alpha(folder: Path) -> float:
+    path = folder / "adapter_config.json"
+    adapter = read_optional_json(path)
+    for key in ("use_rslora", "use_dora", "alpha_pattern", "fan_in_fan_out"):
+        if adapter.get(key):
+            raise InputError(
+                f"{path}: {key} is {adapter[key]!r}, which is not supported; merge with peft first"
+            )
+    alpha = adapter.get("lora_alpha", DEFAULT_ALPHA)
+    if type(alpha) not in (int, float):
+        raise InputError(f"{path}: lora_alpha is {alpha!r}, expected a number; pass --lora-alpha")
+    return float(alpha)
+
+
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more

@@ -1,7 +1,8 @@
-"""Location of a tensor in a file of weights: dtype, shape, strides and offset of the first byte.
+"""Tensors on disk: how to read one, and where it is in its file.
 
-`torch_file` and `safetensors_file` return such views from the headers that they parse, and
-`torch_folder` reads the tensors. The limits and checks that both formats need are here too.
+`torch_file` and `safetensors_file` return a `TensorView` (dtype, shape, strides, position) for each
+tensor from the headers they parse, and `torch_folder` reads the tensors. The limits and checks that
+both formats need are here too.
 """
 
 from __future__ import annotations
@@ -9,12 +10,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 MAX_AXES = 32
 """Maximum number of axes of a tensor, the limit of NumPy 1."""
+
+
+@runtime_checkable
+class Tensor(Protocol):
+    """A tensor that is read when it is needed (`torch_folder.LazyTensor`, `source.LoraTensor`)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def read(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
-"""The released PyTorch layout <-> our parameters: one declared table, read both ways.
+"""Declarative table of the released PyTorch layout, read in both directions: import and export.
 
-Names and shapes are those of the published checkpoints (docs/reference_notes.md 6.3), not of the
-class attributes of today's transformers.
+Each row maps a tensor of a published checkpoint, or the same tensor of every layer, to one of our
+parameters. Names and shapes are as published (docs/reference_notes.md 6.3), which are not the
+attribute names of current transformers releases.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
 
@@ -21,74 +22,91 @@ IGNORED = {
     MODEL: ("model.vision_tower.", "model.mm_projector.weight", "model.mm_projector.bias"),
     VISION: ("text_model.", "text_projection.", "visual_projection.", "logit_scale"),
 }
-"""Prefixes of tensors that a folder may hold and that PixelLM has no use for: the vision tower is
-read from its own folder, LLaVA's linear projector is not PixelLM's, CLIP has a text side."""
-
-FUSION = {
-    "codebook.token_fusion": "model.codebook.token_fusion",
-    "codebook.mask_fusion": "model.codebook.mask_fusion",
-}
-"""Our fusion weights, constants in the released model: a folder holds them only once trained."""
+"""Prefixes of tensors that a folder may hold and that PixelLM does not need: the vision tower is
+read from its own folder, LLaVA's linear projector does not fit PixelLM, CLIP has a text encoder."""
 
 DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")
-"""Suffixes of buffers that follow from the config; carried along so that export is complete."""
+"""Suffixes of buffers that follow from the config; they are kept so that the export is complete."""
 
+Kind = Literal["required", "optional", "unused"]
+"""Role of a row.
 
-@runtime_checkable
-class Tensor(Protocol):
-    """An array that can be read when it is wanted (`tensor_files.LazyTensor`)."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> np.dtype: ...
-
-    def read(self) -> np.ndarray: ...
+required: a parameter that every PixelLM folder holds.
+optional: a parameter that is a constant in the released model; a folder holds it once trained.
+unused: a tensor that the layout holds and no forward pass of PixelLM reads. It is stored next to
+    the parameters, so that an export is complete and bit-exact.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One parameter of ours and the tensor, or the stack of tensors, that it is made of.
+    """One row of the table: our parameter and the tensor, or stack of tensors, it is read from.
 
-    The file's `torch` shape is reshaped to `factored`, then transposed by `order`; `count` > 0 says
-    that `name` holds a `{}` for 0..count-1, stacked along a new first axis.
+    A tensor of shape `torch` is reshaped to `factored`, then transposed by `order`.
     """
 
-    path: str
     name: str
+    """Name in the file; with `count` > 0 it contains a `{}` for the layer 0..count-1."""
+    path: str = ""
+    """Dotted name of our parameter; empty for an unused tensor."""
     torch: tuple[int, ...]
+    """Shape in the file."""
     factored: tuple[int, ...] = ()
+    """Shape after splitting axes, e.g. heads; empty for the shape in the file."""
     order: tuple[int, ...] = ()
+    """Transposition of the factored axes; empty for none."""
     count: int = 0
+    """Number of layers stacked along a new first axis; 0 for a single tensor."""
     source: str = MODEL
+    """Folder of the tensor: `MODEL` or `VISION`."""
+    kind: Kind = "required"
 
     @property
     def names(self) -> list[str]:
-        """The file's names, in stacking order."""
+        """Names in the file, in stacking order."""
         return [self.name.format(i) for i in range(self.count)] if self.count else [self.name]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Our shape."""
+        """Shape of our parameter."""
         factored = self.factored or self.torch
         ours = tuple(factored[axis] for axis in self.order) if self.order else factored
         return (self.count, *ours) if self.count else ours
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
-        """One tensor of the file -> one layer of ours."""
+        """Convert a tensor of the file to our layout (one layer of a stack)."""
         array = array.reshape(self.factored or self.torch)
         return array.transpose(self.order) if self.order else array
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """One layer of ours -> one tensor of the file."""
+        """Convert our array (one layer of a stack) to the layout of the file."""
         array = array.transpose(np.argsort(self.order)) if self.order else array
         return np.ascontiguousarray(array.reshape(self.torch))
 
 
-def table(config: ModelConfig) -> list[Entry]:
-    """Every parameter that the released layout holds; the fusion weights are not among them."""
-    return [*_language(config), *_vision(config), *_heads(config), *_decoder(config)]
+def table(
+    config: ModelConfig, *, kind: Kind | None = None, source: str | None = None
+) -> list[Entry]:
+    """Return the rows for a model; `kind` and `source` select some of them."""
+    rows = (
+        *_language(config),
+        *_vision(config),
+        *_heads(config),
+        *_decoder(config),
+        *_fusion(config),
+        *_unused_model(config),
+        *_unused_vision(config),
+    )
+    return [row for row in rows if kind in (None, row.kind) and source in (None, row.source)]
+
+
+def released_fusion(config: ModelConfig) -> dict[str, np.ndarray]:
+    """Return the fusion constants of the released model by our paths: 1/(N L) and 1/L, float32."""
+    s, k = config.codebook.scales, config.codebook.tokens_per_scale
+    return {
+        "codebook.token_fusion": np.full((s, k), 1 / (s * k), np.float32),
+        "codebook.mask_fusion": np.full((s,), 1 / s, np.float32),
+    }
 
 
 def _language(config: ModelConfig) -> Iterator[Entry]:
@@ -216,17 +234,11 @@ def _decoder(config: ModelConfig) -> Iterator[Entry]:
         yield from _linear(f"{ours}.hypernetwork.layers.{i}", name, inputs, outputs)
 
 
-def released_fusion(config: ModelConfig) -> dict[str, np.ndarray]:
-    """The fusion constants of the released model by our paths: 1/(N L) and 1/L, float32."""
-    s, k = config.codebook.scales, config.codebook.tokens_per_scale
-    return {
-        "codebook.token_fusion": np.full((s, k), 1 / (s * k), np.float32),
-        "codebook.mask_fusion": np.full((s,), 1 / s, np.float32),
-    }
-
-
 def upsample_name(scale: int) -> str:
-    """Scale 1 has the released name; further scales, which the release lacks, are numbered."""
+    """Return the module name of an upsampling.
+
+    Scale 1 has the released name; further scales, which the release does not have, are numbered.
+    """
     return "upsample_2x" if scale == 1 else f"upsample_2x_{scale}"
 
 
@@ -244,7 +256,8 @@ def _upsample(path: str, name: str, inputs: int, outputs: int) -> Iterator[Entry
 def _transformer(config: ModelConfig, scale: int) -> Iterator[Entry]:
     decoder = config.decoder
     c, n = decoder.width, decoder.heads
-    ours, theirs = f"pixel_decoder.transformers.{scale}", f"model.mask_decoder.transformer.{scale}"
+    ours = f"pixel_decoder.transformers.{scale}"
+    theirs = f"model.mask_decoder.transformer.{scale}"
 
     def attention(path: str, name: str, inner: int) -> Iterator[Entry]:
         h = inner // n
@@ -291,28 +304,22 @@ def _transformer(config: ModelConfig, scale: int) -> Iterator[Entry]:
     yield from _norm(f"{ours}.norm", f"{theirs}.norm_final_attn", c)
 
 
-def unused(config: ModelConfig, source: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of tensors that the layout holds and no forward pass of PixelLM reads.
+def _fusion(config: ModelConfig) -> Iterator[Entry]:
+    for path, constant in released_fusion(config).items():
+        yield Entry(path=path, name=f"model.{path}", torch=constant.shape, kind="optional")
 
-    They are kept beside the parameters so that export writes a complete folder, bit for bit.
-    """
-    layer: dict[str, tuple[int, ...]]
-    prompt: dict[str, tuple[int, ...]]
-    decoder: dict[str, tuple[int, ...]] = {}
+
+def _unused_model(config: ModelConfig) -> Iterator[Entry]:
+    """List SAM's prompt encoder and spare heads, and scale 1 where the model has one scale."""
     c, scales, masks = config.decoder.width, config.codebook.scales, config.decoder.mask_tokens
-    if source == VISION:
-        e, f = config.vision.width, config.vision.mlp
-        layer = {f"layer_norm{k}.{part}": (e,) for k in (1, 2) for part in ("weight", "bias")}
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            layer |= {f"self_attn.{name}.weight": (e, e), f"self_attn.{name}.bias": (e,)}
-        layer |= {"mlp.fc1.weight": (f, e), "mlp.fc1.bias": (f,)}
-        layer |= {"mlp.fc2.weight": (e, f), "mlp.fc2.bias": (e,)}
-        rest = range(config.vision.layers_used, config.vision.layers)
-        shapes = {f"encoder.layers.{i}.{k}": shape for i in rest for k, shape in layer.items()}
-        shapes |= {"post_layernorm.weight": (e,), "post_layernorm.bias": (e,)}
-        return {f"vision_model.{name}": shape for name, shape in shapes.items()}
-    prompt = {f"point_embeddings.{i}.weight": (1, c) for i in range(4)}
-    prompt |= {"not_a_point_embed.weight": (1, c)}
+    decoder, encoder = "model.mask_decoder", "model.prompt_encoder"
+
+    def unused(name: str, *torch: int) -> Entry:
+        return Entry(name=name, torch=torch, kind="unused")
+
+    for i in range(4):
+        yield unused(f"{encoder}.point_embeddings.{i}.weight", 1, c)
+    yield unused(f"{encoder}.not_a_point_embed.weight", 1, c)
     for i, shape in (
         (0, (4, 1, 2, 2)),
         (1, (4,)),
@@ -320,16 +327,39 @@ def unused(config: ModelConfig, source: str) -> dict[str, tuple[int, ...]]:
         (4, (16,)),
         (6, (c, 16, 1, 1)),
     ):
-        prompt |= {f"mask_downscaling.{i}.weight": shape, f"mask_downscaling.{i}.bias": shape[:1]}
+        yield unused(f"{encoder}.mask_downscaling.{i}.weight", *shape)
+        yield unused(f"{encoder}.mask_downscaling.{i}.bias", shape[0])
     mlps = {f"output_hypernetworks_mlps.{i}": config.decoder.upscaled for i in range(1, masks)}
     for stem, outputs in {**mlps, "iou_prediction_head": masks}.items():
         for i, rows in enumerate((c, c, outputs)):
-            decoder |= {f"{stem}.layers.{i}.weight": (rows, c), f"{stem}.layers.{i}.bias": (rows,)}
+            yield unused(f"{decoder}.{stem}.layers.{i}.weight", rows, c)
+            yield unused(f"{decoder}.{stem}.layers.{i}.bias", rows)
     if scales == 1:
-        decoder |= {"upsample_2x.0.weight": (c, c, 2, 2)}
-        decoder |= {f"upsample_2x.{part}": (c,) for part in ("0.bias", "1.weight", "1.bias")}
-        decoder |= {"pe1.positional_encoding_gaussian_matrix": (2, c // 2)}
-    return {
-        **{f"model.prompt_encoder.{name}": shape for name, shape in prompt.items()},
-        **{f"model.mask_decoder.{name}": shape for name, shape in decoder.items()},
-    }
+        yield unused(f"{decoder}.upsample_2x.0.weight", c, c, 2, 2)
+        for part in ("0.bias", "1.weight", "1.bias"):
+            yield unused(f"{decoder}.upsample_2x.{part}", c)
+        yield unused(f"{decoder}.pe1.positional_encoding_gaussian_matrix", 2, c // 2)
+
+
+def _unused_vision(config: ModelConfig) -> Iterator[Entry]:
+    """List the layers after the deepest tap, and the final norm."""
+    vision = config.vision
+    e, f = vision.width, vision.mlp
+
+    def unused(name: str, *torch: int) -> Entry:
+        return Entry(name=f"vision_model.{name}", torch=torch, source=VISION, kind="unused")
+
+    for i in range(vision.layers_used, vision.layers):
+        layer = f"encoder.layers.{i}"
+        for norm in ("layer_norm1", "layer_norm2"):
+            yield unused(f"{layer}.{norm}.weight", e)
+            yield unused(f"{layer}.{norm}.bias", e)
+        for projection, inputs, outputs in (
+            *((f"self_attn.{name}", e, e) for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
+            ("mlp.fc1", e, f),
+            ("mlp.fc2", f, e),
+        ):
+            yield unused(f"{layer}.{projection}.weight", outputs, inputs)
+            yield unused(f"{layer}.{projection}.bias", outputs)
+    yield unused("post_layernorm.weight", e)
+    yield unused("post_layernorm.bias", e)

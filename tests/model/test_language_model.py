@@ -142,7 +142,7 @@ def converted(llama) -> LanguageModel:
         jax.eval_shape(partial(LanguageModel, config=CONFIG), jax.random.key(0))
     )
     variables = {".".join(map(str, path)): v for path, v in nnx.to_flat_state(state)}
-    for entry in torch_layout.table(ModelConfig(language=CONFIG)):
+    for entry in torch_layout.table(ModelConfig(language=CONFIG), kind="required"):
         if entry.path.startswith("language_model."):
             layers = [entry.to_ours(tensors.pop(name)) for name in entry.names]
             value = np.stack(layers) if entry.count else layers[0]

@@ -103,11 +103,7 @@ def test_parameters_and_unused_tensors_are_those_of_the_published_checkpoints(si
     assert clip() == PUBLIC_CLIP
     published = llama(size, VOCABULARY) + clip()
     published += heads(LLAMA[size][0]) + prompt_encoder() + mask_decoder()
-    unused = sum(
-        math.prod(shape)
-        for source in (torch_layout.MODEL, torch_layout.VISION)
-        for shape in torch_layout.unused(config, source).values()
-    )
+    unused = sum(math.prod(entry.torch) for entry in torch_layout.table(config, kind="unused"))
     assert count(config) - FUSION + unused == published
 
 
@@ -171,17 +167,15 @@ def test_table_names_every_parameter_once_with_its_shape(scales, tokens):
         decoder=DecoderConfig(width=48, heads=3, mlp=19, depth=3, mask_tokens=11),
     )
     ours = {path: v.get_value().shape for path, v in variables(config).items()}
-    entries = torch_layout.table(config)
+    entries = torch_layout.table(config, kind="required")
     paths = Counter(entry.path for entry in entries)
     assert set(paths.values()) == {1}
     assert ours.keys() - paths.keys() == {"codebook.token_fusion", "codebook.mask_fusion"}
-    assert ours.keys() - paths.keys() == torch_layout.FUSION.keys()
+    assert ours.keys() - paths.keys() == {
+        entry.path for entry in torch_layout.table(config, kind="optional")
+    }
     assert not paths.keys() - ours.keys()
     assert {entry.path: entry.shape for entry in entries} == {path: ours[path] for path in paths}
     names = Counter(name for entry in entries for name in entry.names)
-    names.update(
-        name
-        for source in (torch_layout.MODEL, torch_layout.VISION)
-        for name in torch_layout.unused(config, source)
-    )
+    names.update(entry.name for entry in torch_layout.table(config, kind="unused"))
     assert set(names.values()) == {1}  # no tensor is read twice, or both read and unused

@@ -127,9 +127,7 @@ def converted(clip, config: VisionConfig, table: np.ndarray) -> VisionEncoder:
     graph, state = nnx.split(jax.eval_shape(build, jax.random.key(0)))
     variables = {".".join(map(str, path)): v for path, v in nnx.to_flat_state(state)}
     whole = ModelConfig(vision=config, codebook=CodebookConfig(scales=len(config.taps)))
-    for entry in (
-        entry for entry in torch_layout.table(whole) if entry.source == torch_layout.VISION
-    ):
+    for entry in torch_layout.table(whole, kind="required", source=torch_layout.VISION):
         layers = [entry.to_ours(tensors.pop(name)) for name in entry.names]
         value = np.stack(layers) if entry.count else layers[0]
         variables.pop(entry.path.removeprefix("vision_encoder.")).set_value(jnp.asarray(value))

@@ -229,12 +229,12 @@ def _gradients(file: Any, settings: dict[str, Any], model: PixelLM, batch: Batch
 
     flat = {".".join(map(str, p)): v.get_value() for p, v in nnx.to_flat_state(gradient)}
     norms = {}
-    for entry in torch_layout.table(model.config):
+    for entry in torch_layout.table(model.config, kind="required"):
         if entry.path in flat:
             layers = np.asarray(flat[entry.path], np.float64)
             for name, layer in zip(entry.names, layers if entry.count else [layers], strict=True):
                 norms[name] = float(np.linalg.norm(layer))
-    unused = torch_layout.unused(model.config, torch_layout.MODEL)
+    unused = {entry.name for entry in torch_layout.table(model.config, kind="unused")}
     wanted = dict(zip(map(str, file["grad_names"]), file["grad_norms"], strict=True))
     worst, where = 0.0, ""
     largest = max(wanted.values())

@@ -34,7 +34,7 @@ def test_model_has_the_values_and_dtypes_of_the_source(tiny):
     model = checkpoint.load_model(tiny.jax)
     source = read_tensors(tiny.hf) | read_tensors(tiny.clip)
     found = parameters(model)
-    entries = torch_layout.table(model.config)
+    entries = torch_layout.table(model.config, kind="required")
     for entry in entries:
         layers = [entry.to_ours(source[name]) for name in entry.names]
         expected = np.stack(layers) if entry.count else layers[0]

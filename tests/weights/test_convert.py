@@ -15,7 +15,8 @@ import pytest
 from pixellm_jax.config import CodebookConfig, VisionConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.text.vocabulary import Vocabulary
-from pixellm_jax.weights import checkpoint, convert, export, lora_adapter, torch_layout
+from pixellm_jax.weights import checkpoint, convert, export, torch_layout
+from pixellm_jax.weights.source import LoraTensor, open_merged
 from pixellm_jax.weights.torch_config import OWN_KEY
 from pixellm_jax.weights.torch_folder import write_safetensors
 from tests.support.tiny_checkpoint import (
@@ -286,7 +287,7 @@ def test_scale_of_low_rank_pairs_comes_from_option_then_file(copied, base, file,
     sixteen = lora_folder(folder, base=base)[QUERY]
     if file is not None:
         (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": file, "r": 8}))
-    found, problems = lora_adapter.open_merged(folder, option)
+    found, problems = open_merged(folder, option)
     assert not any(problems.values())
     change = found[QUERY].read() - plain
     np.testing.assert_allclose(change, times * (sixteen - plain), rtol=1e-4, atol=1e-5)
@@ -303,7 +304,7 @@ def test_merging_rounds_once_to_the_dtype_of_the_weight():
     weight = np.full((2, 2), 1, ml_dtypes.bfloat16)
     a, b = np.full((1, 2), 2**-5, np.float32), np.full((2, 1), 2**-5, np.float32)
     held = [Held(array) for array in (weight, a, b)]
-    merged = lora_adapter.LoraTensor(weight=held[0], a=held[1], b=held[2], scale=16.0)
+    merged = LoraTensor(weight=held[0], a=held[1], b=held[2], scale=16.0)
     assert merged.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(merged.read(), np.full((2, 2), 1 + 2**-6, ml_dtypes.bfloat16))
 
@@ -579,10 +580,8 @@ def test_existing_out_is_refused_and_kept(tiny, tmp_path, kind):
 def test_table_and_unused_name_every_tensor_once(tiny):
     config = checkpoint.read_config(tiny.jax)
     for source, folder in ((torch_layout.MODEL, tiny.hf), (torch_layout.VISION, tiny.clip)):
-        names = [
-            n for entry in torch_layout.table(config) if entry.source == source for n in entry.names
-        ]
-        names += torch_layout.unused(config, source)
+        rows = torch_layout.table(config, source=source)
+        names = [name for row in rows if row.kind != "optional" for name in row.names]
         assert len(names) == len(set(names))
         assert set(names) == read_tensors(folder).keys()
 

@@ -28,7 +28,7 @@ from pixellm_jax.weights import (
     torch_layout,
 )
 from pixellm_jax.weights.convert_llava import start_from_llava
-from pixellm_jax.weights.torch_config import OWN_KEY
+from pixellm_jax.weights.torch_config import OWN_KEY, ConfigFile
 from tests.support.tiny_checkpoint import (
     assert_same_tensors,
     change_json,
@@ -121,7 +121,7 @@ def test_loaded_model_has_the_weights_of_both_folders_bit_for_bit(llava):
         torch_layout.VISION: read_tensors(llava.clip),
     }
     compared = set()
-    for entry in torch_layout.table(model.config):
+    for entry in torch_layout.table(model.config, kind="required"):
         if entry.path.split(".")[0] in NEW:
             continue
         kept = found[entry.path]
@@ -143,10 +143,8 @@ def test_loaded_model_has_the_weights_of_both_folders_bit_for_bit(llava):
         if n.startswith(convert_llava.DISCARDED) or n.endswith(torch_layout.DERIVED)
     }
     assert compared & of_model == of_model - left
-    assert (
-        compared & of_clip
-        == of_clip - torch_layout.unused(model.config, torch_layout.VISION).keys()
-    )
+    rows = torch_layout.table(model.config, kind="unused", source=torch_layout.VISION)
+    assert compared & of_clip == of_clip - {row.name for row in rows}
 
 
 def test_export_has_the_weights_of_both_folders_and_goes_round(v1, tmp_path):
@@ -249,7 +247,7 @@ def test_new_parts_are_those_of_a_new_model(v1):
         return {name: named[name] for name in some}
 
     found = read_arrays(v1.jax)
-    assert v1.start.drawn == tuple(NEW)
+    assert v1.start.initialised == tuple(NEW)
     for name, expected in draw(jax.random.key(0)).items():
         np.testing.assert_allclose(found[name], expected, rtol=1e-6, atol=1e-6, err_msg=name)
     fusion = found["codebook.token_fusion"], found["codebook.mask_fusion"]
@@ -279,9 +277,12 @@ def test_new_parts_depend_on_the_seed_alone(v1, padded, tmp_path):
 
 
 def test_settings_are_those_of_the_paper_or_of_the_options(v1):
-    language, vision = v1.start.config.language, torch_config.read_vision(v1.clip)
+    language = v1.start.config.language
+    vision = torch_config.vision_config(ConfigFile.read(v1.clip))
     shapes = {"model.embed_tokens.weight": (language.vocabulary, language.width)}
-    config = torch_config.read_start(v1.model, vision, shapes, OPTIONS["codebook"])
+    config = torch_config.llava_start_config(
+        ConfigFile.read(v1.model), vision, shapes, OPTIONS["codebook"]
+    )
     assert config.language == language
     paper = {"canvas": 448, "taps": (-2, -11), "position_resize": "correct"}
     assert config.vision == dataclasses.replace(vision, **paper)
