@@ -1,4 +1,4 @@
-"""The documents name files that are there, and their Python is Python."""
+"""The documents name existing files and cited notes, and their Python compiles."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+CI = ROOT / ".ci" / "run"
 FOLDERS = ("configs", "data_pipeline", "pixellm_jax", "scripts", "tests")
 MODULES = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/*.py"))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [*DOCUMENTS, CI], ids=lambda path: path.name)
 def test_files_that_a_document_names_exist(document):
     text = document.read_text(encoding="utf-8")
     named = set(
