@@ -1,39 +1,41 @@
-"""Reads pickles that hold plain data, and nothing else of them.
+"""Reader for pickles of plain data: nothing in the file is imported, called or built.
 
 The reference unpickles the refer indices, which lets a file run any program
-(docs/reference_notes.md D27). This reader
-follows the instructions of a pickle itself (they are listed in Python's `pickletools`, protocols 0
-to 5). It knows those that make lists, tuples, dictionaries, sets, numbers and text; it has none
-that could import, call or build anything. The few names of builtin containers that protocols 0 to 3
-need for sets and bytes are compared as text, never looked up.
+(docs/reference_notes.md D27). `SafeUnpickler` reads the opcodes that make lists, tuples,
+dictionaries, sets, numbers and text (protocols 0 to 5). The few names of builtin containers that
+protocols 0 to 3 need for sets and bytes are compared as text, never looked up.
 
-Limits: `SIZE_LIMIT` bytes and `STEP_LIMIT` instructions; integers of 64 bytes; containers that
-stand in several places, counted in each, `STEP_LIMIT` values. What an instruction makes is as long
-as its operand, or an empty container, so memory stays below the file and 250 bytes per instruction.
+Limits: `SIZE_LIMIT` bytes and `STEP_LIMIT` opcodes; integers of 64 bytes; containers that are
+referenced several times, counted at each place, `STEP_LIMIT` values.
 """
 
 from __future__ import annotations
 
-import struct
+import pickletools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
-from data_pipeline.formats.pickle_machine import CONTAINERS, STEP_LIMIT, Machine
 from pixellm_jax.errors import InputError
+from pixellm_jax.safe_pickle import DAMAGE, MAX_OPCODES, LimitError, SafeUnpickler, short_name
 
 SIZE_LIMIT = 512 * 2**20
-"""Largest file, in bytes. The published indices have less than 150 MB."""
+"""Maximum size of a file, in bytes. The published indices have less than 150 MB."""
+
+STEP_LIMIT = MAX_OPCODES
+"""Maximum number of opcodes."""
+
+CONTAINERS = (list, dict, set, tuple, frozenset)
 
 
 def load(path: Path) -> Any:
-    """The data in a pickle: lists, tuples, dictionaries, sets, numbers, text, bytes, bools, None.
+    """Return the data in a pickle: containers, numbers, text, bytes, bools and None.
 
-    Byte strings of Python 2 become text: UTF-8 if they are, else Latin-1.
+    Byte strings of Python 2 become text: UTF-8 where they are valid UTF-8, otherwise Latin-1.
 
     Raises:
-        InputError: no such file, beyond the limits, not a pickle, cut off, data that contains
-            itself, or a global (a class or function by name), whose name the message gives.
+        InputError: the file is missing, exceeds the limits, is not a pickle, is cut off, contains
+            itself, or refers to a global (a class or function), whose name the message gives.
     """
     name = repr(str(path))
     try:
@@ -50,32 +52,134 @@ def load(path: Path) -> Any:
 
 
 def loads(data: bytes) -> Any:
-    """As `load`, of bytes; messages begin with what is wrong, for a name to be put before."""
-    machine = Machine(data)
+    """Like `load`, from bytes. Messages begin with the fault; the caller puts the name before."""
+    unpickler = _PlainUnpickler(data, STEP_LIMIT)
     try:
-        value = machine.run()
-    except _FAILURES as error:
-        where = f"at byte {machine.at} ({type(error).__name__})"
+        value = unpickler.load()
+    except LimitError as error:
+        raise InputError(f"{error}: convert it to JSON") from None
+    except DAMAGE as error:
+        where = f"at byte {unpickler.source.tell()} ({type(error).__name__})"
         raise InputError(f"is not a whole pickle {where}: download it again") from None
-    if machine.shared and _spread(value) > STEP_LIMIT:
+    if unpickler.has_shared_containers and _expanded_size(value) > STEP_LIMIT:
         raise InputError(f"repeats its parts more than {STEP_LIMIT} times: do not use it")
     return value
 
 
-_FAILURES = (
-    AttributeError,
-    IndexError,
-    KeyError,
-    OverflowError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
-"""What damaged instructions lead to: no operand on the stack, an operand of a wrong type, ..."""
+class _Name(NamedTuple):
+    """A global that `load_reduce` knows."""
+
+    module: str
+    name: str
 
 
-def _spread(value: Any) -> int:
-    """Number of values with what stands in several places counted in each.
+_BYTES = {_Name("_codecs", "encode")}
+_KNOWN = _BYTES.copy()
+for _module in ("builtins", "__builtin__"):
+    _BYTES.add(_Name(_module, "bytes"))
+    _KNOWN |= {_Name(_module, kind) for kind in ("bytes", "set", "frozenset")}
+# Opcodes that build objects, and what they would build.
+_REFUSED = {
+    "INST": "a class",
+    "OBJ": "a class",
+    "BUILD": "the state of an object",
+    "NEWOBJ": "a new object",
+    "NEWOBJ_EX": "a new object",
+    "EXT1": "an extension code",
+    "EXT2": "an extension code",
+    "EXT4": "an extension code",
+    "PERSID": "an object outside the file",
+    "BINPERSID": "an object outside the file",
+    "BYTEARRAY8": "a writable buffer",
+    "NEXT_BUFFER": "a buffer outside the file",
+    "READONLY_BUFFER": "a buffer outside the file",
+}
+
+
+class _PlainUnpickler(SafeUnpickler):
+    """Unpickler of plain data.
+
+    Attributes:
+        has_shared_containers: whether a container was pushed a second time.
+    """
+
+    opcodes = frozenset(opcode.name for opcode in pickletools.opcodes) - _REFUSED.keys()
+
+    def __init__(self, data: bytes, max_opcodes: int) -> None:
+        super().__init__(data, max_opcodes)
+        self.has_shared_containers = False
+
+    def find_class(self, module: str, name: str) -> _Name:
+        found = _Name(module, name)
+        if found not in _KNOWN:
+            self._refuse(f"the global {short_name(module, name, 120)}")
+        return found
+
+    def refuse_opcode(self, opcode: pickletools.OpcodeInfo) -> NoReturn:
+        self._refuse(_REFUSED[opcode.name])
+
+    def load_reduce(self) -> None:
+        """Make what protocols 0 to 3 write for sets and bytes, which they have no opcode for."""
+        arguments = self.stack.pop()
+        function = self.stack.pop()
+        if type(function) is not _Name or type(arguments) is not tuple:
+            raise TypeError("call")
+        self.budget.spend(sum(map(len, arguments)))
+        if function in _BYTES:
+            self.append(_latin_1(*arguments))
+        else:
+            members = self._members(*arguments)
+            self.append(set(members) if function.name == "set" else frozenset(members))
+
+    def _members(self, members: list[Any] | None = None) -> list[Any]:
+        if type(members) not in (list, type(None)):
+            raise TypeError(type(members))
+        for member in members or ():
+            self.check_key(member)
+        return members or []
+
+    def _decode_string(self, value: bytes) -> str:
+        """Decode a byte string of Python 2."""
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value.decode("latin-1")
+
+    def load_dup(self) -> None:
+        super().load_dup()  # type: ignore[misc]
+        self._note_shared()
+
+    def load_get(self) -> None:
+        super().load_get()  # type: ignore[misc]
+        self._note_shared()
+
+    def load_binget(self) -> None:
+        super().load_binget()  # type: ignore[misc]
+        self._note_shared()
+
+    def load_long_binget(self) -> None:
+        super().load_long_binget()  # type: ignore[misc]
+        self._note_shared()
+
+    def _note_shared(self) -> None:
+        if isinstance(self.stack[-1], CONTAINERS):
+            self.has_shared_containers = True
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise InputError(
+            f"names {what}, which could run a program: only lists, dictionaries, sets, numbers and "
+            "text are read; get the file from a source that you trust or convert it to JSON"
+        )
+
+
+def _latin_1(text: str = "", encoding: str = "latin1") -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise ValueError(encoding)
+    return text.encode("latin-1")
+
+
+def _expanded_size(value: Any) -> int:
+    """Return the number of values, counting a container at each place where it is referenced.
 
     Raises:
         InputError: the data contains itself.
@@ -95,8 +199,8 @@ def _spread(value: Any) -> int:
             continue
         pending.pop()
         if id(container) not in sizes:
-            own = 1 + sum(1 for _ in _parts(container))
-            total = own + sum(sizes[id(part)] for part in parts)
+            direct = 1 + sum(1 for _ in _parts(container))
+            total = direct + sum(sizes[id(part)] for part in parts)
             sizes[id(container)] = min(total, STEP_LIMIT + 1)
     return sizes[id(value)]
 

@@ -1,9 +1,9 @@
-"""Find the tensors in a file of `torch.save`, without PyTorch and without running its code.
+"""Locate the tensors in a file of `torch.save`, without PyTorch and without running its code.
 
-Such a file (PyTorch 1.6 or later) is a zip archive in which nothing is compressed. `TOP/data.pkl`
-is a pickle of the saved object, `TOP/data/KEY` holds the bytes of storage KEY, and a tensor is a
-storage with an offset, a shape and strides (torch/serialization.py, torch/_utils.py). The pickle is
-interpreted here with the few opcodes and names that a dictionary of tensors needs, the same idea as
+Such a file (PyTorch 1.6 or later) is an uncompressed zip archive. `TOP/data.pkl` is a pickle of the
+saved object, `TOP/data/KEY` holds the bytes of storage KEY, and a tensor is a storage with an
+offset, a shape and strides (torch/serialization.py, torch/_utils.py). The restricted unpickler
+accepts the few opcodes and names that a dictionary of tensors needs, the same idea as
 `torch.load(weights_only=True)`. Nothing that the file names is ever imported or called.
 """
 
@@ -15,19 +15,20 @@ import pickletools
 import struct
 import zipfile
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, ClassVar, NoReturn
 
 import ml_dtypes
 import numpy as np
 
 from pixellm_jax.errors import InputError
+from pixellm_jax.safe_pickle import DAMAGE, LimitError, SafeUnpickler, WrongOperandError, short_name
 from pixellm_jax.weights.tensor_view import MAX_AXES, TensorView, is_size
 
 MAX_PICKLE_BYTES = 4 << 20
-"""Limit of `data.pkl`. A tensor takes about 250 bytes of it: enough for 15 000 of them."""
+"""Maximum size of `data.pkl`. A tensor takes about 250 bytes of it: enough for 15 000 tensors."""
 
 MAX_EXPANDED = 1 << 24
-"""Elements that an expanded view, which repeats those of a smaller storage, may have."""
+"""Maximum number of elements of an expanded view, which repeats the values of its storage."""
 
 _WRAPPERS = ("state_dict", "module", "model")
 _AGAIN = "download or save the file again"
@@ -61,7 +62,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _Global:
-    """A name of the pickle, `module.name`. It is compared, never resolved."""
+    """A global of the pickle, `module.name`. It is compared, never resolved."""
 
     name: str
 
@@ -70,20 +71,21 @@ def find_tensors(stream: BinaryIO) -> dict[str, TensorView]:
     """Return the tensors of an open `.bin` archive by name; only the headers are read.
 
     A dictionary inside `{"state_dict": ...}`, `{"module": ...}` or `{"model": ...}` is unwrapped.
-    Plain values beside the tensors (numbers, strings, None and containers of these) are left out.
+    Plain values next to the tensors (numbers, strings, None and containers of these) are left out.
 
-    Raises `InputError` (without the name of the file, which the caller knows) if it is no such
-    archive, is damaged or truncated or holds anything else.
+    Raises:
+        InputError: the file is no such archive, is damaged or truncated, or holds anything else.
+            The message lacks the name of the file, which the caller knows.
     """
     archive = _Archive(stream)
     order = archive.read("byteorder", limit=16) if archive.has("byteorder") else b"little"
     if order != b"little":
         raise InputError(f"byte order {order!r}, expected b'little'; save it on such a machine")
-    return _state_dict(_Interpreter(archive).run(archive.read("data.pkl", MAX_PICKLE_BYTES)))
+    return _state_dict(_TensorUnpickler(archive, archive.read("data.pkl", MAX_PICKLE_BYTES)).load())
 
 
 class _Archive:
-    """The members of a zip archive below its one top folder, found by their byte range."""
+    """Members of a zip archive below its only top folder, located by byte range."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -111,7 +113,7 @@ class _Archive:
         return self._top + name in self._members
 
     def locate(self, name: str) -> tuple[int, int]:
-        """Return position and size in bytes of member `TOP/name` in the file."""
+        """Return the position and the size, in bytes, of member `TOP/name` in the file."""
         where = f"member {self._top + name!r}"
         member = self._members.get(self._top + name)
         if member is None:
@@ -139,104 +141,72 @@ class _Archive:
         return self._stream.read(size)
 
 
-_PUSHED = frozenset({"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"})
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-# Opcodes that take so many items from the stack, and those that take all above the last mark.
-_TAKEN = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2}
-_TAKEN_TO_MARK = {"TUPLE", "APPENDS", "SETITEMS"}
+class _TensorUnpickler(SafeUnpickler):
+    """Unpickler of plain data and tensors: the opcodes of protocol 2 that `torch.save` writes."""
 
+    opcodes = frozenset(
+        ("PROTO", "STOP", "MARK", "GLOBAL", "BINPERSID", "REDUCE", "BUILD")
+        + ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE")
+        + ("NONE", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE")
+        + ("EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS")
+        + ("BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET")
+    )
+    key_types: ClassVar[set[type]] = {str, int, bool}
+    max_integer_bits = 8 * 255
 
-class _Interpreter:
-    """A stack machine for the protocol 2 opcodes that `torch.save` writes for plain data."""
+    def __init__(self, archive: _Archive, data: bytes) -> None:
+        super().__init__(data)
+        self._archive = archive
 
-    def __init__(self, archive: _Archive) -> None:
-        self.archive = archive
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
-
-    def run(self, pickled: bytes) -> Any:
-        """Return the object that the pickle describes, in builtins and the records above."""
+    def load(self) -> Any:
+        """Return the object in the pickle, made of builtins, `TensorView` and `_Storage`."""
         try:
-            for opcode, argument, _ in pickletools.genops(pickled):
-                self._step(opcode.name, argument)
-            return self.stack.pop()
-        except (ValueError, IndexError, KeyError) as error:
+            return super().load()
+        except (LimitError, WrongOperandError) as error:
+            self._refuse(str(error))
+        except DAMAGE as error:
             reason = repr(str(error)[:100])
             raise InputError(f"data.pkl is truncated or damaged ({reason}); {_AGAIN}") from error
 
-    def _step(self, opcode: str, argument: Any) -> None:
-        stack = self.stack
-        if opcode in _PUSHED:
-            stack.append(argument)
-        elif opcode in _CONSTANTS:
-            stack.append(_CONSTANTS[opcode])
-        elif opcode in _TAKEN or opcode in _TAKEN_TO_MARK:
-            start = len(stack) - _TAKEN[opcode] if opcode in _TAKEN else self.marks.pop()
-            if not 0 <= start <= len(stack):
-                raise IndexError("stack underflow")
-            items = stack[start:]
-            del stack[start:]
-            if "TUPLE" in opcode:
-                stack.append(tuple(items))
-            elif opcode.startswith("SETITEM"):
-                self._update(items)
-            elif isinstance(stack[-1], list):
-                stack[-1].extend(items)
-            else:
-                self._refuse("appends to an object which is no list")
-        elif opcode in ("BINPUT", "LONG_BINPUT"):
-            self.memo[argument] = stack[-1]
-        elif opcode in ("BINGET", "LONG_BINGET"):
-            stack.append(self.memo[argument])
-        elif opcode == "MARK":
-            self.marks.append(len(stack))
-        elif opcode in ("EMPTY_DICT", "EMPTY_LIST"):
-            stack.append({} if opcode == "EMPTY_DICT" else [])
-        elif opcode == "GLOBAL":
-            stack.append(self._global(argument))
-        elif opcode == "BINPERSID":
-            stack.append(self._storage(stack.pop()))
-        elif opcode == "REDUCE":
-            arguments = stack.pop()
-            stack.append(self._call(stack.pop(), arguments))
-        elif opcode == "BUILD":
-            # Attributes of the dictionary below it, such as `_metadata` of a state_dict: dropped.
-            if not isinstance(stack.pop(), dict) or not isinstance(stack[-1], dict):
-                self._refuse("sets attributes of an object which is no dictionary")
-        elif opcode not in ("PROTO", "STOP"):
-            self._refuse(f"uses opcode {opcode}, which torch.save does not write for tensors")
+    def find_class(self, module: str, name: str) -> _Global | str:
+        full_name = f"{module}.{name}"
+        if full_name in _DTYPES:
+            return full_name
+        if full_name not in _CALLS and full_name not in _STORAGES:
+            self._refuse(f"asks for the Python object '{short_name(module, name, 120)}'")
+        return _Global(full_name)
 
-    def _update(self, items: list[Any]) -> None:
-        if not isinstance(self.stack[-1], dict):
-            self._refuse("sets items of an object which is no dictionary")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str | int):  # the hash of nested tuples can take for ever
-                self._refuse(f"has a dictionary key of type {_type(key)}")
-            self.stack[-1][key] = value
+    def refuse_opcode(self, opcode: pickletools.OpcodeInfo) -> NoReturn:
+        if opcode.arg is not None:
+            opcode.arg.reader(self.source)  # a truncated operand is reported as damage
+        self._refuse(f"uses opcode {opcode.name}, which torch.save does not write for tensors")
 
-    def _global(self, name: str) -> _Global | str:
-        name = name.replace(" ", ".")
-        if name in _DTYPES:
-            return name
-        if name not in _CALLS and name not in _STORAGES:
-            self._refuse(f"asks for the Python object {name[:120]!r}")
-        return _Global(name)
+    def load_build(self) -> None:
+        """Drop the attributes of a dictionary, such as `_metadata` of a state_dict."""
+        if not isinstance(self.stack.pop(), dict) or not isinstance(self.stack[-1], dict):
+            self._refuse("sets attributes of an object which is no dictionary")
 
-    def _storage(self, persistent_id: Any) -> _Storage:
-        match persistent_id:
+    def persistent_load(self, pid: Any) -> _Storage:
+        match pid:
             case ("storage", _Global(kind), str(key), _, n) if kind in _STORAGES and is_size(n):
                 dtype = _STORAGES[kind]
             case _:
                 self._refuse("has a storage which is not (storage, type, key, place, numel)")
-        position, size = self.archive.locate(f"data/{key}")
+        position, size = self._archive.locate(f"data/{key}")
         if n * dtype.itemsize > size:
             found = f"storage {key[:40]!r} has {size} bytes"
             raise InputError(f"{found}, expected {n} values of {dtype}: truncated; {_AGAIN}")
         return _Storage(dtype, position, n)
 
-    def _call(self, function: Any, arguments: Any) -> Any:
+    def load_reduce(self) -> None:
+        arguments = self.stack.pop()
+        function = self.stack.pop()
+        if isinstance(arguments, tuple):
+            self.budget.spend(len(arguments))
         name = function.name if isinstance(function, _Global) else "no function"
+        self.append(self._call(name, arguments))
+
+    def _call(self, name: str, arguments: Any) -> Any:
         match (name, arguments):
             case ("collections.OrderedDict", ()):
                 return {}
@@ -288,7 +258,7 @@ def _state_dict(saved: Any) -> dict[str, TensorView]:
 
 
 def _tensors(state: dict[Any, Any]) -> dict[str, TensorView]:
-    """Return the tensors of a dictionary, and refuse by name what is neither tensor nor plain."""
+    """Return the tensors of a dictionary; refuse entries that are neither tensors nor plain."""
     tensors = {}
     seen: set[int] = set()
     for name, value in state.items():
@@ -301,7 +271,10 @@ def _tensors(state: dict[Any, Any]) -> dict[str, TensorView]:
 
 
 def _is_plain(value: Any, seen: set[int]) -> bool:
-    """Whether a value is built of numbers, strings and None; `seen`: ids of containers known."""
+    """Return whether a value consists of numbers, strings and None.
+
+    `seen`: ids of the containers that were checked before; the new ones are added.
+    """
     waiting = [value]
     while waiting:
         item = waiting.pop()
@@ -319,7 +292,7 @@ def _type(value: Any) -> str:
 
 
 def _describe(head: bytes) -> str:
-    """Say what a file that is no zip archive is, from its first 512 bytes."""
+    """Describe a file that is no zip archive by its first 512 bytes."""
     if not head:
         return "an empty file"
     if head[257:262] == b"ustar":

@@ -490,6 +490,19 @@ def test_memo_bombs(tmp_path):
     assert time.monotonic() - start < 5
 
 
+def test_hash_and_argument_bombs(tmp_path):
+    """Colliding keys, and calls with a huge argument list, end early."""
+    integers = [k * (2**61 - 1) for k in range(1, 3000)]
+    keys = b"".join(b"\x8a\x0c" + key.to_bytes(12, "little") + b"N" for key in integers)
+    assert "colliding hashes" in message(open_file, archive(tmp_path, b"}(" + keys + b"u"))
+    callee = b"ctorch._utils\n_rebuild_parameter_with_state\nq\x01"
+    arguments = b"(" + tensor(storage("0", 6)) + b"N" * 10**6 + b"tq\x02"
+    calls = b"](" + callee + arguments + b"R" + b"h\x01h\x02R" * 10**5 + b"e"
+    start = time.monotonic()
+    assert "instructions" in message(open_file, archive(tmp_path, dictionary(x=calls)))
+    assert time.monotonic() - start < 60
+
+
 @pytest.mark.parametrize(
     ("options", "found"),
     [

@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.formats import pickle as restricted_pickle
-from data_pipeline.formats import pickle_machine
 from data_pipeline.formats.pickle import loads
 from pixellm_jax.errors import InputError
 from tests.support.mutation import mutate_bytes
@@ -212,13 +211,47 @@ def test_parts_that_multiply():
         loads(pickle.dumps(data))
 
 
+@pytest.mark.parametrize(
+    "amplified",
+    [
+        b"c__builtin__\nset\nq\x00](" + b"N" * 100 + b"e\x85q\x01" + b"0h\x00h\x01R" * 10,
+        b"c_codecs\nencode\nq\x00X\x64\0\0\0" + b"x" * 100 + b"\x85q\x01" + b"0h\x00h\x01R" * 10,
+        b"(" + b"N" * 100 + b"tq\x01}" + b"h\x01Ns" * 10,
+    ],
+    ids=["copied set", "copied text", "hashed tuple"],
+)
+def test_copies_count_as_steps(monkeypatch, amplified):
+    """An opcode that copies or hashes a value of any size once more is charged for the size."""
+    monkeypatch.setattr(restricted_pickle, "STEP_LIMIT", 10_000)
+    loads(amplified + b".")
+    monkeypatch.setattr(restricted_pickle, "STEP_LIMIT", 500)
+    with pytest.raises(InputError, match="more than 500 instructions"):
+        loads(amplified + b".")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [k * (2**61 - 1) for k in range(1, 3000)],
+        list(itertools.product((-1, -2), repeat=11)),
+    ],
+    ids=["long integers", "tuples"],
+)
+def test_colliding_keys_are_refused(keys):
+    """The hashes of these keys are equal: a dictionary of n takes n**2 steps."""
+    assert len({hash(key) for key in keys}) == 1
+    with pytest.raises(InputError, match="colliding hashes"):
+        loads(pickle.dumps(dict.fromkeys(keys)))
+    assert loads(pickle.dumps([set(keys[:100]), dict.fromkeys(keys[:900])]))
+
+
 def test_deep_data_is_no_crash():
     data = loads(b"]" * 100_000 + b"a" * 99_999 + b".")
     assert isinstance(data, list)
 
 
 def test_step_limit(monkeypatch):
-    monkeypatch.setattr(pickle_machine, "STEP_LIMIT", 10)
+    monkeypatch.setattr(restricted_pickle, "STEP_LIMIT", 10)
     with pytest.raises(InputError, match="more than 10 instructions"):
         loads(b"N0" * 10 + b"N.")
 
