@@ -48,7 +48,7 @@ def readings(source: Source, root: Path, split: str) -> list[Reading]:
 
 
 def record(rle: masks.Rle) -> dict[str, Any]:
-    """The mask record of DATA_GOLDENS.md."""
+    """Return the record of a mask that the golden file stores."""
     mask = masks.decode(rle)
     ys, xs = np.nonzero(mask)
     box = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] if len(xs) else None

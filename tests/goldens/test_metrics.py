@@ -1,6 +1,7 @@
-"""IoU scores and mask matching against the reference's, and against the right ones.
+"""IoU scores and mask matching, compared with the reference's and with the correct values.
 
-Where the two differ the reference is wrong (DATA_GOLDENS.md), and both forms are checked.
+Where the two differ, the reference is wrong (docs/reference_notes.md M1, M2, T16), and both are
+checked.
 """
 
 from __future__ import annotations
