@@ -1,1 +1,1 @@
-"""What a program costs: time, memory and traffic, here and on absent chips."""
+"""Cost of a program: time, memory and traffic, measured here or compiled for absent chips."""

@@ -1,6 +1,6 @@
-"""What `pixellm bench --peer` compares with: LLaVA of transformers, in PyTorch.
+"""PyTorch baseline of the benchmarks: LLaVA of transformers (`pixellm bench --peer`).
 
-The only module of the packages that imports PyTorch, and only when it is asked for.
+The only module of the packages that imports PyTorch, and only when a baseline is built.
 """
 
 from __future__ import annotations
@@ -14,42 +14,47 @@ import jax
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
 
-DEVICES = {"cpu": "cpu", "gpu": "cuda"}
-"""PyTorch's names of the devices of JAX that a peer runs on."""
+TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}
+"""PyTorch's device names by JAX backend, where the baseline runs."""
 
 
-class PeerRun(NamedTuple):
-    """Seconds up to the first new id of all rows, and of every later one."""
+class BaselineRun(NamedTuple):
+    """Measured times of one generation.
 
-    prompts: float
+    Attributes:
+        prefill: seconds until the first new id of all rows.
+        step: seconds of every later id.
+    """
+
+    prefill: float
     step: float
 
 
-class Clock:
-    """Takes ids as `generate` makes them, and the time."""
+class TokenTimer:
+    """Streamer for `generate` that records when each id arrives."""
 
     def __init__(self) -> None:
-        self.begin, self.times = time.perf_counter(), list[float]()
+        self.begin = time.perf_counter()
+        self.times = list[float]()
 
     def put(self, value: Any) -> None:
-        """First of the prompts, then of one id per row."""
+        """Record a call: the first one passes the prompts, every later one an id per row."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Called after the last id."""
+        """Do nothing; `generate` calls this after the last id."""
 
     @property
-    def run(self) -> PeerRun:
-        """What the times say."""
+    def run(self) -> BaselineRun:
         _, first, *_, last = self.times
-        return PeerRun(first - self.begin, (last - first) / (len(self.times) - 2))
+        return BaselineRun(first - self.begin, (last - first) / (len(self.times) - 2))
 
 
-def make_peer(config: ModelConfig) -> Any:
-    """CLIP, projector and LLaMA with the shapes of `config` and random weights.
+def make_baseline(config: ModelConfig) -> Any:
+    """Build CLIP, projector and LLaMA with the shapes of `config` and random weights.
 
-    As in PixelLM, the patches are brought to the grid of image positions before the projector. It
-    has no codebook and no pixel decoder.
+    As in PixelLM, the patches are resized to the grid of image positions before the projector. The
+    baseline has no codebook and no pixel decoder.
 
     Raises:
         InputError: PyTorch is not installed, or not for this device.
@@ -59,12 +64,14 @@ def make_peer(config: ModelConfig) -> Any:
         import transformers
     except ImportError:
         raise InputError("--peer needs PyTorch: pip install 'pixellm_jax[bench]'") from None
-    if (backend := jax.default_backend()) not in DEVICES:
-        raise InputError(f"--peer runs on CPU and GPU, JAX on {backend}; leave it")
-    device = DEVICES[backend]
+    if (backend := jax.default_backend()) not in TORCH_DEVICES:
+        raise InputError(f"--peer runs on CPU and GPU, but JAX runs on {backend}; leave it out")
+    device = TORCH_DEVICES[backend]
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--peer needs a PyTorch that sees the GPU; install one with CUDA")
-    vision, language, side = config.vision, config.language, config.image_grid
+    vision = config.vision
+    language = config.language
+    side = config.image_grid
     settings = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(
             hidden_size=vision.width,
@@ -91,78 +98,93 @@ def make_peer(config: ModelConfig) -> Any:
         vision_feature_layer=vision.taps[0],
     )
     torch.manual_seed(0)
-    peer = transformers.LlavaForConditionalGeneration(settings).eval()
+    baseline = transformers.LlavaForConditionalGeneration(settings).eval()
     with torch.no_grad():
-        peer.lm_head.weight[settings.image_token_index] = 0  # so it is never the most likely id
+        # A zero row, so that the image token is never the most likely id.
+        baseline.lm_head.weight[settings.image_token_index] = 0
 
     def resize(module: Any, inputs: tuple[Any]) -> Any:
         patches = inputs[0].transpose(1, 2).unflatten(2, (vision.grid, vision.grid))
         patches = torch.nn.functional.interpolate(patches, (side, side), mode="bilinear")
         return patches.flatten(2).transpose(1, 2)
 
-    peer.model.multi_modal_projector.register_forward_pre_hook(resize)
-    return peer.to(device, getattr(torch, config.dtype))
+    baseline.model.multi_modal_projector.register_forward_pre_hook(resize)
+    return baseline.to(device, getattr(torch, config.dtype))
 
 
-def answer(peer: Any, *, rows: int, length: int, tokens: int, cache: bool) -> PeerRun:
-    """Lets the peer say `tokens` ids after prompts of `length`, the image positions included.
+def generate(baseline: Any, *, rows: int, length: int, tokens: int, cache: bool) -> BaselineRun:
+    """Generate `tokens` ids per row and return the measured times.
 
-    Without `cache` every id costs a pass through CLIP and the whole sequence, as in the released
-    code of PixelLM.
+    Args:
+        baseline: model of `make_baseline`.
+        rows: batch size.
+        length: ids of a prompt, image positions included.
+        tokens: new ids of each row.
+        cache: keep keys and values. Without a cache every id costs a forward pass through CLIP and
+            the full sequence, as in the released code of PixelLM.
     """
     import torch
     import transformers
 
-    ids, pixels = _inputs(peer, rows, length)
+    ids, pixels = _inputs(baseline, rows, length)
     settings = transformers.GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-    clock = Clock()
+    timer = TokenTimer()
     with torch.inference_mode():
         if cache:
-            said = peer.generate(
+            output = baseline.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 pixel_values=pixels,
                 generation_config=settings,
-                streamer=clock,
+                streamer=timer,
             )
-            assert said.shape == (rows, length + tokens), "an answer ended early"
-            return clock.run
-        clock.put(ids)
-        for _ in range(tokens):  # `generate` would encode the picture once
-            logits = peer(input_ids=ids, pixel_values=pixels, use_cache=False).logits
+            assert output.shape == (rows, length + tokens), "an answer ended early"
+            return timer.run
+        timer.put(ids)
+        for _ in range(tokens):  # `generate` would encode the image only once
+            logits = baseline(input_ids=ids, pixel_values=pixels, use_cache=False).logits
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
-            clock.put(ids.cpu())  # waits for it, as `generate` does
-    return clock.run
+            timer.put(ids.cpu())  # waits for the device, as `generate` does
+    return timer.run
 
 
-def train(peer: Any, *, rows: int, length: int, supervised: int) -> Callable[[], None]:
-    """A call that runs forward and backward of the text loss; CLIP, which is frozen, forward alone.
+def make_train_step(
+    baseline: Any, *, rows: int, length: int, supervised: int
+) -> Callable[[], None]:
+    """Return a function that runs forward and backward of the text loss; CLIP is frozen.
 
-    As in the released code of PixelLM every question has a row of its own, with its picture, both
-    of which go through CLIP and the language model. The pixel decoder, its losses and the update
-    are left out, in the peer's favour. supervised: ids at the end of every row.
+    As in the released code of PixelLM every question has a row of its own with its image, and both
+    go through CLIP and the language model. The pixel decoder, its losses and the update are left
+    out, in favour of the baseline.
+
+    Args:
+        baseline: model of `make_baseline`.
+        rows: batch size.
+        length: ids of a row, image positions included.
+        supervised: ids at the end of every row that the loss covers.
     """
-    peer.model.vision_tower.requires_grad_(False)
-    ids, pixels = _inputs(peer, rows, length)
+    baseline.model.vision_tower.requires_grad_(False)
+    ids, pixels = _inputs(baseline, rows, length)
     labels = ids.clone()
-    labels[:, :-supervised] = -100  # no target, by PyTorch's convention
+    labels[:, :-supervised] = -100  # PyTorch's mark of unsupervised positions
 
-    def call() -> None:
-        peer.zero_grad(set_to_none=True)
-        loss = peer(input_ids=ids, pixel_values=pixels, labels=labels, use_cache=False).loss
+    def step() -> None:
+        baseline.zero_grad(set_to_none=True)
+        loss = baseline(input_ids=ids, pixel_values=pixels, labels=labels, use_cache=False).loss
         loss.backward()
-        loss.item()  # waits for it
+        loss.item()  # waits for the device
 
-    return call
+    return step
 
 
-def _inputs(peer: Any, rows: int, length: int) -> tuple[Any, Any]:
-    """Random ids with the image positions in their places, and random pictures."""
+def _inputs(baseline: Any, rows: int, length: int) -> tuple[Any, Any]:
+    """Return random ids with the image positions in place, and random images."""
     import torch
 
-    config, draw = peer.config, torch.Generator().manual_seed(0)
-    ids = torch.randint(3, config.image_token_index, (rows, length), generator=draw)
+    config = baseline.config
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, config.image_token_index, (rows, length), generator=generator)
     ids[:, 1 : 1 + config.image_seq_length] = config.image_token_index
     side = config.vision_config.image_size
-    pixels = torch.randn(rows, 3, side, side, generator=draw)
-    return ids.to(peer.device), pixels.to(peer.device, peer.dtype)
+    pixels = torch.randn(rows, 3, side, side, generator=generator)
+    return ids.to(baseline.device), pixels.to(baseline.device, baseline.dtype)

@@ -1,4 +1,4 @@
-"""Sizes that `pixellm bench` knows by name."""
+"""Model sizes that `pixellm bench` accepts by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TINY = ModelConfig(
     dtype="float32",
     remat=False,
 )
-"""Runs anywhere in seconds: to see that all is in place."""
+"""Smoke-test size: runs anywhere in seconds."""
 
 REF47M = ModelConfig(
     vision=VisionConfig(width=256, layers=12, heads=4, mlp=1024),
@@ -30,12 +30,12 @@ REF47M = ModelConfig(
     dtype="float32",
     remat=False,
 )
-"""The shape at which the public PyTorch reference was timed on a CPU.
+"""Size at which the public PyTorch reference was timed on a CPU.
 
 CLIP of 256 x 12 layers at 448 pixels, LLaMA of 512 x 8 layers, N = 3 and L = 2, the pixel decoder
 as released. The MLP is 7B's scaled with the width, and the vocabulary (2,000 ids and 8 new ones)
-makes the sum: 47.4 million parameters as a released checkpoint counts them, of which 46.1 are here
-(not here: the last CLIP layer, which no tap reaches, and what nobody reads).
+makes up the total: 47.4 million parameters as a released checkpoint counts them, of which this
+model has 46.1 (without the last CLIP layer, which no tap reaches, and unused tensors).
 """
 
 BENCH_SIZES: dict[str, ModelConfig] = {"tiny": TINY, "ref47m": REF47M, **SIZES}

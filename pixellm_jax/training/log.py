@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -116,16 +114,6 @@ class RunLog:
                 output.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def memory_bytes() -> int:
-    """Peak bytes in use: of the first device, or of this process where it does not say."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    peak = stats.get("peak_bytes_in_use")
-    if peak is not None:
-        return int(peak)
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib if sys.platform == "darwin" else 1024 * kib
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -20,7 +20,8 @@ from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.sharding import batch_sharding, batch_share, batch_ways
 from pixellm_jax.stopwatch import Stopwatch
 from pixellm_jax.training.checkpoints import RunCheckpoints
-from pixellm_jax.training.log import RunLog, memory_bytes
+from pixellm_jax.training.log import RunLog
+from pixellm_jax.training.memory import peak_memory_bytes
 from pixellm_jax.training.recipe_record import keep_recipe, refuse_other_recipe
 from pixellm_jax.training.state import (
     Blueprint,
@@ -252,7 +253,7 @@ def _report(
         "waiting_for_data": spent["data"] / seconds,
         "teraflops_per_second": speed / 1e12,
         "mfu": speed / peak,
-        "memory_gib": memory_bytes() / 2**30,
+        "memory_gib": peak_memory_bytes() / 2**30,
     }
     terms = means.losses
     note = (

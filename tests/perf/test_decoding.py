@@ -1,4 +1,4 @@
-"""`pixellm bench generate`: answers of known length, times shared out, and a fair peer."""
+"""`pixellm bench generate`: answers of known length, attributed times, and a fair baseline."""
 
 from __future__ import annotations
 
@@ -11,15 +11,25 @@ import pytest
 from flax import nnx
 
 from data_pipeline.sources.shapes.tokenizer import FOLDER
-from pixellm_jax.cli import bench_generate
-from pixellm_jax.cli.bench_recital import STRIDE, WORDS, random_model, recital, recite, sentence
 from pixellm_jax.cli.main import main
 from pixellm_jax.inference.compilation import Programs
 from pixellm_jax.inference.engine import Engine, EngineConfig
 from pixellm_jax.inference.prepare import serve
 from pixellm_jax.inference.request import Question, Result
 from pixellm_jax.model.quantize import GROUP
-from pixellm_jax.perf import baseline
+from pixellm_jax.perf import decoding
+from pixellm_jax.perf.baseline import generate, make_baseline
+from pixellm_jax.perf.decoding import (
+    SENTENCE_WORDS,
+    START_STRIDE,
+    STEPS_PER_SYNC,
+    make_reciting,
+    make_requests,
+    make_sentence,
+    random_model,
+    run_engine,
+    step_bytes,
+)
 from pixellm_jax.perf.sizes import TINY
 from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.weights import checkpoint
@@ -36,69 +46,69 @@ def vocabulary() -> Vocabulary:
 
 
 @pytest.fixture(scope="module")
-def drawn():
+def weights():
     return random_model(TINY)
 
 
-# Weights four times as large make what the layers add a thousand times as large, as training may.
+# Weights four times as large make the layers' outputs a thousand times as large, as training may.
 @pytest.mark.parametrize(("at_once", "size"), [(0, 1), (100, 1), (100, 4)])
-def test_answers_are_the_sentence_again_and_again(drawn, vocabulary, at_once, size):
-    ids = sentence(vocabulary)
-    model = serve(recite(jax.tree.map(lambda leaf: size * leaf, drawn), ids))
+def test_answers_repeat_the_sentence(weights, vocabulary, at_once, size):
+    ids = make_sentence(vocabulary)
+    model = serve(make_reciting(jax.tree.map(lambda leaf: size * leaf, weights), ids))
     config = EngineConfig(
         rows=ROWS,
-        steps=bench_generate.LOOK,
+        steps=STEPS_PER_SYNC,
         max_new_tokens=SENTENCES * len(ids),
         at_once=at_once,
     )
     engine = Engine(model, vocabulary, config)
-    answers = dict(engine.answer(recital(TINY, ids, count=ROWS, sentences=SENTENCES)))
+    answers = dict(engine.answer(make_requests(TINY, ids, count=ROWS, sentences=SENTENCES)))
     assert sorted(answers) == list(range(ROWS))
     for row, result in answers.items():
-        start = STRIDE * row % WORDS + 1
-        wanted = np.roll(ids, -start)
-        np.testing.assert_array_equal(result.tokens, np.tile(wanted, SENTENCES))
+        start = START_STRIDE * row % SENTENCE_WORDS + 1
+        expected = np.roll(ids, -start)
+        np.testing.assert_array_equal(result.tokens, np.tile(expected, SENTENCES))
         assert result.reason == "length"
         assert len(result.targets.mask_logits) == SENTENCES
         assert (result.chance > 0.9).all()
-        # Of the last id no pass is needed, of the first the one that read the question.
-        a_sentence = WORDS + 1 if at_once else WORDS + len(vocabulary.group)
-        assert result.passes == SENTENCES * a_sentence
+        # The last id needs no step, and the prefill counts as the step of the first.
+        per_sentence = SENTENCE_WORDS + (1 if at_once else len(vocabulary.group))
+        assert result.passes == SENTENCES * per_sentence
 
 
 class Scripted(Engine):
-    """Needs so many seconds for so many passes at every look."""
+    """Engine that takes the given (seconds, steps) at each sync."""
 
-    def __init__(self, looks: list[tuple[float, int]]) -> None:
-        self.looks, self.now, self.passes, self.asked = looks, 0.0, 0, list[Question]()
+    def __init__(self, syncs: list[tuple[float, int]]) -> None:
+        self.syncs, self.now, self.passes, self.requests = syncs, 0.0, 0, list[Question]()
         self.programs = Programs()
         self.programs.compiled.update(decode=2, encode=1)
 
     @property
     def idle(self) -> bool:
-        return not self.looks
+        return not self.syncs
 
     def add(self, question: Question) -> int:
-        self.asked.append(question)
-        return len(self.asked)
+        self.requests.append(question)
+        return len(self.requests)
 
     def step(self) -> list[tuple[int, Result]]:
-        seconds, passes = self.looks.pop(0)
+        seconds, passes = self.syncs.pop(0)
         self.now, self.passes = self.now + seconds, self.passes + passes
         return []
 
 
-def test_times_are_shared_out(monkeypatch):
-    """Looks of 1 + 8, 8, 4 and 2 passes at 0.1 s; 0.2 s for prompts, 2 s for masks."""
+def test_times_are_attributed(monkeypatch):
+    """Syncs of 1 + 8, 8, 4 and 2 steps at 0.1 s; 0.2 s for the prefill, 2 s for the masks."""
     engine = Scripted([(1.0, 9), (0.8, 8), (0.4, 4), (2.2, 2)])
-    monkeypatch.setattr(bench_generate.time, "perf_counter", lambda: engine.now)
-    run = bench_generate.answer(engine, [Question(np.zeros(2, np.int32))] * 3)
-    assert (len(engine.asked), run.passes, run.compiled) == (3, 22, 3)
+    monkeypatch.setattr(decoding.time, "perf_counter", lambda: engine.now)
+    run = run_engine(engine, [Question(np.zeros(2, np.int32))] * 3)
+    assert (len(engine.requests), run.steps, run.compiled) == (3, 22, 3)
     np.testing.assert_allclose(run[:4], [0.2, 0.1, 2.0, 4.4], rtol=1e-9)
 
 
-@pytest.mark.parametrize("weights", [None, "int8", "int4"])
-def test_bytes_of_a_pass(drawn, weights):
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_step_bytes(weights, kind):
     language = TINY.language
     d, f, v = language.width, language.mlp, language.vocabulary
     matrices = language.layers * (4 * d * d + 3 * d * f)
@@ -106,17 +116,17 @@ def test_bytes_of_a_pass(drawn, weights):
         None: 0,
         "int8": language.layers * (4 * d + 2 * f + d),
         "int4": language.layers * (4 * d * (d // GROUP) + 2 * f * (d // GROUP) + d * (f // GROUP)),
-    }[weights]
-    stored = matrices * {None: 4, "int8": 1, "int4": 0.5}[weights] + 4 * scales
+    }[kind]
+    stored = matrices * {None: 4, "int8": 1, "int4": 0.5}[kind] + 4 * scales
     norms = (2 * language.layers + 1) * d
     rows, positions = 3, 5
     cache = rows * positions * language.layers * 2 * d
-    wanted = stored + 4 * (v * d + norms + rows * d + cache)
-    assert bench_generate.pass_bytes(serve(drawn, weights=weights), rows, positions) == wanted
+    expected = stored + 4 * (v * d + norms + rows * d + cache)
+    assert step_bytes(serve(weights, weights=kind), rows, positions) == expected
 
 
 def rows_of(table: str) -> list[dict[str, str]]:
-    """The rows of a printed table, by the names in its head (two blanks stand between them)."""
+    """Return the rows of a printed table by column name; columns are two blanks apart."""
     head, *lines = [
         [cell for cell in line.split("  ") if cell.strip()] for line in table.strip().splitlines()
     ]
@@ -126,54 +136,50 @@ def rows_of(table: str) -> list[dict[str, str]]:
 
 @pytest.mark.torch
 def test_command(capsys, monkeypatch):
-    monkeypatch.setattr(bench_generate, "RECOMPUTED", 3)
+    monkeypatch.setattr(decoding, "RECOMPUTED_TOKENS", 3)
     command = f"bench generate --size tiny --batch {ROWS} --masks {SENTENCES} --repeat 2 --peer"
     assert main(command.split()) == 0
-    heading, own, peers = capsys.readouterr().out.split("\n\n")
+    heading, engine, baselines = capsys.readouterr().out.split("\n\n")
     assert "1.0 M parameters" in heading and "GB/s copied" in heading
-    plain, forward = rows_of(own)
-    assert [plain["codes read"], forward["codes read"]] == ["one by one", "at once"]
-    assert (
-        int(plain["passes"]) == SENTENCES * 16 - 1 and int(forward["passes"]) == SENTENCES * 11 - 1
-    )
+    plain, forward = rows_of(engine)
+    assert [plain["codebook tokens"], forward["codebook tokens"]] == ["one by one", "at once"]
+    assert int(plain["steps"]) == SENTENCES * 16 - 1 and int(forward["steps"]) == SENTENCES * 11 - 1
     for row in (plain, forward):
-        made = ROWS * (SENTENCES * 16 - 1) / int(row["passes"])
-        assert float(row["tokens/s"]) == pytest.approx(
-            1e3 * made / float(row["ms a pass"]), rel=0.05
-        )
+        made = ROWS * (SENTENCES * 16 - 1) / int(row["steps"])
+        assert float(row["tokens/s"]) == pytest.approx(1e3 * made / float(row["ms/step"]), rel=0.05)
         low, high = map(float, row["spread"].split("-"))
-        assert 0 < low <= float(row["ms a pass"]) <= high
-    cached, recomputed = rows_of(peers)
+        assert 0 < low <= float(row["ms/step"]) <= high
+    cached, recomputed = rows_of(baselines)
     assert [cached["LLaVA"], recomputed["LLaVA"]] == ["cached", "recomputed"]
     for row in (cached, recomputed):
-        for name, own_row in (("ours is faster by", plain), ("with codes at once", forward)):
-            ratio = float(own_row["tokens/s"]) / float(row["tokens/s"])
+        for name, engine_row in (("speedup one by one", plain), ("speedup at once", forward)):
+            ratio = float(engine_row["tokens/s"]) / float(row["tokens/s"])
             assert float(row[name]) == pytest.approx(ratio, rel=0.05)
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("cache", [True, False])
-def test_the_peer_does_what_it_is_said_to_do(cache):
+def test_baseline_does_the_documented_work(cache):
     """Same weights as ours in number; CLIP and the prefix once, or again for every token."""
     config = dataclasses.replace(TINY, dtype="bfloat16")
-    peer = baseline.make_peer(config)
-    assert {str(weight.dtype) for weight in peer.parameters()} == {"torch.bfloat16"}
+    baseline = make_baseline(config)
+    assert {str(weight.dtype) for weight in baseline.parameters()} == {"torch.bfloat16"}
     ours = nnx.to_flat_state(nnx.state(checkpoint.abstract_model(config).language_model))
-    theirs = [*peer.model.language_model.parameters(), *peer.lm_head.parameters()]
+    theirs = [*baseline.model.language_model.parameters(), *baseline.lm_head.parameters()]
     assert sum(weight.numel() for weight in theirs) == sum(value.size for _, value in ours)
-    seen, lengths, tokens = [], [], 5
-    peer.model.vision_tower.register_forward_hook(lambda *_: seen.append(1))
-    layer = peer.model.language_model.layers[0]
-    layer.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
+    encoded, lengths, tokens = [], [], 5
+    baseline.model.vision_tower.register_forward_hook(lambda *_: encoded.append(1))
+    layer = baseline.model.language_model.layers[0]
+    layer.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
     length = 70 + config.image_tokens
-    run = baseline.answer(peer, rows=2, length=length, tokens=tokens, cache=cache)
-    assert run.prompts > 0 and run.step > 0
-    assert len(seen) == (1 if cache else tokens)
+    run = generate(baseline, rows=2, length=length, tokens=tokens, cache=cache)
+    assert run.prefill > 0 and run.step > 0
+    assert len(encoded) == (1 if cache else tokens)
     later = [1] * (tokens - 1) if cache else [length + i for i in range(1, tokens)]
     assert lengths == [length, *later]
 
 
-def test_the_peer_needs_torch(capsys, monkeypatch):
+def test_baseline_needs_torch(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert main(["bench", "generate", "--size", "tiny", "--peer"]) == 2
     error = capsys.readouterr().err
@@ -182,15 +188,15 @@ def test_the_peer_needs_torch(capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_a_checkpoint_in_every_precision(capsys):
-    """Words of the shipped model's shapes: the bytes of a pass fall with the bits of a weight."""
+    """With the shipped checkpoint: the traffic of a step falls with the bits of a weight."""
     command = f"bench generate --checkpoint {checkpoint.SHAPES_MODEL} --batch 1 --masks 3"
     kinds = ["float32", "bfloat16", "int8", "int4"]
     assert main([*command.split(), "--repeat", "1", "--precision", *kinds]) == 0
-    heading, own = capsys.readouterr().out.split("\n\n")
+    heading, engine = capsys.readouterr().out.split("\n\n")
     assert "2.6 M parameters" in heading
-    rows = [row for row in rows_of(own) if row["codes read"] == "one by one"]
+    rows = [row for row in rows_of(engine) if row["codebook tokens"] == "one by one"]
     assert [row["precision"] for row in rows] == kinds
-    moved = [float(row["MB a pass"]) for row in rows]
+    moved = [float(row["MB/step"]) for row in rows]
     assert moved == sorted(moved, reverse=True) and moved[0] > 1.9 * moved[1]
     command = f"bench generate --checkpoint {checkpoint.SHAPES_MODEL} --masks 50"
     assert main(command.split()) == 2
@@ -198,7 +204,7 @@ def test_a_checkpoint_in_every_precision(capsys):
 
 
 @pytest.mark.parametrize("wrong", ["--batch 1 0", "--masks 2", "--repeat 0"])
-def test_too_small_numbers_are_refused(wrong, capsys):
+def test_small_numbers_are_refused(wrong, capsys):
     assert main(f"bench generate --size tiny {wrong}".split()) == 2
     out, error = capsys.readouterr()
     assert out == "" and error.count("\n") == 1 and "at least" in error

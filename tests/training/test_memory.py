@@ -1,4 +1,4 @@
-"""Kept memory: a process that frees a large buffer and takes it again touches no new pages."""
+"""Kept memory: a process that frees a large buffer and allocates it again faults in no pages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import numpy as np
-from pixellm_jax.perf.host_memory import keep_freed_memory
+from pixellm_jax.training.memory import keep_freed_memory
 
 if "keep" in sys.argv:
     assert keep_freed_memory()
@@ -23,7 +23,7 @@ print(faults)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
-def test_freed_memory_is_used_again():
+def test_freed_memory_is_reused():
     def faults(*arguments: str) -> int:
         command = [sys.executable, "-c", PROGRAM, *arguments]
         return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
