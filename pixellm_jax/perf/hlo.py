@@ -1,8 +1,8 @@
-"""Reads the text of a compiled XLA program: its arrays, and what its devices send each other.
+"""Parser of HLO text: arrays, instructions and collectives of a compiled XLA program.
 
-Shapes are those of one device. What stands in the body of a loop is counted as often as the loop
-runs: XLA's own cost analysis counts it once. Where XLA does not say how often ("known_trip_count"),
-it is the number that the loop's condition compares with, as JAX writes a scan; else once.
+Shapes are per device. Instructions in a loop body count once per iteration, whereas XLA's own cost
+analysis counts them once. Where XLA does not state the trip count ("known_trip_count"), it is the
+constant that the loop condition compares with, as JAX writes a scan; otherwise 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COLLECTIVES = (
 )
 
 BITS = {"pred": 8, "token": 0, "opaque": 0}
-"""Of types whose name does not end in their size (f32, bf16, u8, s4, f8e4m3fn, ...)."""
+"""Sizes of types whose name lacks one; others end in it (f32, bf16, u8, s4, f8e4m3fn, ...)."""
 
 _NAME = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<= ]*)\]")
@@ -51,15 +51,18 @@ class Array(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One instruction: what it makes, and how often a run of the program makes it.
+    """One instruction of a program.
 
-    `kind`: its opcode; an asynchronous pair is counted at its end and has no "-done" in its kind.
-    `origin`: where it comes from in the Python program, as JAX names it.
+    Attributes:
+        kind: opcode; an asynchronous pair is counted at its end, without the "-done".
+        arrays: results.
+        runs: executions per run of the program.
+        origin: position in the Python program, as JAX names it.
     """
 
     kind: str
     arrays: tuple[Array, ...]
-    times: int
+    runs: int
     origin: str
 
     @property
@@ -68,7 +71,13 @@ class Instruction(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Collectives of one kind: instructions in the program, runs and bytes made by one device."""
+    """Sums over the collectives of one kind, on one device.
+
+    Attributes:
+        instructions: number of instructions in the program.
+        runs: executions per run of the program.
+        bytes: size of all results.
+    """
 
     instructions: int
     runs: int
@@ -76,84 +85,86 @@ class Traffic(NamedTuple):
 
 
 def instructions(text: str) -> Iterator[Instruction]:
-    """All instructions of `compiled.as_text()`."""
+    """Yield all instructions of `compiled.as_text()`."""
     computations = _computations(text)
-    times = _times(computations)
+    runs = _runs(computations)
     for name, lines in computations.items():
         for line in lines:
-            found = _parse(line)
-            if found is None:
+            parsed = _parse(line)
+            if parsed is None:
                 continue
-            kind, result, _ = found
+            kind, result, _ = parsed
             origin = _ORIGIN.search(line)
             yield Instruction(
                 kind=kind.removesuffix("-done"),
                 arrays=tuple(_arrays(result)),
-                times=times[name],
+                runs=runs[name],
                 origin=origin.group(1) if origin else "",
             )
 
 
 def collectives(text: str) -> list[Instruction]:
-    """Those instructions by which devices send each other arrays."""
-    return [each for each in instructions(text) if each.kind in COLLECTIVES]
+    """Return the instructions that communicate between devices."""
+    return [instruction for instruction in instructions(text) if instruction.kind in COLLECTIVES]
 
 
 def traffic(found: list[Instruction]) -> dict[str, Traffic]:
-    """Sums collectives by kind."""
+    """Sum collectives by kind."""
     sums = {}
-    for kind in sorted({each.kind for each in found}):
-        own = [each for each in found if each.kind == kind]
-        runs, made = sum(e.times for e in own), sum(e.times * e.bytes for e in own)
-        sums[kind] = Traffic(len(own), runs, made)
+    for kind in sorted({instruction.kind for instruction in found}):
+        same = [instruction for instruction in found if instruction.kind == kind]
+        sums[kind] = Traffic(
+            instructions=len(same),
+            runs=sum(instruction.runs for instruction in same),
+            bytes=sum(instruction.runs * instruction.bytes for instruction in same),
+        )
     return sums
 
 
 def _computations(text: str) -> dict[str, list[str]]:
-    """Lines of every computation; that of the program itself is named ""."""
-    found: dict[str, list[str]] = {}
+    """Return the lines of every computation by name; the entry computation is named ""."""
+    computations: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():
         if line.endswith("{") and " = " not in line.split("{")[0].split("->")[0]:
             head = line.split()
             entry = head[0] == "ENTRY"
             name = "" if entry else head[0].lstrip("%")
-            lines = found.setdefault(name, [])
+            lines = computations.setdefault(name, [])
         elif line.startswith("}"):
             lines = []
         else:
             lines.append(line)
-    return found
+    return computations
 
 
-def _times(computations: dict[str, list[str]]) -> Counter[str]:
-    """How often every computation runs."""
+def _runs(computations: dict[str, list[str]]) -> Counter[str]:
+    """Return the number of executions of every computation."""
     calls: dict[str, Counter[str]] = {name: Counter() for name in computations}
     for name, lines in computations.items():
         for line in lines:
-            found = _parse(line)
-            if found is None:
+            parsed = _parse(line)
+            if parsed is None:
                 continue
-            trips = _trips(line, computations) if found[0] == "while" else 1
-            for group in _CALLED.findall(found[2]):
+            trips = _trip_count(line, computations) if parsed[0] == "while" else 1
+            for group in _CALLED.findall(parsed[2]):
                 for called in group.replace("%", "").split(","):
                     if called.strip() in computations:
                         calls[name][called.strip()] += trips
-    times: Counter[str] = Counter({"": 1})
+    runs: Counter[str] = Counter({"": 1})
     waiting = Counter(called for counts in calls.values() for called in counts)
     ready = [name for name in computations if not waiting[name]]
-    while ready:  # callers before what they call
+    while ready:  # topological order: callers before callees
         name = ready.pop()
         for called, count in calls[name].items():
-            times[called] += times[name] * count
+            runs[called] += runs[name] * count
             waiting[called] -= 1
             if not waiting[called]:
                 ready.append(called)
-    return times
+    return runs
 
 
-def _trips(line: str, computations: dict[str, list[str]]) -> int:
-    """How often the body of a loop runs."""
+def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
     known = _TRIPS.search(line)
     if known is not None:
         return int(known.group(1))
@@ -164,7 +175,7 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int:
 
 
 def _parse(line: str) -> tuple[str, str, str] | None:
-    """(opcode, text of the result's type, text after the opcode) of an instruction."""
+    """Return (opcode, result type as text, text after the opcode), None if no instruction."""
     name = _NAME.match(line)
     if name is None:
         return None
@@ -176,10 +187,10 @@ def _parse(line: str) -> tuple[str, str, str] | None:
 
 def _closing(text: str) -> int:
     depth = 0
-    for place, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
+    for index, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
         if not depth:
-            return place
+            return index
     return len(text)
 
 

@@ -1,4 +1,4 @@
-"""Reading compiled programs: by hand, and what XLA makes of a scanned product on eight devices."""
+"""Parser of compiled programs: by hand, and a scanned product compiled for eight devices."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_loops_and_asynchronous_pairs_by_hand():
         Instruction("all-reduce", (Array("f32", (3,)), Array("s4", (9,))), 2, ""),
         Instruction("all-to-all", (Array("pred", (8, 5)),), 1, ""),
     ]
-    assert [each.bytes for each in found] == [70, 12 + 5, 40]
+    assert [instruction.bytes for instruction in found] == [70, 12 + 5, 40]
     assert traffic(found) == {
         "all-gather": Traffic(1, 6, 420),
         "all-reduce": Traffic(1, 2, 34),
@@ -64,15 +64,15 @@ def test_loops_and_asynchronous_pairs_by_hand():
     assert str(found[0].arrays[0]) == "bf16[7,5]"
 
 
-def test_every_instruction_is_read_with_its_times():
-    times = [(each.kind, each.times) for each in instructions(TEXT)]
+def test_every_instruction_is_counted():
+    runs = [(instruction.kind, instruction.runs) for instruction in instructions(TEXT)]
     # The sum is called in each round of the outer loop, and once by the fusion.
-    assert times.count(("add", 3)) == 1
-    assert ("tuple", 6) in times
-    assert ("while", 2) in times
-    assert ("while", 1) in times
-    assert ("compare", 2) in times  # not counted: the last time, when it is false
-    assert len(times) == 3 + 3 + 4 + 3 + 4
+    assert runs.count(("add", 3)) == 1
+    assert ("tuple", 6) in runs
+    assert ("while", 2) in runs
+    assert ("while", 1) in runs
+    assert ("compare", 2) in runs  # not counted: the last run, when it is false
+    assert len(runs) == 3 + 3 + 4 + 3 + 4
 
 
 def test_gathers_of_a_scanned_product_are_counted_per_layer():
