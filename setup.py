@@ -11,10 +11,10 @@ ROOT = Path(__file__).parent
 def version() -> str:
     """Return `__version__` of the package without importing it."""
     text = (ROOT / "pixellm_jax" / "__init__.py").read_text(encoding="utf-8")
-    found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
-    if found is None:
+    match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if match is None:
         raise RuntimeError('pixellm_jax/__init__.py has no line `__version__ = "..."`.')
-    return found.group(1)
+    return match.group(1)
 
 
 setup(
@@ -27,7 +27,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["pixellm_jax*", "data_pipeline*"]),
-    # The files of Orbax have no extension.
+    # Orbax writes files without an extension.
     package_data={"": ["*.css", "*.json", "*.txt", "py.typed"], "pixellm_jax": ["assets/**"]},
     entry_points={"console_scripts": ["pixellm = pixellm_jax.cli.main:main"]},
     install_requires=[
@@ -68,7 +68,7 @@ setup(
         ],
         # `pixellm judge` with a language model.
         "judge": ["openai>=3"],
-        # Scores of answers in words (`pixellm_jax.evaluation.text_scores`).
+        # Text scores of answers (`pixellm_jax.evaluation.text_scores`).
         "text": ["rouge-score>=0.1.2"],
         # `pixellm data-stats --out`.
         "figures": ["matplotlib>=3.9"],
@@ -76,7 +76,7 @@ setup(
         "wandb": ["wandb>=0.19"],
         # `pixellm compile`; libtpu is 0.7 GB.
         "tpu": ["jax[tpu]>=0.10,<0.12"],
-        # `pixellm prepare --runner`. Beam lags behind: it takes protobuf 6, pillow 12, pyarrow 25.
+        # `pixellm prepare --runner`. Beam requires older protobuf 6, pillow 12 and pyarrow 25.
         "beam": ["apache-beam>=2.77"],
         # The PyTorch oracles of tests/parity. One pinned release: newer ones pull in gigabytes.
         "parity": ['torch==2.13.0; python_version < "3.12"'],

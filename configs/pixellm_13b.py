@@ -1,13 +1,15 @@
 """PixelLM-13B (CVPR 2024, arXiv 2312.02228): CLIP ViT-L/14-336 at 448 pixels and LLaMA 13B.
 
-The recipe of the paper and of the released script: LoRA on the query and value projections,
-embeddings, head, projectors, codebook and pixel decoder trained; 5,000 updates of 160 images.
+The recipe of the paper and of the released script: LoRA on the query and value projections;
+embeddings, head, projectors, codebook and pixel decoder trained in full; 5,000 updates of 160
+images. The values are in `released_recipe` of `pixellm_jax/experiments/recipe.py`.
 
     pixellm train --config configs/pixellm_13b.py --init START --data PREPARED --out runs/13b
 
 START is LLaVA with CLIP, or a released PixelLM, as `pixellm convert` writes them. On 16 devices an
-update is 10 micro-batches of one image per device; with other numbers of devices, let data.batch be
-a multiple of mesh data x fsdp x accumulation. Not trained by us yet: no scores of our own.
+update is 10 micro-batches of one image per device; on other numbers of devices, data.batch must be
+a multiple of mesh data x fsdp x accumulation. We have not trained this model yet, so there are no
+scores.
 """
 
 import ml_collections

@@ -1,11 +1,11 @@
-"""Measures the data pipeline on one core: examples per second from JPEG to packed batch.
+"""Benchmark the data pipeline on one core: examples per second from JPEG to packed batch.
 
     python scripts/benchmark_data.py --source DATASET_ROOT --tokenizer CHECKPOINT/tokenizer
 
-Three measurements on the pictures of MUSE train, in turns in the same run: this pipeline; the
+Compares three workloads on the images of MUSE train, in alternating rounds: this pipeline; the
 steps of the released loader (decode, resize for CLIP and for SAM, normalise both, rasterise the
-polygons of every target); and the same without its SAM tensor, which the model never reads.
-Then where the time of this pipeline goes, and what an index of 250,000 examples costs in memory.
+polygons of every target); and the same steps without the SAM tensor, which the model never reads.
+Then prints a profile of this pipeline, and the memory that an index of 250,000 examples takes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DATA = DataConfig(
 
 
 class Synthetic(Sequence[Example]):
-    """250,000 entries of one example, as a prepared split would give them."""
+    """A split of `length` entries that are all the same example, without reading any file."""
 
     def __init__(self, example: Example, length: int) -> None:
         self.example = example
@@ -56,27 +56,27 @@ class Synthetic(Sequence[Example]):
 
 
 def released_steps(image: bytes, item: dict, *, sam: bool) -> int:
-    """What the released loader computes for a MUSE picture, in its order; returns bytes made."""
+    """Run the released loader's steps on a MUSE image, in its order; return the bytes produced."""
     pixels = Image.open(io.BytesIO(image)).convert("RGB")
-    made = 0
+    size = 0
     for canvas in (1024, 448) if sam else (448,):
         h, w = fitted_size((pixels.height, pixels.width), canvas)
         fitted = np.asarray(pixels.resize((w, h), Image.Resampling.BILINEAR), np.float32)
         normal = (fitted - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
         padded = np.zeros((3, canvas, canvas), np.float32)
         padded[:, :h, :w] = normal.transpose(2, 0, 1)
-        made += padded.nbytes
+        size += padded.nbytes
     for question in item["answers"]:
         for target in question:
             rles = coco.frPyObjects(target["segmentation"], item["height"], item["width"])
             mask = coco.decode(rles)
             mask = mask.sum(axis=2).astype(np.uint8) if mask.ndim == 3 else mask
-            made += mask.astype(np.float32).nbytes
-    return made
+            size += mask.astype(np.float32).nbytes
+    return size
 
 
 def rate(work: Callable[[int], object], count: int) -> float:
-    """Calls per second of processor time."""
+    """Return calls per second of processor time."""
     start = time.process_time()
     for i in range(count):
         work(i)
@@ -84,7 +84,7 @@ def rate(work: Callable[[int], object], count: int) -> float:
 
 
 def main() -> None:
-    """Parses the command line, measures, prints."""
+    """Parse the command line, measure and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -96,7 +96,8 @@ def main() -> None:
     source = Muse()
     entries = list(source.entries(options.source, "train"))
     raw = json.loads((options.source / "muse" / "muse_train.json").read_text())
-    examples, items = [], []
+    examples = []
+    items = []
     for entry in entries:
         item = raw[int(entry.key.rpartition("/")[2])]
         if item.get("questions"):
@@ -107,23 +108,24 @@ def main() -> None:
         Draw(vocabulary, DATA, ModelConfig())
     )
     images = [example.image for example in examples]
-    ways: dict[str, Callable[[int], object]] = {
+    workloads: dict[str, Callable[[int], object]] = {
         "this pipeline": lambda i: samples[i],
         "released steps": lambda i: released_steps(images[i], items[i], sam=True),
         "released steps without SAM": lambda i: released_steps(images[i], items[i], sam=False),
     }
     count = len(examples)
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+    rates: dict[str, list[float]] = {name: [] for name in workloads}
     for _ in range(options.rounds):
-        for name, work in ways.items():
+        for name, work in workloads.items():
             rates[name].append(rate(work, count))
-    read = sum(map(len, images)) / count
-    for name, found in rates.items():
-        middle = statistics.median(found)
+    jpeg_bytes = sum(map(len, images)) / count
+    for name, samples_per_second in rates.items():
+        median = statistics.median(samples_per_second)
         ours = statistics.median(rates["this pipeline"])
         print(
-            f"{name:28s} {middle:7.1f} examples/s ({min(found):.1f} to {max(found):.1f}), "
-            f"{middle * read / 1e6:6.2f} MB/s of JPEG, {ours / middle:5.2f} x"
+            f"{name:28s} {median:7.1f} examples/s "
+            f"({min(samples_per_second):.1f} to {max(samples_per_second):.1f}), "
+            f"{median * jpeg_bytes / 1e6:6.2f} MB/s of JPEG, {ours / median:5.2f} x"
         )
 
     profile = cProfile.Profile()

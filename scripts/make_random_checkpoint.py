@@ -1,12 +1,12 @@
-"""Writes PyTorch folders of a PixelLM with random weights: OUT/hf and OUT/clip.
+"""Write PyTorch folders of a PixelLM with random weights: OUT/hf and OUT/clip.
 
     python scripts/make_random_checkpoint.py --out tiny
     pixellm convert --hf tiny/hf --vision tiny/clip --out tiny/jax
 
-The tiny model answers every question with "It is [SEG]." (its head is wired from each token of
-that answer to the next); everything else in it is noise, so its masks mean nothing. `--size 7b`
-writes the shapes of the released model, about 13.5 GB, to try converting at full size. `--llava`
-writes a LLaVA instead, for `pixellm convert --from-llava`.
+The tiny model answers every question with "It is [SEG].": its head maps each token of that answer
+to the next. All other weights are noise, so its masks mean nothing. `--size 7b` writes the shapes
+of the released model, about 13.5 GB, to test converting at full size. `--llava` writes a LLaVA
+instead, for `pixellm convert --from-llava`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SENTENCES = [LLAVA_V1.opening, "It is . USER: ASSISTANT: Please segment the dog 
 SHARD_BYTES = 2 << 30
 
 LLAVA_TOKENS = ("<im_patch>", IM_START, IM_END)
-"""What LLaVA v1 adds to the tokens of LLaMA; other versions add none, or another."""
+"""Tokens that LLaVA v1 adds to those of LLaMA; other versions add none, or different ones."""
 
 LLAVA_KEYS = {
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
@@ -57,7 +57,7 @@ LLAVA_KEYS = {
 
 
 def tiny(tokens_per_scale: int = 3, scales: int = 2) -> ModelConfig:
-    """A model of under a million parameters with every part of the real one; L up to 3."""
+    """Return a config of under a million parameters that has every part; up to three scales."""
     return ModelConfig(
         vision=VisionConfig(
             width=32, layers=18, heads=4, mlp=64, canvas=112, table=6, taps=(-2, -11, -17)[:scales]
@@ -80,7 +80,7 @@ def tiny(tokens_per_scale: int = 3, scales: int = 2) -> ModelConfig:
 
 
 def write(out: Path, config: ModelConfig, *, dtype: str = "float32", seed: int = 0) -> ModelConfig:
-    """Writes both folders; returns the config with its vocabulary filled in."""
+    """Write both folders; return the config with its vocabulary size filled in."""
     model, vision = _folders(out)
     vocabulary = write_tokenizer(model, config)
     config = _with_rows(config, max(config.language.vocabulary, vocabulary.size))
@@ -103,16 +103,17 @@ def write_llava(
     dtype: str = "float32",
     seed: int = 0,
 ) -> ModelConfig:
-    """Writes the folders of a LLaVA with the language model of `config`, and of its CLIP.
+    """Write the folders of a LLaVA with the language model of `config`, and of its CLIP.
 
-    It has the tokens `added` and a linear projector; nothing of PixelLM.
+    The LLaVA has a linear projector and the tokens `added`, but no part that only PixelLM has.
     """
     model, vision = _folders(out)
     count = write_pieces(model)
     tokens = {token: count + i for i, token in enumerate(added)}
     (model / "added_tokens.json").write_text(json.dumps(tokens))
     config = _with_rows(config, max(config.language.vocabulary, count + len(added)))
-    d, e = config.language.width, config.vision.width
+    d = config.language.width
+    e = config.vision.width
     shapes = {"model.mm_projector.weight": (d, e), "model.mm_projector.bias": (d,)}
     shapes |= {
         name: entry.torch
@@ -131,7 +132,7 @@ def write_llava(
 
 
 def write_tokenizer(folder: Path, config: ModelConfig) -> Vocabulary:
-    """Writes a small tokenizer that has the codebook tokens."""
+    """Write a small tokenizer with the codebook tokens."""
     write_pieces(folder)
     codebook = config.codebook
     vocabulary = Vocabulary.with_codebook(
@@ -142,7 +143,7 @@ def write_tokenizer(folder: Path, config: ModelConfig) -> Vocabulary:
 
 
 def write_pieces(folder: Path) -> int:
-    """Trains a small SentencePiece model; returns the number of its pieces."""
+    """Train a small SentencePiece model; return the number of its pieces."""
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES * 8),
@@ -203,15 +204,15 @@ def _shards(
     shard: dict[str, np.ndarray] = {}
     for name, shape in shapes.items():
         kept = np.float32 if ".mask_decoder." in name or ".prompt_encoder." in name else dtype
-        shard[name] = _draw(name, shape, seed).astype(kept)
+        shard[name] = _initialise(name, shape, seed).astype(kept)
         if sum(array.nbytes for array in shard.values()) > SHARD_BYTES:
             yield shard
             shard = {}
     yield shard
 
 
-def _draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Norms near one, biases near zero, the rest scaled by fan-in; fixed by name and seed."""
+def _initialise(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Initialise by name and seed: norms near 1, biases near 0, other weights scaled by fan-in."""
     x = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(
         shape, dtype=np.float32
     )
@@ -225,20 +226,21 @@ def _draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 def _wire(
     shard: dict[str, np.ndarray], vocabulary: Vocabulary, config: ModelConfig
 ) -> dict[str, np.ndarray]:
-    """Makes the answer the most likely continuation of every prompt.
+    """Make `ANSWER` the most likely continuation of every prompt.
 
-    The layers add next to nothing, so that the last state is the embedding of the last token; the
-    head of each token of the answer is the embedding of the token before it.
+    The layers contribute next to nothing, so the last hidden state is the embedding of the last
+    token; the head's row of each answer token is the embedding of the token before it.
     """
     answer = vocabulary.encode(ANSWER.format(group=vocabulary.group_text), bos=False)
     prompt = question_ids(vocabulary, LLAVA_V1, "?", image_tokens=config.image_tokens)
     chain = [int(prompt[-1]), *answer, vocabulary.eos]
     if len(set(chain)) != len(chain):
-        raise ValueError(f"a token stands twice in the chain {chain}")
+        raise ValueError(f"a token occurs twice in the chain {chain}")
     for name, array in shard.items():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             array *= 1e-3
-    head, embedding = shard["lm_head.weight"], shard["model.embed_tokens.weight"]
+    head = shard["lm_head.weight"]
+    embedding = shard["model.embed_tokens.weight"]
     head *= 1e-2
     for before, after in zip(chain, chain[1:], strict=False):
         head[after] = embedding[before]
@@ -246,13 +248,13 @@ def _wire(
 
 
 def main() -> None:
-    """Parses the command line and writes."""
+    """Parse the command line and write the folders."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--size", choices=["tiny", *SIZES], default="tiny")
-    parser.add_argument("--llava", action="store_true", help="LLaVA in place of PixelLM")
+    parser.add_argument("--llava", action="store_true", help="write a LLaVA instead of a PixelLM")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:

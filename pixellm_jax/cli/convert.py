@@ -1,4 +1,4 @@
-"""`pixellm convert`: PyTorch folders -> a checkpoint."""
+"""`pixellm convert`: PyTorch weights -> an Orbax checkpoint."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pixellm_jax.weights.convert_llava import Start, start_from_llava
 EXAMPLES = """examples:
   pixellm convert --hf PixelLM-7B/hf_model --vision clip-vit-large-patch14-336 --out pixellm-7b
   pixellm convert --hf LLaVA-Lightning-7B-v1-1 --vision clip-vit-large-patch14-336 \\
-      --from-llava --out start
+      --from-llava --out llava_start
 """
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Declares the options."""
-    parser = commands.add_parser(
+    """Add the command and its options."""
+    parser: argparse.ArgumentParser = commands.add_parser(
         "convert",
         help="PyTorch weights of PixelLM (or LLaVA) and CLIP -> a checkpoint",
         description="Reads a PixelLM folder (merged, or with LoRA tensors), or with --from-llava a "
@@ -37,13 +37,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--template",
         choices=sorted(TEMPLATES),
-        help="conversation the model is trained with (default: what an exported folder says, "
-        "else llava_v1)",
+        help="conversation template the model is trained with (default: the one recorded in an "
+        "exported folder, else llava_v1)",
     )
     parser.add_argument(
         "--position-resize",
         choices=POSITION_RESIZES,
-        help="how CLIP's position table is brought to the canvas (default: released for PixelLM, "
+        help="how CLIP's position table is resized to the canvas (default: released for PixelLM, "
         "whose weights need it; correct for LLaVA)",
     )
     parser.add_argument(
@@ -52,31 +52,31 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         metavar="A",
         help="scale of LoRA tensors (default: adapter_config.json, else 16)",
     )
-    start = parser.add_argument_group("the start of a training")
+    start = parser.add_argument_group("initial weights for training")
     start.add_argument(
         "--from-llava",
         action="store_true",
-        help="--hf is a LLaVA folder: the tokenizer and the embeddings grow by the codebook, "
-        "projectors and pixel decoder are drawn at random",
+        help="--hf is a LLaVA folder: extend its tokenizer and embeddings by the codebook, and "
+        "initialise projectors and pixel decoder at random",
     )
     default = CodebookConfig()
     for option, metavar, text in (
         ("--tokens-per-scale", "N", f"codebook tokens ({default.tokens_per_scale})"),
         ("--scales", "L", f"feature scales ({default.scales})"),
-        ("--canvas", "PIXELS", f"side of the pictures ({VisionConfig.canvas})"),
-        ("--seed", "S", "of what is drawn (0)"),
+        ("--canvas", "PIXELS", f"side of the canvas ({VisionConfig.canvas})"),
+        ("--seed", "S", "seed of the random weights (0)"),
     ):
         start.add_argument(option, type=int, metavar=metavar, help=text)
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
-    """Converts with a progress bar and says what came out."""
+    """Convert with a progress bar and print what the checkpoint holds."""
     sizes = _given(options, "tokens_per_scale", "scales")
     others = _given(options, "canvas", "seed")
-    if not options.from_llava and (alone := [*sizes, *others]):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in alone)
-        raise InputError(f"{names}: only with --from-llava, for PixelLM's own weights settle it")
+    if not options.from_llava and (unused := [*sizes, *others]):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise InputError(f"{names}: only with --from-llava; PixelLM's own weights determine it")
     common = {
         **_given(options, "template", "position_resize", "lora_alpha"),
         "model": options.hf,
@@ -99,15 +99,17 @@ def run(options: argparse.Namespace) -> None:
         f"template {config.template}, position table {config.vision.position_resize}"
     )
     if started:
-        _say_what_is_new(started, options.hf)
+        _print_differences(started, options.hf)
 
 
 def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-    found = {name: getattr(options, name) for name in names}
-    return {name: value for name, value in found.items() if value is not None}
+    """Return the options that were given on the command line."""
+    values = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def _say_what_is_new(start: Start, folder: Path) -> None:
+def _print_differences(start: Start, folder: Path) -> None:
+    """Print how the checkpoint differs from the LLaVA folder."""
     before, after = start.rows
     print(
         f"drawn at random: {', '.join(start.initialised)}; {max(after - before, 0)} new rows of ids"

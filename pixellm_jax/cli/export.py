@@ -1,4 +1,4 @@
-"""`pixellm export`: a checkpoint -> PyTorch folders, or programs that need no model code."""
+"""`pixellm export`: a checkpoint -> PyTorch weights, or StableHLO programs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ EXAMPLES = """examples:
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Declares the options."""
-    parser = commands.add_parser(
+    """Add the command and its options."""
+    parser: argparse.ArgumentParser = commands.add_parser(
         "export",
         help="a checkpoint -> PyTorch weights in the released layout, or StableHLO programs",
         description="--hf writes the released PyTorch layout as safetensors, and the CLIP folder "
-        f"beside it as {VISION_FOLDER}/; `pixellm convert` reads both back, bit for bit. "
-        "--stablehlo writes programs for fixed shapes, their weights, and a runner that needs "
-        "nothing of this package.",
+        f"next to it as {VISION_FOLDER}/; `pixellm convert` reads both back, bit for bit. "
+        "--stablehlo writes compiled programs for fixed shapes, their weights, and a runner that "
+        "does not need this package.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -38,23 +38,25 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     out = parser.add_mutually_exclusive_group(required=True)
     out.add_argument("--hf", type=Path, metavar="OUT", help="a new folder")
     out.add_argument("--stablehlo", type=Path, metavar="OUT", help="a new folder")
-    shapes = parser.add_argument_group("with --stablehlo, which shapes (several: buckets)")
+    shapes = parser.add_argument_group("shapes of the StableHLO programs (several values: buckets)")
     for option, text in (
-        ("--batch", "questions answered together (1)"),
-        ("--question", "tokens of a prompt after the picture (64)"),
+        ("--batch", "batch size: questions answered together (1)"),
+        ("--question", "prompt tokens after the image (64)"),
         ("--targets", "masks decoded together (4)"),
     ):
         shapes.add_argument(option, type=int, nargs="+", metavar="N", help=text)
-    shapes.add_argument("--new-tokens", type=int, metavar="N", help="longest answer (256)")
-    shapes.add_argument("--platforms", nargs="+", choices=PLATFORMS, help="(all)")
-    shapes.add_argument("--dtype", choices=DTYPES, help="of the computation (the checkpoint's)")
+    shapes.add_argument(
+        "--new-tokens", type=int, metavar="N", help="maximum answer length in tokens (256)"
+    )
+    shapes.add_argument("--platforms", nargs="+", choices=PLATFORMS, help="target platforms (all)")
+    shapes.add_argument("--dtype", choices=DTYPES, help="compute dtype (the checkpoint's)")
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
-    """Exports with a progress bar."""
+    """Export with a progress bar and print what was written."""
     names = ("batch", "question", "targets", "new_tokens", "platforms", "dtype")
-    given = {name: found for name in names if (found := getattr(options, name)) is not None}
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.stablehlo is not None:
         _write_programs(options.checkpoint, options.stablehlo, given)
         return
@@ -67,9 +69,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _write_programs(folder: Path, out: Path, given: dict[str, Any]) -> None:
-    jax.config.update("jax_platforms", "cpu")  # where programs for every platform are made
-    dtype, platforms = given.pop("dtype", None), given.pop("platforms", PLATFORMS)
-    sizes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    jax.config.update("jax_platforms", "cpu")  # programs for every platform are lowered there
+    dtype = given.pop("dtype", None)
+    platforms = given.pop("platforms", PLATFORMS)
+    sizes: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+    }
     buckets = Buckets(**sizes)
     model = checkpoint.load_model(folder, dtype=dtype)
     vocabulary = checkpoint.read_vocabulary(folder, model.config)

@@ -97,11 +97,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse with the options of the chosen command; the other commands are names only."""
     parser = argparse.ArgumentParser(
         prog="pixellm",
-        description="Ask about a picture; get text and one mask per target.",
+        description="Ask about an image; get text and one mask per target.",
     )
     parser.add_argument("--version", action="version", version=f"pixellm {__version__}")
     parser.add_argument(
-        "-v", "--verbose", action="store_true", help="say what is compiled, and how long it takes"
+        "-v", "--verbose", action="store_true", help="log what is compiled and how long it takes"
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)

@@ -1,1 +1,1 @@
-"""From a recipe file to a run; the shapes demo and the ablations."""
+"""Recipe files, and the experiments on shapes: the demo and the ablations."""
