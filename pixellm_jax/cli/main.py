@@ -56,7 +56,7 @@ COMMANDS = {
     "segment": Command("pixellm_jax.cli.segment", "ask about photos: text and one mask per target"),
     "train": Command("pixellm_jax.cli.train", "train a model by a recipe"),
     "evaluate": Command("pixellm_jax.cli.evaluate", "score a model on a benchmark"),
-    "report": Command("pixellm_jax.cli.report", "make the report of an evaluation anew"),
+    "report": Command("pixellm_jax.cli.report", "write the report of an evaluation again"),
     "compare": Command("pixellm_jax.cli.compare", "put two evaluations side by side"),
     "judge": Command("pixellm_jax.cli.judge", "have the answers of a MUSE evaluation judged"),
     "ablate": Command(
