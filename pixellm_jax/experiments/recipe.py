@@ -28,7 +28,7 @@ class Recipe:
     """A training run: model, data, optimisation and validation.
 
     Example:
-        >>> recipe = read_recipe(Path("configs/shapes.py"), ["--config.train.steps=100"])
+        >>> recipe, values = read_recipe(Path("configs/shapes.py"), ["--config.train.steps=100"])
         >>> recipe.train.steps
         100
     """
