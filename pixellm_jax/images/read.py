@@ -1,4 +1,4 @@
-"""Reading pictures: whatever comes in, upright RGB bytes go out, or one line that says why not."""
+"""Reading of images: any file, Pillow image or array becomes an upright RGB array."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from pixellm_jax.errors import InputError
 
 PIXEL_LIMIT = 89_478_485
-"""Most pixels that a file may hold: Pillow's own bound against decompression bombs (268 MB)."""
+"""Maximum number of pixels of a file: Pillow's bound against decompression bombs (268 MB)."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -28,23 +28,24 @@ _UPRIGHT = {
 def read_image(
     source: str | os.PathLike[str] | Image.Image | np.ndarray, *, upright: bool = True
 ) -> UInt8[np.ndarray, "y x 3"]:
-    """Reads a picture as RGB, 0..255, origin at the top left.
+    """Read an image as RGB, 0..255, origin at the top left.
 
-    `source`: the path of a file, an open Pillow image, or a uint8 array: grey [y x] or [y x 1], RGB
-    [y x 3], RGBA [y x 4]. (An RGB array is returned as it is, not copied.)
-    `upright`: turn the picture by the orientation in its EXIF data. Pass False where labels were
-    drawn on the stored pixels, as in COCO-style datasets. (Pillow itself turns TIFF files.)
-
-    What becomes of the pixels:
+    Pixels are converted as follows:
 
     * Ordinary JPEG, PNG, ...: Pillow's RGB, bit for bit. Colour profiles are not applied.
-    * Transparency (also of palettes, and array channel 3) is laid on white, the page on which such
-      pictures are made to be seen. Dropping it would uncover colours that nobody ever saw.
-    * 16-bit grey: 0..65535 goes to 0..255 linearly, so a dark picture stays dark. Pillow's modes I
-      and F carry no range: I is taken as 16-bit, F as 0..255.
+    * Transparency (also of palettes, and array channel 3) is composited on white, the background
+      such images are made for. Dropping it would uncover colours that were never visible.
+    * 16-bit grey: 0..65535 is scaled to 0..255 linearly, so a dark image stays dark. Pillow's modes
+      I and F carry no range: I counts as 16-bit, F as 0..255.
     * Animations: the first frame of a file, the current frame of an open image.
 
         4000 x 3000 JPEG, EXIF orientation 6 (camera held upright)  ->  u8[4000 3000 3]
+
+    Args:
+        source: the path of a file, an open Pillow image, or a uint8 array: grey [y x] or [y x 1],
+            RGB [y x 3], RGBA [y x 4]. An RGB array is returned without a copy.
+        upright: apply the orientation in the EXIF data. Pass False where annotations refer to the
+            stored pixels, as in COCO-style datasets. (Pillow itself rotates TIFF files.)
 
     Raises:
         InputError: no such file, not an image, damaged, more than `PIXEL_LIMIT` pixels, or an array
@@ -108,7 +109,7 @@ def _from_file(path: Path, upright: bool) -> UInt8[np.ndarray, "y x 3"]:
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, str(error)) from None
-    except (OSError, ValueError) as error:  # raised before decoding, by the file system
+    except (OSError, ValueError) as error:  # raised by the file system before decoding
         raise InputError(f"{name} cannot be read ({_line(error)}): check the path") from None
 
 
@@ -116,11 +117,13 @@ def _decode(image: Image.Image, name: str, upright: bool) -> UInt8[np.ndarray, "
     if image.width * image.height > PIXEL_LIMIT:
         raise _too_large(name, f"found {image.height} x {image.width}")
     if not image.width * image.height:
-        raise InputError(f"{name} has {image.height} x {image.width} pixels: give one that has any")
+        raise InputError(
+            f"{name} has {image.height} x {image.width} pixels: give an image with pixels"
+        )
     try:
         image.load()
         if upright:
-            image = _turn(image)
+            image = _make_upright(image)
         if image.mode.startswith("I") or image.mode == "F":
             return _from_deep(image, name)
         if image.has_transparency_data:
@@ -128,7 +131,7 @@ def _decode(image: Image.Image, name: str, upright: bool) -> UInt8[np.ndarray, "
         return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except (InputError, MemoryError):
         raise
-    except Exception as error:  # decoders leak errors of every type; to the caller all mean this
+    except Exception as error:  # decoders raise errors of every type for damaged data
         raise InputError(
             f"{name} is a {image.format or image.mode} image that cannot be decoded "
             f"({_line(error)}): it is damaged or of an unusual kind; fetch it again or convert it "
@@ -136,21 +139,21 @@ def _decode(image: Image.Image, name: str, upright: bool) -> UInt8[np.ndarray, "
         ) from None
 
 
-def _turn(image: Image.Image) -> Image.Image:
-    """The image turned by its EXIF orientation; unreadable EXIF data counts as none."""
+def _make_upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; unreadable EXIF data is ignored."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # malformed EXIF data is common and says nothing about the pixels
+    except Exception:  # malformed EXIF data is common; the pixels may be fine
         return image
     if orientation not in _UPRIGHT:
         return image
-    turned = image.transpose(_UPRIGHT[orientation])
-    turned.info = image.info
-    return turned
+    rotated = image.transpose(_UPRIGHT[orientation])
+    rotated.info = image.info
+    return rotated
 
 
 def _from_deep(image: Image.Image, name: str) -> UInt8[np.ndarray, "y x 3"]:
-    """Grey of more than 8 bits. A range that cannot be the assumed one is refused, not guessed."""
+    """Convert grey of more than 8 bits. Values outside the assumed range are refused."""
     values = np.asarray(image)
     top = 255 if image.mode == "F" else 65535
     low, high = values.min(), values.max()
@@ -167,8 +170,8 @@ def _from_deep(image: Image.Image, name: str) -> UInt8[np.ndarray, "y x 3"]:
 def _composite(image: Image.Image) -> UInt8[np.ndarray, "y x 3"]:
     if image.mode == "La":  # Pillow converts premultiplied grey to LA only
         image = image.convert("LA")
-    page = Image.new("RGBA", image.size, "white")
-    return np.array(Image.alpha_composite(page, image.convert("RGBA")).convert("RGB"))
+    background = Image.new("RGBA", image.size, "white")
+    return np.array(Image.alpha_composite(background, image.convert("RGBA")).convert("RGB"))
 
 
 def _too_large(name: str, found: str) -> InputError:

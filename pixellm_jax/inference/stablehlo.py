@@ -39,7 +39,7 @@ from pixellm_jax.inference.prepare import serve
 from pixellm_jax.inference.sampling import Sampling
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.text.prompt import IMAGE_TOKEN, TEMPLATES, question_ids
-from pixellm_jax.text.tokenizer import SentencePieceChunks
+from pixellm_jax.text.tokenizer import SentencePieceEncoder
 from pixellm_jax.text.vocabulary import IM_END, Vocabulary
 from pixellm_jax.weights.export import ExportedTensor, write_shards
 
@@ -322,13 +322,13 @@ def describe_tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
     """What the files of a tokenizer do not say by themselves.
 
     marks: cut a text; those that are `keeping` leave the blanks around them. legacy: see
-        `SentencePieceChunks`.
+        `SentencePieceEncoder`.
     """
-    ids, chunks = vocabulary.ids, vocabulary.chunks
+    ids, encoder = vocabulary.ids, vocabulary.encoder
     return {
         "marks": {token: index for token, index in ids.items() if index in vocabulary.marks},
-        "keeping": sorted(vocabulary.keeping),
-        "legacy": chunks.legacy if isinstance(chunks, SentencePieceChunks) else True,
+        "keeping": sorted(vocabulary.keep_blanks),
+        "legacy": encoder.legacy if isinstance(encoder, SentencePieceEncoder) else True,
     }
 
 

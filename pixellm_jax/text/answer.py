@@ -1,4 +1,4 @@
-"""Generated token ids -> the text of an answer, and where its targets and their names stand."""
+"""Detokenisation of answers: generated ids -> text, positions of targets and of their names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Int, Int32
 
 from pixellm_jax.text.vocabulary import Vocabulary
 
-_Span = tuple[int, int]  # first and last + 1 character
+_Span = tuple[int, int]  # [begin, end) in characters
 
 MARKER = "[SEG]"
 """Stands for a target in the text of an answer."""
@@ -21,9 +21,12 @@ MARKER = "[SEG]"
 class AnswerText(NamedTuple):
     """A generated answer as text, in which each target is written `MARKER`.
 
-    codebook_index: index in the generated ids of each codebook token of each target.
-    markers: first and last + 1 character of each marker; the same letters elsewhere are text.
-    phrases: the same of the words that name the target, at best; empty where nothing names it.
+    Attributes:
+        text: special tokens and incomplete targets are left out.
+        codebook_index: index in the generated ids of each codebook token of each target.
+        markers: [begin, end) in characters of each marker; the same letters elsewhere are text.
+        phrases: [begin, end) in characters of the words that name the target, a heuristic; empty
+            if nothing names it.
     """
 
     text: str
@@ -33,10 +36,10 @@ class AnswerText(NamedTuple):
 
 
 def read_answer(vocabulary: Vocabulary, ids: Sequence[int] | Int[np.ndarray, "t"]) -> AnswerText:
-    """Reads generated ids, prompt not included, up to the first `</s>`.
+    """Read generated ids, without the prompt, up to the first `</s>`.
 
     Each complete, ordered group of codebook tokens is a target. Codebook tokens outside such
-    groups, and other special and added tokens, are left out of the text and cost nothing else.
+    groups, and other special and added tokens, are left out of the text; the rest is unaffected.
 
         "▁The" "▁cup" "▁is" [SEG0] [SEG1] "▁" "." </s>     (a codebook of two tokens)
         ->  "The cup is [SEG].", codebook_index [[[3], [4]]], markers [[11, 16]], phrases [[0, 7]]
@@ -46,11 +49,12 @@ def read_answer(vocabulary: Vocabulary, ids: Sequence[int] | Int[np.ndarray, "t"
     codebook = vocabulary.find_groups(ids)
     in_group = np.zeros(len(ids), int)  # number of the target, from 1
     in_group[codebook] = np.arange(1, len(codebook) + 1)[:, None, None]
-    # An embedding may have more rows than there are tokens: such an id is no text.
+    # The embeddings may have more rows than there are tokens: such an id is not text.
     text_ids = vocabulary.known - vocabulary.marks
     is_mark = ~np.isin(ids, list(text_ids))
 
-    text, markers = "", list[_Span]()
+    text = ""
+    markers: list[_Span] = []
     kinds = zip(in_group, is_mark, strict=True)
     for (target, mark), run in itertools.groupby(enumerate(kinds), key=lambda kind: kind[1]):
         if mark and not target:
@@ -63,7 +67,7 @@ def read_answer(vocabulary: Vocabulary, ids: Sequence[int] | Int[np.ndarray, "t"
         if target:
             markers.append((len(text) - len(MARKER), len(text)))
     phrases = find_phrases(text, markers)
-    spans = [np.asarray(found, np.int32).reshape(-1, 2) for found in (markers, phrases)]
+    spans = [np.asarray(part, np.int32).reshape(-1, 2) for part in (markers, phrases)]
     return AnswerText(text.rstrip(), codebook, *spans)
 
 
@@ -86,14 +90,15 @@ _COMMA, _AND = r",(?!\s*which\b)\s*(?:and\s+)?", r"\s+and\s+"
 
 
 def find_phrases(text: str, markers: Sequence[_Span]) -> list[_Span]:
-    """The words that name each target, from the answer templates and the habits of free text."""
-    runs: list[list[_Span]] = []  # markers with nothing but commas and "and" between
+    """Find the words that name each target, by patterns of answer templates and of free text."""
+    runs: list[list[_Span]] = []  # markers separated by commas and "and" only
     for marker in markers:
         if runs and _JOINT.fullmatch(text, runs[-1][-1][1], marker[0]):
             runs[-1].append(marker)
         else:
             runs.append([marker])
-    phrases, last = list[_Span](), 0
+    phrases: list[_Span] = []
+    last = 0
     for run in runs:
         begin, end, names = _naming(text, last, run[0][0], len(run))
         phrases += names or [(begin, end) if begin < end else marker[:1] * 2 for marker in run]
@@ -102,7 +107,7 @@ def find_phrases(text: str, markers: Sequence[_Span]) -> list[_Span]:
 
 
 def _naming(text: str, begin: int, end: int, count: int) -> tuple[int, int, list[_Span] | None]:
-    """The naming words between two markers, and, of "a, b and c are", each of `count` names."""
+    """Return the words that name targets before a marker; "a, b and c are" has `count` names."""
     lead = text[begin:end].rstrip()
     subject = _IS.sub("", lead)
     bound = subject != lead

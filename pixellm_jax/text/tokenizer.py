@@ -1,4 +1,4 @@
-"""A tokenizer folder on disk: its base encoder and its added tokens."""
+"""Tokenizer folders on disk: SentencePiece or `tokenizer.json`, and the added tokens."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ _SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SentencePieceChunks:
-    """Encodes text without added tokens; not `legacy`: a dummy blank only for the `first`."""
+class SentencePieceEncoder:
+    """Encoder of `tokenizer.model` for text without added tokens.
+
+    `legacy`: every stretch of text gets a dummy blank in front; otherwise only the first does.
+    """
 
     model: sentencepiece.SentencePieceProcessor
     legacy: bool
@@ -43,8 +46,8 @@ class SentencePieceChunks:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class JsonChunks:
-    """Does the same by `tokenizer.json`: exact ids for words, if not for stray blanks."""
+class JsonEncoder:
+    """Encoder of `tokenizer.json`: the same ids for words, though not always for stray blanks."""
 
     model: tokenizers.Tokenizer
 
@@ -56,20 +59,25 @@ class JsonChunks:
 
 
 class TokenizerFiles(NamedTuple):
-    """What a folder says: base encoder, all tokens with ids, the added ones, the special ones.
+    """Contents of a tokenizer folder.
 
-    special: start, end and unknown token. keeping: those that keep the blanks around them.
+    Attributes:
+        encoder: of text without added tokens.
+        ids: id of every token.
+        added: id of every added token.
+        special: start, end and unknown token.
+        keep_blanks: special tokens that keep the white space around them.
     """
 
-    chunks: SentencePieceChunks | JsonChunks
+    encoder: SentencePieceEncoder | JsonEncoder
     ids: dict[str, int]
     added: dict[str, int]
     special: tuple[str, ...]
-    keeping: frozenset[str]
+    keep_blanks: frozenset[str]
 
 
 def read_tokenizer(folder: Path) -> TokenizerFiles:
-    """Reads a tokenizer folder.
+    """Read a tokenizer folder.
 
     Raises:
         InputError: files are missing or damaged, or contradict each other.
@@ -84,32 +92,33 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
 
 
 def _read(folder: Path) -> TokenizerFiles:
-    config, whole = read_optional_json(folder / _CONFIG), read_optional_json(folder / _WHOLE)
-    chunks, base = _read_chunks(folder, legacy=config.get("legacy") is not False)
+    config = read_optional_json(folder / _CONFIG)
+    whole = read_optional_json(folder / _WHOLE)
+    encoder, base = _read_encoder(folder, legacy=config.get("legacy") is not False)
     records = [r | {"id": int(i)} for i, r in config.get("added_tokens_decoder", {}).items()]
-    found: dict[str, int] = read_optional_json(folder / _ADDED)
+    ids: dict[str, int] = read_optional_json(folder / _ADDED)
     for record in records + whole.get("added_tokens", []):
         token, index = record["content"], record["id"]
-        if found.setdefault(token, index) != index:
-            clash = f"token {token} has the ids {found[token]} and {index}, expected one"
+        if ids.setdefault(token, index) != index:
+            clash = f"token {token} has the ids {ids[token]} and {index}, expected one"
             raise InputError(f"{folder}: {clash}; copy the whole folder again")
-    if bad := [token for token, index in found.items() if type(index) is not int or index < 0]:
+    if bad := [token for token, index in ids.items() if type(index) is not int or index < 0]:
         raise InputError(f"{folder}: tokens {bad} have no whole number as id; copy it again")
     from_map = read_optional_json(folder / _MAP)
     entries = [from_map.get(role) or config.get(role) or text for role, text in _SPECIAL.items()]
     special = tuple(entry if isinstance(entry, str) else entry["content"] for entry in entries)
-    # A plain string in this one file is no registered token to transformers 4.31.
-    keeping = frozenset(special) - {str(from_map.get(role)) for role in _SPECIAL}
-    added = {token: i for token, i in found.items() if not (token in special and token in base)}
+    # transformers 4.31 does not register a token that is a plain string in this one file.
+    keep_blanks = frozenset(special) - {str(from_map.get(role)) for role in _SPECIAL}
+    added = {token: i for token, i in ids.items() if not (token in special and token in base)}
     added = dict(sorted(added.items(), key=lambda item: item[1]))
-    return TokenizerFiles(chunks, base | added, added, special, keeping)
+    return TokenizerFiles(encoder, base | added, added, special, keep_blanks)
 
 
 def write_tokenizer(source: Path, folder: Path, added: Mapping[str, int]) -> None:
-    """Copies a tokenizer folder with other added tokens; transformers reads it too."""
+    """Copy a tokenizer folder with other added tokens; transformers can read it too."""
     folder.mkdir(parents=True, exist_ok=True)
     config = read_optional_json(source / _CONFIG)
-    config.pop("added_tokens_decoder", None)  # it would overrule added_tokens.json
+    config.pop("added_tokens_decoder", None)  # it would override added_tokens.json
     for name, value in {_ADDED: added, _CONFIG: config}.items():
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     for name in (_PIECES, _MAP):
@@ -121,23 +130,25 @@ def write_tokenizer(source: Path, folder: Path, added: Mapping[str, int]) -> Non
         whole.save(str(folder / _WHOLE))
 
 
-def _read_chunks(
+def _read_encoder(
     folder: Path, *, legacy: bool
-) -> tuple[SentencePieceChunks | JsonChunks, dict[str, int]]:
-    """The base tokenizer and its tokens with their ids."""
+) -> tuple[SentencePieceEncoder | JsonEncoder, dict[str, int]]:
+    """Return the base tokenizer, and its tokens with their ids."""
     pieces, whole = str(folder / _PIECES), str(folder / _WHOLE)
     try:
         if os.path.isfile(pieces):
             model = sentencepiece.SentencePieceProcessor(model_file=pieces)
             ids = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
-            return SentencePieceChunks(model=model, legacy=legacy), ids
+            return SentencePieceEncoder(model=model, legacy=legacy), ids
         if os.path.isfile(whole):
-            chunks = JsonChunks(model=tokenizers.Tokenizer.from_file(whole))
-            chunks.model.no_truncation()
-            chunks.model.no_padding()
-            return chunks, chunks.model.get_vocab(with_added_tokens=False)
-    except Exception as error:  # neither library raises a narrower class
+            encoder = JsonEncoder(model=tokenizers.Tokenizer.from_file(whole))
+            encoder.model.no_truncation()
+            encoder.model.no_padding()
+            return encoder, encoder.model.get_vocab(with_added_tokens=False)
+    except Exception as error:  # neither library documents a narrower class
         message = f"{folder}: the tokenizer cannot be read ({error}); copy it again"
         raise InputError(message) from error
     found = f"found neither {_PIECES} nor {_WHOLE}"
-    raise InputError(f"{folder}: {found}; expected a tokenizer folder (it may lie by the weights)")
+    raise InputError(
+        f"{folder}: {found}; expected a tokenizer folder (often the folder of the weights)"
+    )

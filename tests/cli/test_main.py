@@ -293,7 +293,7 @@ def folder_image(folder: Path) -> Path:
         (no_image, "no such file", "check the path"),
         (truncated_image, "damaged", "fetch it again"),
         (text_image, "is not an image that Pillow knows", "convert it"),
-        (elongated_image, "1 x 1000 pixels is too elongated", "crop the picture"),
+        (elongated_image, "1 x 1000 pixels is too elongated", "crop the image"),
         (empty_image, "is an empty file", "download it again"),
         (folder_image, "no pictures in this folder", "name a file"),
     ],

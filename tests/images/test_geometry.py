@@ -53,13 +53,13 @@ def test_longest_side_fills_the_canvas_and_fitting_twice_changes_nothing(canvas)
 
 
 @pytest.mark.parametrize("hw", [(1, 1000), (1000, 1)])
-def test_elongated_picture_is_refused_with_its_size(hw):
+def test_elongated_image_is_refused_with_its_size(hw):
     with pytest.raises(InputError, match=rf"{hw[0]} x {hw[1]} .*too elongated.*crop"):
         fitted_size(hw, 448)
 
 
 @pytest.mark.parametrize("hw", [(0, 5), (5, 0), (-3, 5)])
-def test_empty_picture_is_refused(hw):
+def test_empty_image_is_refused(hw):
     with pytest.raises(InputError, match="at least 1"):
         fitted_size(hw, 448)
 
@@ -74,7 +74,7 @@ def test_fit_fills_the_top_left_corner_only(hw):
     assert not out[:, width:].any()
 
 
-def test_fit_leaves_a_picture_of_the_right_size_alone():
+def test_fit_does_not_change_an_image_of_the_right_size():
     image = picture(43, 29)
     out, hw = fit(image, 43)
     assert hw == (43, 29)
@@ -168,7 +168,7 @@ def test_mask_to_canvas_is_void_exactly_outside_the_fitted_area(hw, resolution):
     np.testing.assert_array_equal(out[0] != VOID, inside)
 
 
-def test_mask_to_canvas_lies_where_fit_puts_the_object():
+def test_mask_to_canvas_is_aligned_with_fit():
     mask = np.zeros((1, 211, 307), np.uint8)
     mask[0, 37:131, 53:241] = 1
     canvas, (height, width) = fit(np.repeat(mask[0][..., None] * 255, 3, 2), 149)

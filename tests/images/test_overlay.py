@@ -29,13 +29,13 @@ def disc(y: float, x: float, radius: float, shape: tuple[int, int] = (HEIGHT, WI
 def chips(monkeypatch) -> list[tuple[str, overlay._Box]]:
     """Labels and places of the chips that are drawn."""
     drawn = []
-    draw = overlay._chip
+    draw = overlay._draw_chip
 
     def record(picture, box, text, *others, **options):
         drawn.append((text, box))
         draw(picture, box, text, *others, **options)
 
-    monkeypatch.setattr(overlay, "_chip", record)
+    monkeypatch.setattr(overlay, "_draw_chip", record)
     return drawn
 
 
@@ -44,7 +44,7 @@ def assert_apart_and_inside(chips, height: int = HEIGHT, width: int = WIDTH) -> 
     for i, box in enumerate(boxes):
         assert 0 <= box.top < box.bottom <= height
         assert 0 <= box.left < box.right <= width
-        assert not any(box.meet(other).area for other in boxes[:i])
+        assert not any(box.intersect(other).area for other in boxes[:i])
 
 
 def oklab(rgb: np.ndarray) -> np.ndarray:
@@ -80,7 +80,7 @@ def test_colours_do_not_depend_on_their_number():
     assert colours(101).shape == (101, 3)
 
 
-def test_result_is_a_new_picture_of_the_same_size():
+def test_result_is_a_new_image_of_the_same_size():
     image = photo()
     before = image.copy()
     drawn = draw_overlay(image, disc(101, 151, 43)[None], ["disc"])
@@ -243,7 +243,7 @@ def test_large_picture_is_fast():
     assert time.process_time() - start < 5
 
 
-def test_masks_that_are_not_those_of_the_picture():
+def test_masks_that_do_not_fit_the_image_are_refused():
     for masks in (
         np.zeros((2, HEIGHT, WIDTH - 1), bool),
         np.zeros((2, WIDTH, HEIGHT), bool),
@@ -252,6 +252,6 @@ def test_masks_that_are_not_those_of_the_picture():
             inspect.unwrap(draw_overlay)(photo(), masks, ["a", "b"])
 
 
-def test_labels_that_are_not_those_of_the_masks():
+def test_labels_that_do_not_fit_the_masks_are_refused():
     with pytest.raises(InputError, match="1 labels for 2 masks"):
         draw_overlay(photo(), np.zeros((2, HEIGHT, WIDTH), bool), ["a"])

@@ -93,7 +93,7 @@ def test_malformed_exif_counts_as_none(tmp_path):
     assert read_image(tmp_path / "a.jpg").shape == (HEIGHT, WIDTH, 3)
 
 
-def test_alpha_is_laid_on_white():
+def test_alpha_is_composited_on_white():
     image = pixels(4)
     image[..., 3] = np.arange(WIDTH) * 8
     weight = image[..., 3:] / 255
