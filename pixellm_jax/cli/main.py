@@ -57,8 +57,8 @@ COMMANDS = {
     "train": Command("pixellm_jax.cli.train", "train a model by a recipe"),
     "evaluate": Command("pixellm_jax.cli.evaluate", "score a model on a benchmark"),
     "report": Command("pixellm_jax.cli.report", "write the report of an evaluation again"),
-    "compare": Command("pixellm_jax.cli.compare", "put two evaluations side by side"),
-    "judge": Command("pixellm_jax.cli.judge", "have the answers of a MUSE evaluation judged"),
+    "compare": Command("pixellm_jax.cli.compare", "compare two evaluations"),
+    "judge": Command("pixellm_jax.cli.judge", "judge the answers of a MUSE evaluation"),
     "ablate": Command(
         "pixellm_jax.cli.ablate", "train without one part of the method at a time, on shapes"
     ),
