@@ -18,7 +18,7 @@ from pixellm_jax.batch import Batch, Packed, make_row, stack_rows
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.images.geometry import VOID, fit, mask_to_canvas
 from pixellm_jax.images.read import read_image
-from pixellm_jax.text.prompt import TEMPLATES, Conversation, encode_conversation, pack
+from pixellm_jax.text.prompt import TEMPLATES, EncodedConversation, encode_conversation, pack
 from pixellm_jax.text.vocabulary import Vocabulary
 
 
@@ -86,7 +86,10 @@ def make_sample(
 
 
 def _pack(
-    encoded: Sequence[Conversation], vocabulary: Vocabulary, data: DataConfig, model: ModelConfig
+    encoded: Sequence[EncodedConversation],
+    vocabulary: Vocabulary,
+    data: DataConfig,
+    model: ModelConfig,
 ) -> Packed:
     if encoded:
         sizes = {"length": data.length, "targets": data.targets}

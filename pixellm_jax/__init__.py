@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from pixellm_jax.config import ModelConfig
     from pixellm_jax.errors import InputError
     from pixellm_jax.inference.answer import Answer
-    from pixellm_jax.inference.predictor import Conversation as ChatSession
-    from pixellm_jax.inference.predictor import Predictor
+    from pixellm_jax.inference.predictor import ChatSession, Predictor
     from pixellm_jax.weights.checkpoint import load_model
 
 __version__ = "0.1.0"
@@ -34,7 +33,7 @@ __all__ = [
 
 _ORIGIN = {
     "Answer": ("pixellm_jax.inference.answer", "Answer"),
-    "ChatSession": ("pixellm_jax.inference.predictor", "Conversation"),
+    "ChatSession": ("pixellm_jax.inference.predictor", "ChatSession"),
     "InputError": ("pixellm_jax.errors", "InputError"),
     "ModelConfig": ("pixellm_jax.config", "ModelConfig"),
     "Predictor": ("pixellm_jax.inference.predictor", "Predictor"),

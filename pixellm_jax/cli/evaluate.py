@@ -46,7 +46,7 @@ from pixellm_jax.evaluation.text_scores import TextScorer
 from pixellm_jax.experiments.question_images import image_reader
 from pixellm_jax.files import read_json
 from pixellm_jax.inference.engine import Engine, EngineConfig
-from pixellm_jax.inference.prepare import WEIGHTS, serve
+from pixellm_jax.inference.prepare import WEIGHTS, prepare_for_inference
 from pixellm_jax.report.page import JSON, PAGE, write_report
 from pixellm_jax.stopwatch import Stopwatch
 from pixellm_jax.weights import checkpoint
@@ -178,8 +178,8 @@ class _Asker:
         vocabulary = checkpoint.read_vocabulary(options.checkpoint, model.config)
         if options.mode == GIVEN:
             return answer_given(model, vocabulary, asked, watch, left_out, rows=options.rows)
-        settings = EngineConfig(rows=options.rows, max_new_tokens=options.max_new_tokens)
-        served = serve(model, weights=options.weights, consume=True)
+        settings = EngineConfig(max_batch=options.rows, max_new_tokens=options.max_new_tokens)
+        served = prepare_for_inference(model, weights=options.weights, consume=True)
         engine = Engine(served, vocabulary, settings)
         return answer_generated(engine, vocabulary, asked, watch, left_out)
 

@@ -30,7 +30,7 @@ from pixellm_jax.inference.answer_files import (
 )
 from pixellm_jax.inference.predictor import Predictor
 from pixellm_jax.inference.prepare import WEIGHTS
-from pixellm_jax.inference.request_checks import check_question
+from pixellm_jax.inference.request import check_question
 from pixellm_jax.sharding import make_mesh
 
 RESULTS = ("answer.json", "mask_*.png", "overlay.png")
@@ -114,13 +114,13 @@ def _answer_one(options: argparse.Namespace) -> None:
         phrase = target["phrase"] or "(not named)"
         print(f"  {i}: {phrase}, score {target['score']:.2f}, {target['area']} pixels")
     if not answer.complete:
-        print(f"  ({INCOMPLETE[answer.reason]})")
+        print(f"  ({INCOMPLETE[answer.finish_reason]})")
     print(f"{options.out / 'overlay.png'}")
 
 
 INCOMPLETE = {
     "length": "the answer was cut off at the limit of new tokens",
-    "damaged": "the answer ended at numbers that are not finite",
+    "non_finite": "the answer ended at numbers that are not finite",
 }
 
 
@@ -175,8 +175,8 @@ def _describe(answer: Answer | InputError, asked: Asked) -> tuple[dict[str, Any]
     """
     if isinstance(answer, InputError):
         raise answer
-    if answer.reason == "damaged":
-        raise InputError(INCOMPLETE["damaged"])
+    if answer.finish_reason == "non_finite":
+        raise InputError(INCOMPLETE["non_finite"])
     picture = read_image(asked.image)
     record = answer_record(answer, asked.name, asked.question, picture.shape[:2])
     labels = [target["phrase"] or str(i) for i, target in enumerate(record["targets"])]
@@ -204,7 +204,7 @@ def _load(options: argparse.Namespace) -> Predictor:
         dtype=options.dtype,
         mesh=mesh,
         max_new_tokens=options.max_new_tokens,
-        rows=options.batch,
+        max_batch=options.batch,
         min_score=options.min_score,
         weights=options.weights,
     )

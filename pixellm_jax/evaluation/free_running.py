@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import numpy as np
-
 from pixellm_jax.benchmark_question import BenchmarkQuestion
 from pixellm_jax.evaluation.prompts import Canvases, encode_question
 from pixellm_jax.evaluation.scoring import TOO_LONG, Answered, no_masks, sound
 from pixellm_jax.images.geometry import unfit
 from pixellm_jax.inference.engine import Engine
-from pixellm_jax.inference.request import Question, Result
+from pixellm_jax.inference.request import Completion, Request
 from pixellm_jax.stopwatch import Stopwatch
 from pixellm_jax.text.answer import read_answer
-from pixellm_jax.text.prompt import TEMPLATES
+from pixellm_jax.text.prompt import TEMPLATES, expand_images
 from pixellm_jax.text.vocabulary import Vocabulary
 
 
@@ -36,7 +34,7 @@ def answer_generated(
     waiting: dict[int, BenchmarkQuestion] = {}
     refused: list[Answered] = []
 
-    def questions() -> Iterator[Question]:
+    def questions() -> Iterator[Request]:
         number = 0
         for item in asked:
             with watch("io"):
@@ -44,15 +42,15 @@ def answer_generated(
                 if laid is None:
                     continue
                 ids = encode_question(vocabulary, TEMPLATES[config.template], item, "").ids
-                tokens = np.repeat(ids, np.where(ids < 0, config.image_tokens, 1))
+                tokens = expand_images(ids, config.image_tokens)
             if len(tokens) >= config.language.max_positions:
                 refused.append(Answered(item, no_masks(item), "", TOO_LONG))
                 continue
             waiting[number] = item
             number += 1
-            yield Question(tokens, *laid)
+            yield Request(tokens, *laid)
 
-    for number, result in engine.answer(questions()):
+    for number, result in engine.generate(questions()):
         yield from refused
         refused.clear()
         yield _answered(waiting.pop(number), result, vocabulary, config.vision.canvas)
@@ -60,8 +58,9 @@ def answer_generated(
 
 
 def _answered(
-    item: BenchmarkQuestion, result: Result, vocabulary: Vocabulary, canvas: int
+    item: BenchmarkQuestion, result: Completion, vocabulary: Vocabulary, canvas: int
 ) -> Answered:
-    logits, reason = sound(result.targets.mask_logits, result.reason)
-    text = read_answer(vocabulary, np.asarray(result.tokens)).text
+    reason = "damaged" if result.finish_reason == "non_finite" else result.finish_reason
+    logits, reason = sound(result.targets.mask_logits, reason)
+    text = read_answer(vocabulary, result.tokens, result.targets.codebook_index).text
     return Answered(item, unfit(logits, item.hw, canvas), text, reason)

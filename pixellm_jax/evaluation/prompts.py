@@ -13,13 +13,13 @@ from pixellm_jax.errors import InputError
 from pixellm_jax.images.geometry import fit
 from pixellm_jax.images.read import read_image
 from pixellm_jax.text.answer import MARKER
-from pixellm_jax.text.prompt import Conversation, Template, encode_conversation
+from pixellm_jax.text.prompt import EncodedConversation, Template, encode_conversation
 from pixellm_jax.text.vocabulary import Vocabulary
 
 
 def encode_question(
     vocabulary: Vocabulary, template: Template, question: BenchmarkQuestion, answer: str
-) -> Conversation:
+) -> EncodedConversation:
     """The conversation up to the question and its `answer` ("": the model is to write it).
 
     Every `[SEG]` of an answer becomes the codebook's tokens.

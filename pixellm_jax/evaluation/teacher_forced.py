@@ -21,10 +21,10 @@ from pixellm_jax.config import ModelConfig
 from pixellm_jax.evaluation.prompts import Canvases, encode_question
 from pixellm_jax.evaluation.scoring import TOO_LONG, Answered, no_masks, sound
 from pixellm_jax.images.geometry import unfit
-from pixellm_jax.inference.compilation import Programs, bucket
+from pixellm_jax.inference.compilation import CompileCounter, bucket
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.stopwatch import Stopwatch
-from pixellm_jax.text.prompt import TEMPLATES, Conversation, pack
+from pixellm_jax.text.prompt import TEMPLATES, EncodedConversation, pack
 from pixellm_jax.text.vocabulary import Vocabulary
 
 LENGTH, TARGETS = 1024, 32
@@ -38,7 +38,7 @@ class _Asked(NamedTuple):
     """A question whose targets are the last `targets` ones of its conversation."""
 
     question: BenchmarkQuestion
-    conversation: Conversation
+    conversation: EncodedConversation
     targets: int
 
 
@@ -62,7 +62,7 @@ def answer_given(
 
     Questions without a given answer have no masks. `left_out`: as of `answer_generated`.
     """
-    config, programs = model.config, Programs()
+    config, counter = model.config, CompileCounter()
     canvases = Canvases(config.vision.canvas, left_out)
     waiting: dict[tuple[int, int], list[_Row]] = {}  # by length and targets
     for _, own in itertools.groupby(asked, lambda question: question.about):
@@ -88,9 +88,9 @@ def answer_given(
             shape = len(row.row.tokens), len(row.row.target_valid)
             waiting.setdefault(shape, []).append(row)
             if len(waiting[shape]) == rows:
-                yield from _decode(model, programs, waiting.pop(shape), rows)
+                yield from _decode(model, counter, waiting.pop(shape), rows)
     for rest in waiting.values():
-        yield from _decode(model, programs, rest, rows)
+        yield from _decode(model, counter, rest, rows)
 
 
 def _pack(
@@ -119,12 +119,12 @@ def _pack(
 
 
 def _decode(
-    model: PixelLM, programs: Programs, waiting: Sequence[_Row], rows: int
+    model: PixelLM, counter: CompileCounter, waiting: Sequence[_Row], rows: int
 ) -> Iterator[Answered]:
     """Runs one batch; the last row stands in for those that are missing."""
     padded = [*waiting, *[waiting[-1]] * (rows - len(waiting))]
     batch = stack_rows([each.row for each in padded])
-    logits = np.asarray(programs(_mask_logits, model, batch))
+    logits = np.asarray(counter.call(_mask_logits, model, batch))
     for own, (row, asked) in zip(logits, waiting, strict=False):
         for number, each in enumerate(asked, 1):
             slots = np.flatnonzero(row.target_valid & (row.target_conversation == number))

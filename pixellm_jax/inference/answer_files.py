@@ -13,10 +13,14 @@ from pycocotools import mask as coco
 from pixellm_jax.errors import InputError
 from pixellm_jax.files import write_whole
 from pixellm_jax.inference.answer import Answer
-from pixellm_jax.inference.request_checks import check_question
+from pixellm_jax.inference.request import check_question
 
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 """Endings of the files of a folder that are taken for pictures."""
+
+
+REASONS = {"non_finite": "damaged"}
+"""Finish reasons whose names in files are others."""
 
 
 class Asked(NamedTuple):
@@ -56,7 +60,7 @@ def answer_record(answer: Answer, image: str, question: str, hw: tuple[int, int]
         "question": question,
         "text": answer.text,
         "complete": answer.complete,
-        "reason": answer.reason,
+        "reason": REASONS.get(answer.finish_reason, answer.finish_reason),
         "targets": targets,
     }
 

@@ -1,9 +1,9 @@
-"""The engine: questions go in at any time, answers come out as they end.
+"""Continuous-batching inference engine: requests join and leave the running batch at any step.
 
-It holds a batch of rows on the device (`generate.py`), one question each, and does three things in
-turn: it puts waiting questions into free rows, runs some passes, and hands out what has ended. So
-the batch is full as long as somebody waits. All shapes come from few buckets (1, 4, 16, ... rows,
-`round_capacity` of positions), so few programs are ever compiled.
+The batch lives on the device (`decoding.DecodeState`), one row per request. Each `Engine.step`
+admits waiting requests into free rows, runs some decode steps, and returns the completions of rows
+that finished, so the batch stays full for as long as requests are waiting. All shapes come from a
+few buckets (1, 4, 16, ... rows, `round_capacity` of positions), so few programs are compiled.
 """
 
 from __future__ import annotations
@@ -20,66 +20,100 @@ import numpy as np
 from jaxtyping import Int32
 
 from pixellm_jax.inference import decoding
-from pixellm_jax.inference.compilation import Programs, bucket, round_capacity
-from pixellm_jax.inference.decoding import DAMAGED, FREE, LENGTH, RUNNING, STOP, Rows
-from pixellm_jax.inference.image_cache import Pictures
-from pixellm_jax.inference.mask_decoding import Found, decode_targets, join, no_targets
-from pixellm_jax.inference.request import Question, Result, Seen, Targets
+from pixellm_jax.inference.compilation import CompileCounter, bucket, round_capacity
+from pixellm_jax.inference.decoding import FREE, LENGTH, NON_FINITE, RUNNING, STOP, DecodeState
+from pixellm_jax.inference.image_cache import ImageCache
+from pixellm_jax.inference.mask_decoding import (
+    PendingTarget,
+    concatenate_targets,
+    decode_targets,
+    no_targets,
+)
+from pixellm_jax.inference.request import Completion, EncodedImage, Request, Targets
 from pixellm_jax.inference.sampling import Sampling
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.text.vocabulary import Vocabulary
 
-AHEAD = 64
-"""A row is given room for so many new tokens at a time."""
+HEADROOM = 64
+"""Number of new tokens for which a row's cache is extended at a time."""
 
-SHORTEST = 32
-"""The least bucket of a question's length."""
+MIN_SUFFIX_BUCKET = 32
+"""Smallest bucket of the length of a request's text."""
 
-STREAM_STEPS = 4
-"""Passes between two looks of the host while somebody reads along."""
+STREAM_STEPS_PER_SYNC = 4
+"""Decode steps between two reads by the host while a request streams."""
 
-AT_ONCE, AT_ONCE_ON_CPU = 256, 16
-"""Ids of all rows in a pass that take hardly longer than one: reading the weights takes longest."""
+MAX_TOKENS_PER_STEP = 256
+"""Tokens of all rows that a step on an accelerator feeds in hardly more time than one token.
 
-REASONS = {STOP: "stop", LENGTH: "length", DAMAGED: "damaged", RUNNING: "running"}
+Up to this number, reading the weights takes longer than computing with them.
+"""
+
+MAX_TOKENS_PER_STEP_CPU = 16
+"""The same number for a CPU."""
+
+FINISH_REASONS = {STOP: "stop", LENGTH: "length", NON_FINITE: "non_finite", RUNNING: "running"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How much is done at once.
+    """Limits and batch sizes of an engine."""
 
-    rows: most questions under way. pictures: how many are kept for further questions.
-    steps: passes between two looks of the host. encoded, masks: most pictures encoded, and targets
-    decoded, in one call. fast_forward: a codebook token is followed by the rest of its target (see
-    `generate.decode`). at_once: most ids of all rows in a pass for which a target costs a single
-    pass, else one per id (None: `AT_ONCE`, as the backend is).
-    """
+    max_batch: int = 16
+    """Maximum number of requests that are decoded at the same time."""
 
-    rows: int = 16
-    pictures: int = 16
-    steps: int = 32
-    encoded: int = 8
-    masks: int = 16
+    image_cache_size: int = 16
+    """Number of encoded images that are kept for further requests."""
+
+    steps_per_sync: int = 32
+    """Decode steps between two reads of the results by the host."""
+
+    encode_batch: int = 8
+    """Maximum number of images that are encoded in one call."""
+
+    mask_batch: int = 16
+    """Maximum number of targets whose masks are decoded in one call."""
+
     max_new_tokens: int = 512
-    fast_forward: bool = True
-    at_once: int | None = None
+    """Maximum number of new tokens of an answer."""
+
+    jump_forward: bool = True
+    """Complete a codebook group after its first token without sampling (see `decoding.decode`)."""
+
+    max_tokens_per_step: int | None = None
+    """Maximum number of tokens of all rows that one step feeds to the language model.
+
+    If the groups of all rows fit, a group costs one step, else one step per token. None: as the
+    backend is (`MAX_TOKENS_PER_STEP`).
+    """
 
 
 @dataclass
 class _Slot:
-    """What the host knows of a row. `limit`: positions of the prompt and the longest answer."""
+    """The host's record of a row: its request, its targets so far and its lengths in positions."""
 
-    ticket: int
-    question: Question
-    seen: Seen
-    prompt: int
-    limit: int
+    request_id: int
+    request: Request
+    image: EncodedImage
+    prompt_length: int
+    max_length: int
+    """Positions of the prompt and the longest possible answer."""
     targets: Targets
-    count: int = 0
+    num_generated: int = 0
 
 
 class Engine:
-    """Answers questions in batches. For one thread (several: `service`)."""
+    """Answers requests in batches. An engine belongs to one thread; `service.Service` shares it.
+
+    Example:
+        >>> engine = Engine(prepare_for_inference(model), vocabulary)
+        >>> for number, completion in engine.generate(requests):
+        ...     print(number, completion.finish_reason)
+
+    Attributes:
+        num_steps: forward passes through the language model so far.
+        counter: compilations so far.
+    """
 
     def __init__(
         self,
@@ -89,259 +123,298 @@ class Engine:
         *,
         mesh: jax.sharding.Mesh | None = None,
     ) -> None:
-        """`model`: as `serving.serve` gives it. `mesh`: over which its weights are spread."""
-        self.model, self.vocabulary, self.config, self.mesh = model, vocabulary, config, mesh
-        self.passes = 0
-        self.programs = Programs()
-        self._pictures = Pictures(
-            model, self.programs, limit=config.pictures, together=config.encoded
+        """Create an engine.
+
+        Args:
+            model: a model from `prepare_for_inference`.
+            vocabulary: its vocabulary.
+            config: limits and batch sizes.
+            mesh: mesh over which the model's weights are sharded.
+        """
+        self.model = model
+        self.vocabulary = vocabulary
+        self.config = config
+        self.mesh = mesh
+        self.num_steps = 0
+        self.counter = CompileCounter()
+        self._images = ImageCache(
+            model, self.counter, capacity=config.image_cache_size, batch_size=config.encode_batch
         )
-        group = vocabulary.group if config.fast_forward else ()
-        self._ends: dict[str, Any] = {"stop": vocabulary.eos, "group": group}
-        self._width = max(len(group), 1)
-        usual = AT_ONCE_ON_CPU if jax.default_backend() == "cpu" else AT_ONCE
-        self._at_once = usual if config.at_once is None else config.at_once
-        self._tickets = itertools.count()
-        self._waiting: deque[tuple[int, Question]] = deque()
-        self._rows: Rows | None = None
+        group = vocabulary.group if config.jump_forward else ()
+        self._ids: dict[str, Any] = {"stop": vocabulary.eos, "group": group}
+        self._max_width = max(len(group), 1)
+        on_cpu = jax.default_backend() == "cpu"
+        default = MAX_TOKENS_PER_STEP_CPU if on_cpu else MAX_TOKENS_PER_STEP
+        limit = config.max_tokens_per_step
+        self._max_tokens_per_step = default if limit is None else limit
+        self._request_ids = itertools.count()
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._state: DecodeState | None = None
         self._slots: list[_Slot | None] = []
 
-    # Questions
+    # Requests
 
-    def answer(self, questions: Iterable[Question]) -> Iterator[tuple[int, Result]]:
-        """Answers all; yields the number of a question and its result, in the order they end.
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
+        """Yield the index and the completion of every request, in the order in which they finish.
 
-        Questions are taken from the iterable as rows become free.
+        Requests are taken from the iterable as rows become free.
         """
-        numbers: dict[int, int] = {}
-        coming = enumerate(questions)
+        indices: dict[int, int] = {}
+        remaining = enumerate(requests)
         while True:
-            missing = 2 * self.config.rows - len(self._waiting)
-            for number, question in itertools.islice(coming, max(missing, 0)):
-                numbers[self.add(question)] = number
+            missing = 2 * self.config.max_batch - len(self._waiting)
+            for index, request in itertools.islice(remaining, max(missing, 0)):
+                indices[self.add_request(request)] = index
             if self.idle:
                 return
-            for ticket, result in self.step():
-                if ticket in numbers:
-                    yield numbers[ticket], result
+            for request_id, completion in self.step():
+                if request_id in indices:
+                    yield indices[request_id], completion
 
-    def add(self, question: Question) -> int:
-        """Puts a question at the end of the queue. `step` gives its result with this ticket.
+    def add_request(self, request: Request) -> int:
+        """Append a request to the queue and return the id under which `step` completes it.
 
         Raises:
-            ValueError: the model has too few positions for the prompt and a token.
+            ValueError: the model has too few positions for the prompt and one token.
         """
-        if (length := question.length) >= self._positions:
-            raise ValueError(f"a prompt of {length} tokens; the model has {self._positions}")
-        ticket = next(self._tickets)
-        self._waiting.append((ticket, question))
-        return ticket
+        if (length := request.prompt_length) >= self._max_positions:
+            raise ValueError(f"a prompt of {length} tokens; the model has {self._max_positions}")
+        request_id = next(self._request_ids)
+        self._waiting.append((request_id, request))
+        return request_id
 
-    def drop(self, ticket: int) -> None:
-        """Forgets a question, wherever it is."""
-        self._waiting = deque(item for item in self._waiting if item[0] != ticket)
-        for number, slot in self._running():
-            if slot.ticket == ticket and self._rows is not None:
-                self._slots[number] = None
-                status = self._rows.status.at[number].set(FREE)
-                self._rows = self._rows._replace(status=status)
+    def abort(self, request_id: int) -> None:
+        """Drop a request, whether it is waiting or running, and free its row."""
+        self._waiting = deque(item for item in self._waiting if item[0] != request_id)
+        for row, slot in self._running():
+            if slot.request_id == request_id and self._state is not None:
+                self._slots[row] = None
+                status = self._state.status.at[row].set(FREE)
+                self._state = self._state._replace(status=status)
 
-    def clear(self) -> None:
-        """Forgets all questions, and pictures, which may be what went wrong."""
+    def reset(self) -> None:
+        """Drop all requests, and the cached images, which may be the cause of an error."""
         self._waiting.clear()
-        self._pictures.clear()
-        self._rows, self._slots = None, []
+        self._images.clear()
+        self._state = None
+        self._slots = []
 
     @property
-    def free(self) -> int:
-        """Rows that nothing runs in and nothing waits for."""
-        return self.config.rows - len(self._running()) - len(self._waiting)
+    def num_free(self) -> int:
+        """Number of rows that neither run nor are taken by a waiting request."""
+        return self.config.max_batch - len(self._running()) - len(self._waiting)
 
     @property
     def idle(self) -> bool:
-        """Nothing waits and nothing runs."""
+        """Whether no request is waiting or running."""
         return not self._waiting and not self._running()
 
-    def step(self) -> list[tuple[int, Result]]:
-        """Admits questions, runs some passes, and returns what ended (and what streams said)."""
+    def step(self) -> list[tuple[int, Completion]]:
+        """Admit requests, run some decode steps, and return completions by request id.
+
+        Completions are final, or partial ones of requests that stream.
+        """
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            if not self._running():  # a lone question shall not pay for the rows of a former batch
-                self._rows, self._slots = None, []
+            if not self._running():  # one request must not pay for the rows of an earlier batch
+                self._state = None
+                self._slots = []
             self._admit()
             if not self._running():
                 return []
             self._fit()
-            streams = any(slot.question.stream for _, slot in self._running())
-            steps = np.int32(STREAM_STEPS if streams else self.config.steps)
-            self._rows, passes = self.programs(
+            streams = any(slot.request.stream for _, slot in self._running())
+            max_steps = STREAM_STEPS_PER_SYNC if streams else self.config.steps_per_sync
+            num_tokens = len(self._slots) * self._max_width
+            self._state, num_steps = self.counter.call(
                 decoding.decode,
                 self.model.language_model,
-                self._rows,
-                steps,
-                np.int32(self._enough()),
-                **self._ends,
-                together=len(self._slots) * self._width <= self._at_once,
+                self._state,
+                np.int32(max_steps),
+                np.int32(self._min_running()),
+                **self._ids,
+                group_in_one_step=num_tokens <= self._max_tokens_per_step,
             )
-            self.passes += int(passes)
+            self.num_steps += int(num_steps)
             return self._collect()
 
     # Admission
 
     def _admit(self) -> None:
-        """Gives free rows to waiting questions; those of one shape are read together."""
-        free = self.config.rows - len(self._running())
-        chosen = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-        pictures = self._pictures.read([question for _, question in chosen])
-        kinds: dict[tuple[int, int], list[_Slot]] = {}
-        for (ticket, question), seen in zip(chosen, pictures, strict=True):
-            prompt = question.length
-            most = self.config.max_new_tokens
-            budget = most if question.budget is None else min(question.budget, most)
-            limit = min(prompt + budget, self._positions)
-            slot = _Slot(ticket, question, seen, prompt, limit, no_targets(self.model))
-            shape = seen.prefix.valid.shape[1], bucket(len(question.own), SHORTEST, 2)
-            kinds.setdefault(shape, []).append(slot)
-        for (_, length), slots in kinds.items():
-            self._place(slots, self._prefill(slots, length))
+        """Move waiting requests into free rows; requests of equal shape are prefilled together."""
+        num_free = self.config.max_batch - len(self._running())
+        admitted = [self._waiting.popleft() for _ in range(min(num_free, len(self._waiting)))]
+        images = self._images.encode([request for _, request in admitted])
+        by_shape: dict[tuple[int, int], list[_Slot]] = {}
+        for (request_id, request), image in zip(admitted, images, strict=True):
+            length = request.prompt_length
+            limit = self.config.max_new_tokens
+            if request.max_new_tokens is not None:
+                limit = min(request.max_new_tokens, limit)
+            max_length = min(length + limit, self._max_positions)
+            slot = _Slot(request_id, request, image, length, max_length, no_targets(self.model))
+            suffix_bucket = bucket(len(request.suffix), MIN_SUFFIX_BUCKET, 2)
+            shape = image.prefix.valid.shape[1], suffix_bucket
+            by_shape.setdefault(shape, []).append(slot)
+        for (_, suffix_bucket), slots in by_shape.items():
+            self._place(slots, self._prefill(slots, suffix_bucket))
 
-    def _prefill(self, slots: list[_Slot], length: int) -> Rows:
-        """Reads the questions' own text, padded to `length`, in a bucket of 1, 4, 16, ... rows."""
+    def _prefill(self, slots: list[_Slot], length: int) -> DecodeState:
+        """Prefill the requests' text, padded to `length`, in a bucket of 1, 4, 16, ... rows."""
         padded = slots + slots[-1:] * (self._bucket(len(slots)) - len(slots))
-        questions = [slot.question for slot in padded]
-        tokens, lengths = np.zeros((len(padded), length), np.int32), np.ones(len(padded), np.int32)
-        for i, question in enumerate(questions):
-            lengths[i] = len(question.own)
-            tokens[i, : lengths[i]] = question.own
-        self.passes += 1
-        return self.programs(
+        requests = [slot.request for slot in padded]
+        tokens = np.zeros((len(padded), length), np.int32)
+        lengths = np.ones(len(padded), np.int32)
+        for row, request in enumerate(requests):
+            lengths[row] = len(request.suffix)
+            tokens[row, : lengths[row]] = request.suffix
+        self.num_steps += 1
+        return self.counter.call(
             decoding.prefill,
             self.model.language_model,
-            tuple(slot.seen.prefix for slot in padded),
+            tuple(slot.image.prefix for slot in padded),
             tokens,
             lengths,
-            np.asarray([slot.limit - slot.prompt for slot in padded], np.int32),
+            np.asarray([slot.max_length - slot.prompt_length for slot in padded], np.int32),
             Sampling(
-                np.asarray([int(question.seed) % 2**32 for question in questions], np.uint32),
-                np.asarray([question.temperature for question in questions], np.float32),
-                np.asarray([question.top_p for question in questions], np.float32),
+                np.asarray([int(request.seed) % 2**32 for request in requests], np.uint32),
+                np.asarray([request.temperature for request in requests], np.float32),
+                np.asarray([request.top_p for request in requests], np.float32),
             ),
-            room=bucket(self.config.max_new_tokens, AHEAD, 2),
+            token_capacity=bucket(self.config.max_new_tokens, HEADROOM, 2),
         )
 
-    def _place(self, slots: Sequence[_Slot], fresh: Rows) -> None:
-        """Puts fresh rows into the batch, which grows if it must."""
-        running = [number for number, _ in self._running()]
+    def _place(self, slots: Sequence[_Slot], new: DecodeState) -> None:
+        """Insert new rows into the batch, which grows if necessary."""
+        running = [row for row, _ in self._running()]
         size = max(self._bucket(len(running) + len(slots)), len(self._slots))
-        if self._rows is None:
+        if self._state is None:
             self._slots = [*slots, *[None] * (size - len(slots))]
-            self._resize(fresh, range(len(slots)))
+            self._resize(new, range(len(slots)))
             return
-        if size > len(self._slots) or self._needed(slots) > self._rows.valid.shape[1]:
-            before = len(self._slots)
-            self._slots += [None] * (size - before)
-            self._resize(self._rows, range(before), slots)
-        free = [number for number, slot in enumerate(self._slots) if slot is None]
-        places = np.full(fresh.status.shape, len(self._slots), np.int32)  # padding goes nowhere
-        places[: len(slots)] = free[: len(slots)]
-        for number, slot in zip(free, slots, strict=False):
-            self._slots[number] = slot
-        self._rows = self.programs(decoding.insert, self._rows, fresh, places)
+        if size > len(self._slots) or self._capacity(slots) > self._state.valid.shape[1]:
+            old_size = len(self._slots)
+            self._slots += [None] * (size - old_size)
+            self._resize(self._state, range(old_size), slots)
+        free = [row for row, slot in enumerate(self._slots) if slot is None]
+        indices = np.full(new.status.shape, len(self._slots), np.int32)  # padding is dropped
+        indices[: len(slots)] = free[: len(slots)]
+        for row, slot in zip(free, slots, strict=False):
+            self._slots[row] = slot
+        self._state = self.counter.call(decoding.insert, self._state, new, indices)
 
     # The batch on the device
 
     @property
-    def _positions(self) -> int:
+    def _max_positions(self) -> int:
         return self.model.config.language.max_positions
 
     def _running(self) -> list[tuple[int, _Slot]]:
-        return [(number, slot) for number, slot in enumerate(self._slots) if slot is not None]
+        return [(row, slot) for row, slot in enumerate(self._slots) if slot is not None]
 
     def _bucket(self, count: int) -> int:
-        return min(bucket(count), self.config.rows)
+        return min(bucket(count), self.config.max_batch)
 
-    def _enough(self) -> int:
-        """Rows that must run: with one less, a place is free for who waits, or fewer rows do."""
+    def _min_running(self) -> int:
+        """Number of running rows below which a request can be admitted, or the batch can shrink."""
         if self._waiting:
             return len(self._running())
         return next(n for n in itertools.count(1) if self._bucket(n) >= len(self._slots))
 
-    def _needed(self, slots: Iterable[_Slot]) -> int:
-        """Capacity for all that these rows may need for some time."""
-        ends = [min(slot.limit, slot.prompt + slot.count + AHEAD) for slot in slots]
-        return round_capacity(max(ends, default=0) + self._width)
+    def _capacity(self, slots: Iterable[_Slot]) -> int:
+        """Return the cache capacity that these rows need for their next `HEADROOM` tokens."""
+        ends = [
+            min(slot.max_length, slot.prompt_length + slot.num_generated + HEADROOM)
+            for slot in slots
+        ]
+        return round_capacity(max(ends, default=0) + self._max_width)
 
     def _fit(self) -> None:
-        """Gives more positions where a row has none left, and fewer rows where fewer will do."""
+        """Extend the cache where a row has no position left; drop rows where fewer are enough."""
         running = self._running()
-        assert self._rows is not None
+        assert self._state is not None
         size = self._bucket(len(running) + len(self._waiting))
-        end = max(slot.prompt + slot.count for _, slot in running) + self._width
+        end = max(slot.prompt_length + slot.num_generated for _, slot in running) + self._max_width
         if size < len(self._slots):
             self._slots = [slot for _, slot in running] + [None] * (size - len(running))
-            self._resize(self._rows, [number for number, _ in running])
-        elif end > self._rows.valid.shape[1]:
-            self._resize(self._rows, range(len(self._slots)))
+            self._resize(self._state, [row for row, _ in running])
+        elif end > self._state.valid.shape[1]:
+            self._resize(self._state, range(len(self._slots)))
 
-    def _resize(self, rows: Rows, kept: Sequence[int], more: Sequence[_Slot] = ()) -> None:
-        """Brings the rows number `kept` to the front of a batch for `self._slots`."""
-        numbers = np.full(len(self._slots), rows.status.shape[0], np.int32)
-        numbers[: len(kept)] = kept
-        needed = self._needed([*(slot for _, slot in self._running()), *more])
-        self._rows = self.programs(decoding.resize, rows, numbers, capacity=needed)
-
-    # Results
-
-    def _collect(self) -> list[tuple[int, Result]]:
-        """Results of the rows that ended, which become free, and news of streams."""
-        rows = self._rows
-        assert rows is not None
-        status, count, fed, passes = jax.device_get((rows.status, rows.said, rows.fed, rows.passes))
-        told: dict[int, _Slot] = {}
-        for number, slot in self._running():
-            if status[number] != RUNNING or (slot.question.stream and count[number] > slot.count):
-                told[number] = slot
-            slot.count = int(count[number])
-        if not told:
-            return []
-        tokens, chance = jax.device_get((rows.tokens, rows.chance))
-        self._find_targets(told, tokens, np.minimum(count, fed + 1))
-        results = []
-        for number, slot in told.items():
-            ended, seen = status[number] != RUNNING, None
-            if ended and slot.question.keep:
-                length = round_capacity(slot.prompt + int(fed[number]))
-                prefix = self.programs(decoding.keep, rows, np.int32(number), capacity=length)
-                seen = Seen(prefix, slot.seen.maps)
-            result = Result(
-                tokens=tokens[number, : slot.count],
-                chance=chance[number, : slot.count],
-                targets=slot.targets,
-                reason=REASONS[int(status[number])],
-                passes=int(passes[number]),
-                seen=seen,
-            )
-            results.append((slot.ticket, result))
-            if ended:
-                self._slots[number] = None
-        return results
-
-    def _find_targets(
-        self,
-        told: dict[int, _Slot],
-        tokens: Int32[np.ndarray, "b t"],
-        known: Int32[np.ndarray, "b"],
+    def _resize(
+        self, state: DecodeState, rows: Sequence[int], admitted: Sequence[_Slot] = ()
     ) -> None:
-        """Decodes the groups that became complete; `known`: how many tokens have their state."""
-        assert self._rows is not None
-        found = [
-            Found(number, index, slot.seen.maps)
-            for number, slot in told.items()
-            for index in self.vocabulary.find_groups(tokens[number, : known[number]])[
+        """Gather `rows` at the front of a batch for `self._slots` and the `admitted` ones."""
+        indices = np.full(len(self._slots), state.status.shape[0], np.int32)
+        indices[: len(rows)] = rows
+        capacity = self._capacity([*(slot for _, slot in self._running()), *admitted])
+        self._state = self.counter.call(decoding.resize, state, indices, capacity=capacity)
+
+    # Completions
+
+    def _collect(self) -> list[tuple[int, Completion]]:
+        """Return completions of finished rows, which become free, and updates of streams."""
+        state = self._state
+        assert state is not None
+        status, num_generated, num_cached, num_steps = jax.device_get(
+            (state.status, state.num_generated, state.num_cached, state.num_steps)
+        )
+        updated: dict[int, _Slot] = {}
+        for row, slot in self._running():
+            has_news = slot.request.stream and num_generated[row] > slot.num_generated
+            if status[row] != RUNNING or has_news:
+                updated[row] = slot
+            slot.num_generated = int(num_generated[row])
+        if not updated:
+            return []
+        tokens, token_prob = jax.device_get((state.tokens, state.token_prob))
+        self._decode_new_targets(updated, tokens, np.minimum(num_generated, num_cached + 1))
+        completions = []
+        for row, slot in updated.items():
+            finished = status[row] != RUNNING
+            context = None
+            if finished and slot.request.keep_context:
+                capacity = round_capacity(slot.prompt_length + int(num_cached[row]))
+                prefix = self.counter.call(
+                    decoding.extract_prefix, state, np.int32(row), capacity=capacity
+                )
+                context = EncodedImage(prefix, slot.image.maps)
+            completion = Completion(
+                tokens=tokens[row, : slot.num_generated],
+                token_prob=token_prob[row, : slot.num_generated],
+                targets=slot.targets,
+                finish_reason=FINISH_REASONS[int(status[row])],
+                num_steps=int(num_steps[row]),
+                context=context,
+            )
+            completions.append((slot.request_id, completion))
+            if finished:
+                self._slots[row] = None
+        return completions
+
+    def _decode_new_targets(
+        self,
+        updated: dict[int, _Slot],
+        tokens: Int32[np.ndarray, "b t"],
+        num_states: Int32[np.ndarray, "b"],
+    ) -> None:
+        """Decode the masks of groups that became complete.
+
+        `num_states` is the number of each row's tokens whose hidden states are known.
+        """
+        assert self._state is not None
+        pending = [
+            PendingTarget(row, index, slot.image.maps)
+            for row, slot in updated.items()
+            for index in self.vocabulary.find_groups(tokens[row, : num_states[row]])[
                 len(slot.targets.codebook_index) :
             ]
         ]
         decoded = decode_targets(
-            self.model, self.programs, self._rows.states, found, together=self.config.masks
+            self.model,
+            self.counter,
+            self._state.states,
+            pending,
+            batch_size=self.config.mask_batch,
         )
-        for number, targets in decoded.items():
-            told[number].targets = join([told[number].targets, targets])
+        for row, targets in decoded.items():
+            updated[row].targets = concatenate_targets([updated[row].targets, targets])

@@ -1,4 +1,4 @@
-"""Pictures that were read: each is encoded, and its prefix run, once for all its questions."""
+"""LRU cache of encoded images: an image and its prefix are encoded once for all its requests."""
 
 from __future__ import annotations
 
@@ -9,62 +9,74 @@ from collections.abc import Sequence
 import numpy as np
 
 from pixellm_jax.inference import decoding
-from pixellm_jax.inference.compilation import Programs, bucket
-from pixellm_jax.inference.request import Question, Seen
+from pixellm_jax.inference.compilation import CompileCounter, bucket
+from pixellm_jax.inference.request import EncodedImage, Request
 from pixellm_jax.model.pixellm import PixelLM
 
 _Key = tuple[bytes, tuple[int, int], bytes]
 
 
-class Pictures:
-    """Keeps the `limit` pictures that were asked about last; reads `together` at once at most."""
+class ImageCache:
+    """Least-recently-used cache of encoded images, keyed by pixels, size and prefix.
 
-    def __init__(self, model: PixelLM, programs: Programs, *, limit: int, together: int) -> None:
-        self.model, self.programs, self.limit, self.together = model, programs, limit, together
-        self._seen: OrderedDict[_Key, Seen] = OrderedDict()
+    Attributes:
+        capacity: number of images that are kept.
+        batch_size: number of images that are encoded in one call, at most.
+    """
 
-    def read(self, questions: Sequence[Question]) -> list[Seen]:
-        """The picture of every question; equal pictures are read once."""
-        keys = [_key(question) for question in questions]
-        new: dict[int, dict[_Key, Question]] = {}  # by the length of the prefix
-        for key, question in zip(keys, questions, strict=True):
-            if key is not None and key not in self._seen:
-                new.setdefault(question.shared, {})[key] = question
-        for length, unread in new.items():
-            items = list(unread.items())
-            for start in range(0, len(items), self.together):
-                self._read(dict(items[start : start + self.together]), length)
-        found = list[Seen]()
-        for key, question in zip(keys, questions, strict=True):
+    def __init__(
+        self, model: PixelLM, counter: CompileCounter, *, capacity: int, batch_size: int
+    ) -> None:
+        self.model = model
+        self.counter = counter
+        self.capacity = capacity
+        self.batch_size = batch_size
+        self._images: OrderedDict[_Key, EncodedImage] = OrderedDict()
+
+    def encode(self, requests: Sequence[Request]) -> list[EncodedImage]:
+        """Return the encoded image of every request; equal images are encoded once."""
+        keys = [_key(request) for request in requests]
+        missing: dict[int, dict[_Key, Request]] = {}  # by the length of the prefix
+        for key, request in zip(keys, requests, strict=True):
+            if key is not None and key not in self._images:
+                missing.setdefault(request.prefix_length, {})[key] = request
+        for length, by_key in missing.items():
+            items = list(by_key.items())
+            for start in range(0, len(items), self.batch_size):
+                self._encode(dict(items[start : start + self.batch_size]), length)
+        encoded = list[EncodedImage]()
+        for key, request in zip(keys, requests, strict=True):
             if key is not None:
-                self._seen.move_to_end(key)
-            found.append(self._seen[key] if key is not None else question.seen)  # type: ignore
-        while len(self._seen) > self.limit:
-            self._seen.popitem(last=False)
-        return found
+                self._images.move_to_end(key)
+            encoded.append(self._images[key] if key is not None else request.context)  # type: ignore
+        while len(self._images) > self.capacity:
+            self._images.popitem(last=False)
+        return encoded
 
     def clear(self) -> None:
-        """Forgets all pictures."""
-        self._seen.clear()
+        """Forget all images."""
+        self._images.clear()
 
-    def _read(self, unread: dict[_Key, Question], length: int) -> None:
-        """Reads pictures in a bucket of 1, 4, 16, ...; the last one stands in for those missing."""
-        questions, size = list(unread.values()), min(bucket(len(unread)), self.together)
-        questions += questions[-1:] * (size - len(questions))
-        canvases = np.stack([question.canvas for question in questions])  # type: ignore[misc]
-        hw = np.asarray([question.hw for question in questions], np.int32)
-        tokens = np.stack([question.tokens[:length] for question in questions])
-        features = self.programs(decoding.encode, self.model, canvases, hw)
-        prefix = self.programs(
+    def _encode(self, missing: dict[_Key, Request], prefix_length: int) -> None:
+        """Encode images in a bucket of 1, 4, 16, ...; copies of the last one fill it up."""
+        requests = list(missing.values())
+        size = min(bucket(len(missing)), self.batch_size)
+        requests += requests[-1:] * (size - len(requests))
+        canvases = np.stack([request.canvas for request in requests])  # type: ignore[misc]
+        hw = np.asarray([request.hw for request in requests], np.int32)
+        tokens = np.stack([request.tokens[:prefix_length] for request in requests])
+        features = self.counter.call(decoding.encode, self.model, canvases, hw)
+        prefix = self.counter.call(
             decoding.read_prefix, self.model, features.tokens, features.token_valid, tokens
         )
-        pictures = self.programs(decoding.apart, Seen(prefix, features.maps))
-        self._seen.update(zip(unread, pictures, strict=False))
+        images = self.counter.call(decoding.unstack, EncodedImage(prefix, features.maps))
+        self._images.update(zip(missing, images, strict=False))
 
 
-def _key(question: Question) -> _Key | None:
-    if question.seen is not None:
+def _key(request: Request) -> _Key | None:
+    """Return the key of a request's image, None where the request has a context instead."""
+    if request.context is not None:
         return None
-    assert question.canvas is not None
-    digest = hashlib.blake2b(question.canvas.tobytes(), digest_size=16).digest()
-    return digest, question.hw, question.tokens[: question.shared].tobytes()
+    assert request.canvas is not None
+    digest = hashlib.blake2b(request.canvas.tobytes(), digest_size=16).digest()
+    return digest, request.hw, request.tokens[: request.prefix_length].tobytes()

@@ -1,4 +1,4 @@
-"""Targets of answers: their codebook states found, and their masks decoded, many at a time."""
+"""Batched mask decoding: the targets of many answers go through the pixel decoder together."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pixellm_jax.inference import decoding
-from pixellm_jax.inference.compilation import Programs, bucket
+from pixellm_jax.inference.compilation import CompileCounter, bucket
 from pixellm_jax.inference.request import Targets
 from pixellm_jax.model.pixellm import PixelLM
 
 
-class Found(NamedTuple):
-    """A target: its row, where its codebook tokens stand in the answer, its picture's features."""
+class PendingTarget(NamedTuple):
+    """A target whose mask is still to be decoded.
+
+    Attributes:
+        row: row of its answer in the running batch.
+        codebook_index: index in the answer's tokens of each of its codebook tokens.
+        maps: feature maps of its image.
+    """
 
     row: int
     codebook_index: Int32[np.ndarray, "s k"]
@@ -24,36 +30,40 @@ class Found(NamedTuple):
 
 def decode_targets(
     model: PixelLM,
-    programs: Programs,
+    counter: CompileCounter,
     states: Float[Array, "b t d"],
-    found: list[Found],
+    pending: list[PendingTarget],
     *,
-    together: int,
+    batch_size: int,
 ) -> dict[int, Targets]:
-    """Decodes targets of any rows, `together` at once, in buckets of 1, 4, 16, ...; by row."""
+    """Decode the masks of targets, up to `batch_size` in one call, and group them by row.
+
+    `states` are the hidden states of all rows. Calls are padded to a bucket of 1, 4, 16, ...
+    targets.
+    """
     parts = dict[int, list[Targets]]()
-    for start in range(0, len(found), together):
-        part = found[start : start + together]
-        padded = part + part[-1:] * (min(bucket(len(part)), together) - len(part))
-        owners = np.asarray([target.row for target in padded], np.int32)
+    for start in range(0, len(pending), batch_size):
+        part = pending[start : start + batch_size]
+        padded = part + part[-1:] * (min(bucket(len(part)), batch_size) - len(part))
+        rows = np.asarray([target.row for target in padded], np.int32)
         index = np.stack([target.codebook_index for target in padded])
-        chosen = programs(decoding.states_at, states, owners, index)
         maps = tuple(target.maps for target in padded)
-        logits = programs(decoding.decode_masks, model, chosen, maps)
-        chosen, logits = jax.device_get((chosen, logits))
+        on_device = counter.call(decoding.states_at, states, rows, index)
+        logits = counter.call(decoding.decode_masks, model, on_device, maps)
+        target_states, logits = jax.device_get((on_device, logits))
         for row in dict.fromkeys(target.row for target in part):
-            own = np.flatnonzero(owners[: len(part)] == row)
-            parts.setdefault(row, []).append(Targets(index[own], chosen[own], logits[own]))
-    return {row: join(targets) for row, targets in parts.items()}
+            at = np.flatnonzero(rows[: len(part)] == row)
+            parts.setdefault(row, []).append(Targets(index[at], target_states[at], logits[at]))
+    return {row: concatenate_targets(targets) for row, targets in parts.items()}
 
 
-def join(parts: list[Targets]) -> Targets:
-    """One after the other."""
+def concatenate_targets(parts: list[Targets]) -> Targets:
+    """Concatenate the targets of one answer."""
     return Targets(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def no_targets(model: PixelLM) -> Targets:
-    """Those of an answer without any."""
+    """Return the targets of an answer that names none."""
     config = model.config
     shape = 0, config.codebook.scales, config.codebook.tokens_per_scale
     return Targets(

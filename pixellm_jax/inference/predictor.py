@@ -1,4 +1,4 @@
-"""The model for people: a picture and a question in, text and one mask per target out."""
+"""High-level interface: an image and a question in, text and one mask per target out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import os
 import queue
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +14,51 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Int32, UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from pixellm_jax.benchmark_question import IMAGE
-from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.images.geometry import fit
 from pixellm_jax.images.read import read_image
-from pixellm_jax.inference.answer import Answer, AnswerMaker
+from pixellm_jax.inference.answer import Answer, AnswerBuilder
 from pixellm_jax.inference.engine import Engine, EngineConfig
-from pixellm_jax.inference.prepare import serve
-from pixellm_jax.inference.request import Question, Result, Seen
-from pixellm_jax.inference.request_checks import check_draw, check_question
-from pixellm_jax.inference.service import Service
+from pixellm_jax.inference.prepare import prepare_for_inference
+from pixellm_jax.inference.request import (
+    Completion,
+    EncodedImage,
+    Request,
+    check_question,
+    check_sampling,
+)
+from pixellm_jax.inference.service import Service, wait_for
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.text.prompt import TEMPLATES, encode_conversation, question_ids
+from pixellm_jax.text.prompt import TEMPLATES, follow_up_ids, question_ids
 from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.weights import checkpoint
 
-LEAST_ANSWER = 64
-"""Room for so many new tokens must be left by a prompt, of the positions that the model has."""
+MIN_NEW_TOKENS = 64
+"""Number of positions that a prompt must leave for its answer."""
 
-Picture = str | os.PathLike[str] | Image.Image | np.ndarray
-"""A path, an open Pillow image or a uint8 array, in any mode (see `image.read_image`)."""
+ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
+"""A path, an open Pillow image or a uint8 array, in any mode (see `images.read.read_image`)."""
 
 
 class Predictor:
-    """Answers questions about pictures. Any number of threads may use one predictor."""
+    """Answers questions about images. Any number of threads may share one predictor.
+
+    Example:
+        >>> predictor = Predictor.load("pixellm-7b")
+        >>> answer = predictor("desk.jpg", "What could I write with?")
+        >>> print(answer.text, answer.masks.shape)
+
+    Attributes:
+        model: the model, prepared for inference.
+        config: its configuration.
+        vocabulary: its vocabulary.
+        engine: the engine that decodes.
+        service: the queue in front of the engine.
+    """
 
     def __init__(
         self,
@@ -50,30 +66,40 @@ class Predictor:
         vocabulary: Vocabulary,
         *,
         max_new_tokens: int = 512,
-        rows: int = 16,
+        max_batch: int = 16,
         min_score: float = 0.0,
         weights: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
         consume: bool = False,
     ) -> None:
-        """`rows`: questions answered at the same time, at most.
+        """Create a predictor.
 
-        `weights`, `mesh`, `consume`: see `serve`.
+        Args:
+            model: a trained model.
+            vocabulary: its vocabulary.
+            max_new_tokens: maximum number of new tokens of an answer.
+            max_batch: maximum number of questions that are answered at the same time.
+            min_score: masks with a lower score are emptied (`Answer.kept`); from 0 to 1.
+            weights: see `prepare_for_inference`.
+            mesh: see `prepare_for_inference`.
+            consume: see `prepare_for_inference`.
 
-        `min_score`: masks of a lower score are emptied (`Answer.kept`).
+        Raises:
+            InputError: a number outside its range.
         """
-        for name, value in (("max_new_tokens", max_new_tokens), ("rows", rows)):
+        for name, value in (("max_new_tokens", max_new_tokens), ("max_batch", max_batch)):
             if value < 1:
                 raise InputError(f"{name}={value}: expected at least 1")
         if not 0 <= min_score <= 1:
             raise InputError(f"min_score={min_score}: expected a probability, from 0 to 1")
-        self.model = serve(model, weights=weights, mesh=mesh, consume=consume)
-        self.config, self.vocabulary = model.config, vocabulary
-        self.max_new_tokens, self.min_score = max_new_tokens, min_score
-        settings = EngineConfig(rows=rows, max_new_tokens=max_new_tokens)
-        self.engine = Engine(self.model, vocabulary, settings, mesh=mesh)
-        self._service = Service(self.engine, waiting=max(256, 4 * rows))
-        self._finishing = ThreadPoolExecutor(1, "pixellm masks")
+        self.model = prepare_for_inference(model, weights=weights, mesh=mesh, consume=consume)
+        self.config = model.config
+        self.vocabulary = vocabulary
+        self.max_new_tokens = max_new_tokens
+        self.min_score = min_score
+        config = EngineConfig(max_batch=max_batch, max_new_tokens=max_new_tokens)
+        self.engine = Engine(self.model, vocabulary, config, mesh=mesh)
+        self.service = Service(self.engine, max_queue=max(256, 4 * max_batch))
 
     @classmethod
     def load(
@@ -84,10 +110,13 @@ class Predictor:
         mesh: jax.sharding.Mesh | None = None,
         **options: Any,
     ) -> Predictor:
-        """Reads a checkpoint folder made by `pixellm convert`, straight onto the devices of `mesh`.
+        """Load a checkpoint folder made by `pixellm convert`, straight onto the devices of `mesh`.
 
-        `dtype` ("float32" or "bfloat16") replaces the compute dtype of the checkpoint. The other
-        options are those of the class.
+        Args:
+            path: the checkpoint folder.
+            dtype: compute dtype, "float32" or "bfloat16"; None for the checkpoint's.
+            mesh: mesh over which the weights are sharded.
+            options: the other arguments of the class.
 
         Raises:
             InputError: `path` is not a checkpoint, or it is damaged.
@@ -99,141 +128,126 @@ class Predictor:
 
     def __call__(
         self,
-        image: Picture,
+        image: ImageSource,
         question: str,
         *,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | np.integer = 0,
     ) -> Answer:
-        """Answers `question` about `image`.
+        """Answer `question` about `image`.
 
-        EXIF orientation is applied first: masks belong to the upright picture. Temperature 0 says
-        the most likely words; above 0 words are drawn, the same for the same `seed`.
+        EXIF orientation is applied first: masks belong to the upright image. Temperature 0 decodes
+        greedily; above 0, tokens are sampled, reproducibly for the same `seed`.
 
         Raises:
             InputError: an image that cannot be read or is too elongated, a question that is empty
                 or too long for the model, or weights that are not finite.
         """
-        draw: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
-        answer = _wait(self.submit(image, question, **draw))
-        if answer.reason == "damaged":
-            self._check_weights()
+        request, finish = self.prepare(
+            image, question, temperature=temperature, top_p=top_p, seed=seed
+        )
+        answer: Answer = wait_for(self.service.submit(request, finish))
+        if answer.finish_reason == "non_finite":
+            self.check_weights()
         return answer
 
     def submit(
-        self, image: Picture, question: str, *, timeout: float | None = None, **draw: Any
+        self, image: ImageSource, question: str, *, timeout: float | None = None, **sampling: Any
     ) -> Future[Answer]:
-        """The answer, later; `draw` as in a call. Other questions are answered at the same time.
+        """Return a future of the answer; other questions are answered at the same time.
 
-        Waits, up to `timeout` seconds, while very many questions are waiting. A callback of the
-        future must not wait for another answer: it runs in the thread that makes the masks.
+        Blocks for up to `timeout` seconds while the queue is full. Cancelling the future frees its
+        row. A callback of the future must not wait for another answer: it runs in the thread that
+        makes the masks. `sampling`: as in a call.
 
         Raises:
-            InputError: as a call, but for weights: the reason of the answer is then "damaged".
-            queue.Full: no place in the queue became free.
+            InputError: as a call, except for weights that are not finite: then the answer's
+                `finish_reason` is "non_finite".
+            queue.Full: no place in the queue became free in time.
         """
-        asked, make = self._ask(image, question, **draw)
-        return self._promise(self._service.submit(asked, timeout=timeout), make)
+        request, finish = self.prepare(image, question, **sampling)
+        return self.service.submit(request, finish, timeout=timeout)
 
-    def _promise(self, result: Future[Result], make: AnswerMaker) -> Future[Answer]:
-        """The answer that will be made of a result, in a thread for that."""
-        answer = Future[Answer]()
+    def stream(self, image: ImageSource, question: str, **sampling: Any) -> Iterator[Answer]:
+        """Yield the answer as it grows: text at once, a mask as soon as its target is complete.
 
-        def finish() -> None:
-            if answer.set_running_or_notify_cancel():
-                try:
-                    answer.set_result(make(result.result()))
-                except BaseException as error:  # raised where the answer is waited for
-                    answer.set_exception(error)
-
-        def dropped(answer: Future[Answer]) -> None:
-            if answer.cancelled():
-                self._service.drop(result)
-
-        def ended(_: Future[Result]) -> None:
-            try:
-                self._finishing.submit(finish)
-            except RuntimeError:  # the main thread has ended, others go on
-                finish()
-
-        answer.add_done_callback(dropped)
-        result.add_done_callback(ended)
-        return answer
-
-    def stream(self, image: Picture, question: str, **draw: Any) -> Iterator[Answer]:
-        """The answer as it grows: text at once, a mask as soon as its target is complete.
-
-        The last answer has ended. `draw`, and what is raised: as in `submit`.
+        The last answer is the final one; closing the iterator frees its row. `sampling`, and what
+        is raised: as in `submit`.
         """
-        asked, make = self._ask(image, question, **draw)
-        return map(make, self._service.stream(asked))
+        request, build = self.prepare(image, question, **sampling)
+        return map(build, self.service.stream(request))
 
-    def conversation(self, image: Picture) -> Conversation:
-        """Several questions about one picture, each of which knows those before it."""
-        return Conversation(self, read_image(image))
+    def chat(self, image: ImageSource) -> ChatSession:
+        """Start a chat about one image: each question can refer to the previous ones."""
+        return ChatSession(self, read_image(image))
 
     def batch(
-        self, pairs: Sequence[tuple[Picture, str]], *, progress: bool = False, **draw: Any
+        self, pairs: Sequence[tuple[ImageSource, str]], *, progress: bool = False, **sampling: Any
     ) -> list[Answer]:
-        """Answers all pairs of picture and question, in their order.
+        """Answer all pairs of an image and a question, in their order.
 
-        `progress` shows a bar. `draw`: as in a call. (`each` goes on where this raises.)
+        `progress` shows a progress bar. `sampling`: as in a call. Use `each` to continue after an
+        error.
 
         Raises:
-            InputError: a pair cannot be answered; its number is named.
+            InputError: a pair cannot be answered; the message names its index.
         """
         answers: dict[int, Answer] = {}
         with tqdm(total=len(pairs), disable=not progress, unit="question") as bar:
-            for number, answer in self.each(pairs, **draw):
+            for index, answer in self.each(pairs, **sampling):
                 if isinstance(answer, InputError):
-                    raise InputError(f"pair {number}: {answer}")
-                answers[number] = answer
+                    raise InputError(f"pair {index}: {answer}")
+                answers[index] = answer
                 bar.update()
-        return [answers[number] for number in range(len(pairs))]
+        return [answers[index] for index in range(len(pairs))]
 
     def each(
-        self, pairs: Iterable[tuple[Picture, str]], **draw: Any
+        self, pairs: Iterable[tuple[ImageSource, str]], **sampling: Any
     ) -> Iterator[tuple[int, Answer | InputError]]:
-        """Number and answer of every pair, as they come; pairs are read as rows become free.
+        """Yield the index and the answer of every pair, in the order in which they finish.
 
-        Where a pair cannot be answered, the error stands in place of its answer.
+        Pairs are read as rows become free. Where a pair cannot be answered, its error takes the
+        place of the answer.
         """
-        together = self.engine.config.rows
-        under_way: dict[Future[Answer], int] = {}
-        ended: queue.SimpleQueue[Future[Answer]] = queue.SimpleQueue()
-        coming, left = enumerate(pairs), True
+        max_batch = self.engine.config.max_batch
+        indices: dict[Future[Answer], int] = {}
+        finished: queue.SimpleQueue[Future[Answer]] = queue.SimpleQueue()
+        remaining = enumerate(pairs)
+        more = True
         try:
-            while left or under_way:
-                asked = list[tuple[int, Question, AnswerMaker]]()
+            while more or indices:
+                prepared = list[tuple[int, tuple[Request, AnswerBuilder]]]()
                 failed = list[tuple[int, InputError]]()
-                missing = max(2 * together - len(under_way), 0)
-                for number, (image, question) in itertools.islice(coming, missing):
+                missing = max(2 * max_batch - len(indices), 0)
+                for index, (image, question) in itertools.islice(remaining, missing):
                     try:
-                        asked.append((number, *self._ask(image, question, **draw)))
+                        prepared.append((index, self.prepare(image, question, **sampling)))
                     except InputError as error:
-                        failed.append((number, error))
-                left = len(asked) + len(failed) == missing
-                results = self._service.submit_together([question for _, question, _ in asked])
-                for (number, _, make), result in zip(asked, results, strict=True):
-                    future = self._promise(result, make)
-                    under_way[future] = number
-                    future.add_done_callback(ended.put)
+                        failed.append((index, error))
+                more = len(prepared) + len(failed) == missing
+                futures = self.service.submit_all([job for _, job in prepared])
+                for (index, _), future in zip(prepared, futures, strict=True):
+                    indices[future] = index
+                    future.add_done_callback(finished.put)
                 yield from failed
-                while under_way and (len(under_way) > together or not left):
-                    future = ended.get()
-                    yield under_way.pop(future), _answer_or_error(future)
+                while indices and (len(indices) > max_batch or not more):
+                    future = finished.get()
+                    yield indices.pop(future), _answer_or_error(future)
         finally:
-            for future in under_way:
+            for future in indices:
                 future.cancel()
 
-    def _ask(self, image: Picture, question: str, **draw: Any) -> tuple[Question, AnswerMaker]:
-        """What the engine is asked, and what makes an answer of its result."""
-        check_draw(**draw)
-        picture = read_image(image)
-        return self._question(picture, question)._replace(**draw), self._maker(picture)
+    def prepare(
+        self, image: ImageSource, question: str, **sampling: Any
+    ) -> tuple[Request, AnswerBuilder]:
+        """Return the request of a question, and the function that finishes its completion.
 
-    def _question(self, picture: np.ndarray, question: str) -> Question:
+        Raises:
+            InputError: as a call.
+        """
+        check_sampling(**sampling)
+        pixels = read_image(image)
         check_question(question)
         tokens = question_ids(
             self.vocabulary,
@@ -241,24 +255,35 @@ class Predictor:
             question,
             image_tokens=self.config.image_tokens,
         )
-        self._check_length(len(tokens), "the question makes a prompt")
-        canvas, hw = fit(picture, self.config.vision.canvas)
-        return Question(tokens, canvas, hw)
+        self.check_prompt_length(len(tokens), "the question makes a prompt")
+        canvas, hw = fit(pixels, self.config.vision.canvas)
+        return Request(tokens, canvas, hw, **sampling), self.answer_builder(pixels)
 
-    def _check_length(self, length: int, what: str) -> None:
-        limit = self.config.language.max_positions - min(self.max_new_tokens, LEAST_ANSWER)
+    def answer_builder(self, pixels: UInt8[np.ndarray, "y x 3"]) -> AnswerBuilder:
+        """Return a function that builds answers about an image from completions."""
+        height, width, _ = pixels.shape
+        canvas = self.config.vision.canvas
+        return AnswerBuilder(self.vocabulary, (height, width), canvas, self.min_score)
+
+    def check_prompt_length(self, length: int, what: str) -> None:
+        """Check that a prompt leaves positions for an answer; errors begin with `what`.
+
+        Raises:
+            InputError: it does not.
+        """
+        limit = self.config.language.max_positions - min(self.max_new_tokens, MIN_NEW_TOKENS)
         if length > limit:
             raise InputError(
                 f"{what} of {length} tokens, the model has room for {limit} before an answer; "
                 "shorten it"
             )
 
-    def _maker(self, picture: np.ndarray) -> AnswerMaker:
-        hw, canvas = picture.shape[:2], self.config.vision.canvas
-        return AnswerMaker(self.vocabulary, hw, canvas, self.min_score)
+    def check_weights(self) -> None:
+        """Check that all weights are finite.
 
-    def _check_weights(self) -> None:
-        """Names weights that are not finite, if there are any."""
+        Raises:
+            InputError: a weight is not; the message names it.
+        """
         for path, variable in nnx.to_flat_state(nnx.state(self.model)):
             value = variable[...]
             if jnp.issubdtype(value.dtype, jnp.floating) and not jnp.isfinite(value).all():
@@ -268,76 +293,76 @@ class Predictor:
                 )
 
 
-class Conversation:
-    """Questions about one picture in turn. What was said is not read again: its cache is kept.
+class ChatSession:
+    """Questions about one image in turn, each of which can refer to the previous ones.
 
-    answers: so far. masks: of all of them; the targets of a conversation are numbered through.
+    Example:
+        >>> chat = predictor.chat("desk.jpg")
+        >>> chat("What could I write with?").text
+        >>> chat("And which of these is nearest?").masks
+
+    Attributes:
+        predictor: the predictor that answers.
+        image: RGB pixels.
+        answers: the answers so far.
     """
 
-    def __init__(self, predictor: Predictor, picture: UInt8[np.ndarray, "y x 3"]) -> None:
-        self.predictor, self.picture = predictor, picture
+    def __init__(self, predictor: Predictor, image: UInt8[np.ndarray, "y x 3"]) -> None:
+        self.predictor = predictor
+        self.image = image
         self.answers: tuple[Answer, ...] = ()
-        self._seen: Seen | None = None
-        self._unread = np.zeros(0, np.int32)
+        self._context: EncodedImage | None = None
+        self._uncached = np.zeros(0, np.int32)  # ids of the last answer that are not in its cache
 
     @property
     def masks(self) -> Bool[np.ndarray, "m y x"]:
-        """Of all answers."""
-        none = np.zeros((0, *self.picture.shape[:2]), bool)
+        """Masks of all answers, in order."""
+        none = np.zeros((0, *self.image.shape[:2]), bool)
         return np.concatenate([none, *(answer.masks for answer in self.answers)])
 
-    def __call__(self, question: str, **draw: Any) -> Answer:
-        """The next answer; `answer.earlier` holds those before it. `draw`: as of the predictor.
+    def __call__(self, question: str, **sampling: Any) -> Answer:
+        """Return the next answer, whose `earlier` are the previous ones.
+
+        Args:
+            question: the next question.
+            sampling: `temperature`, `top_p` and `seed`, as in `Predictor.__call__`.
 
         Raises:
-            InputError: as of the predictor, or the conversation is too long for the model.
+            InputError: as in `Predictor.__call__`, or the chat is too long for the model.
         """
-        check_draw(**draw)
-        predictor, before = self.predictor, 0
-        if self._seen is None:
-            asked = predictor._question(self.picture, question)
-        else:
-            check_question(question)
-            own = follow_up_ids(predictor.vocabulary, predictor.config, question)
-            asked = Question(np.concatenate([self._unread, own]), seen=self._seen)
-            before = int(self._seen.prefix.length[0])
-            length = before + len(asked.tokens)
-            predictor._check_length(length, "the conversation makes a prompt")
-        result = _wait(predictor._service.submit(asked._replace(keep=True, **draw)))
-        answer = predictor._maker(self.picture)(result, self.answers)
-        if answer.reason == "damaged":
-            predictor._check_weights()
+        request, build = self._prepare(question, **sampling)
+
+        def finish(completion: Completion) -> tuple[Answer, Completion]:
+            return build(completion, self.answers), completion
+
+        answer, completion = wait_for(self.predictor.service.submit(request, finish))
+        if answer.finish_reason == "non_finite":
+            self.predictor.check_weights()
             raise InputError(
-                "the answer has numbers that are not finite; the conversation goes on without it"
+                "the answer has values that are not finite; the conversation continues without it"
             )
         self.answers += (answer,)
-        self._seen = result.seen
-        assert result.seen is not None
-        fed = int(result.seen.prefix.length[0]) - before - len(asked.tokens)
-        end = [] if answer.complete else [predictor.vocabulary.eos]
-        self._unread = np.asarray([*result.tokens[fed:], *end], np.int32)
+        assert completion.context is not None
+        num_cached = int(completion.context.prefix.length[0]) - request.prompt_length
+        end = [] if answer.complete else [self.predictor.vocabulary.eos]
+        self._uncached = np.asarray([*completion.tokens[num_cached:], *end], np.int32)
+        self._context = completion.context
         return answer
 
-
-def follow_up_ids(
-    vocabulary: Vocabulary, config: ModelConfig, question: str
-) -> Int32[np.ndarray, "t"]:
-    """Ids that follow on the `</s>` of an answer: the next question, up to where its answer starts.
-
-    They do not depend on what was said before, because `</s>` cuts a text for the tokenizer.
-    """
-    said = [f"{IMAGE}\n?", "!", question, ""]
-    ids, supervised, _ = encode_conversation(vocabulary, TEMPLATES[config.template], said, images=1)
-    return ids[1 + int(np.flatnonzero(supervised)[-1]) :]
-
-
-def _wait(future: Future[Any]) -> Any:
-    """The result; whoever stops waiting needs no answer."""
-    try:
-        return future.result()
-    except BaseException:
-        future.cancel()
-        raise
+    def _prepare(self, question: str, **sampling: Any) -> tuple[Request, AnswerBuilder]:
+        """Return the request of a question, and the builder of its answer."""
+        predictor = self.predictor
+        if self._context is None:
+            request, build = predictor.prepare(self.image, question, **sampling)
+            return request._replace(keep_context=True), build
+        check_sampling(**sampling)
+        check_question(question)
+        template = TEMPLATES[predictor.config.template]
+        ids = follow_up_ids(predictor.vocabulary, template, question)
+        tokens = np.concatenate([self._uncached, ids])
+        request = Request(tokens, context=self._context, keep_context=True, **sampling)
+        predictor.check_prompt_length(request.prompt_length, "the conversation makes a prompt")
+        return request, predictor.answer_builder(self.image)
 
 
 def _answer_or_error(future: Future[Answer]) -> Answer | InputError:

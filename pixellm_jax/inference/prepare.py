@@ -1,4 +1,4 @@
-"""A model made ready for answering: layers apart, weights in the form in which they are read."""
+"""Model preparation for inference: unstacked layers, merged LoRA, cast or quantised weights."""
 
 from __future__ import annotations
 
@@ -14,34 +14,37 @@ from pixellm_jax.model.quantize import Bits, quantize
 from pixellm_jax.sharding import weight_sharding
 
 WEIGHTS: dict[str, Bits] = {"int8": 8, "int4": 4}
-"""Names of what `serve` can make of the language model's projections, and their bits."""
+"""Weight-only quantisation schemes of the language model's projections: name -> bits."""
 
 
-def serve(
+def prepare_for_inference(
     model: PixelLM,
     *,
     weights: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     consume: bool = False,
 ) -> PixelLM:
-    """A copy whose language model has its layers apart and its matrices in the compute dtype.
+    """Return a copy whose language model has unstacked layers and matrices in the compute dtype.
 
-    Layers apart are read where they are; slices of stacked ones would be copied at every pass.
+    Unstacked layers are read in place; slices of stacked layers would be copied at every step.
     Arrays that need no change are shared with `model`, which stays as it is.
 
-    weights: "int8" or "int4" for the projections of the layers (see `quantize`). The vision
-        encoder, projectors, codebook, pixel decoder, embeddings, head and norms stay as they are.
-    mesh: all weights are spread over it, by the rules of `sharding`.
-    consume: `model` is used up, for it and its copy need not both fit: memory holds the layers once
-        and, for a moment, the largest of their stacked arrays.
+    Args:
+        model: the model to copy.
+        weights: "int8" or "int4" to quantise the projections of the language model's layers (see
+            `quantize`). The vision encoder, projectors, codebook, pixel decoder, embeddings, head
+            and norms stay as they are.
+        mesh: mesh over which all weights are sharded by the rules of `sharding`.
+        consume: use up `model`, so that it and its copy need not both fit in memory: peak memory is
+            the layers once and the largest of their stacked arrays.
 
     Raises:
-        InputError: `weights` is something else.
+        InputError: `weights` is not a known scheme.
     """
     if weights is not None and weights not in WEIGHTS:
         raise InputError(f"weights={weights!r}: choose from {', '.join(WEIGHTS)}")
-    served = jax.tree.map(lambda leaf: leaf, model)
-    language = served.language_model
+    prepared = jax.tree.map(lambda leaf: leaf, model)
+    language = prepared.language_model
     merge_lora(language.layers)
     language.layers = nnx.List(language.blocks(consume=consume))
     dtype = jnp.dtype(model.config.dtype)
@@ -54,7 +57,7 @@ def serve(
             if isinstance(projection, Projection):
                 projection.weight.set_value(projection.weight[...].astype(dtype))
     if mesh is not None:
-        for _, variable in nnx.to_flat_state(nnx.state(served)):
-            place = weight_sharding(variable.get_metadata()["axes"], variable.shape, mesh)
-            variable.set_value(jax.device_put(variable[...], place))
-    return served
+        for _, variable in nnx.to_flat_state(nnx.state(prepared)):
+            sharding = weight_sharding(variable.get_metadata()["axes"], variable.shape, mesh)
+            variable.set_value(jax.device_put(variable[...], sharding))
+    return prepared

@@ -1,4 +1,4 @@
-"""Choosing the next token: the most likely one, or a draw that depends on its own row alone."""
+"""Token sampling: greedy, or temperature with top-p (nucleus), reproducible for each row."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Float32, Int32, UInt32
 
 Array = Any
-"""On the host a numpy array, on the device a jax array."""
+"""A numpy array on the host, a jax array on the device."""
 
 
 class Sampling(NamedTuple):
-    """How each row chooses. `temperature` 0: the most likely token.
+    """Sampling parameters of each row.
 
-    Above 0, tokens are drawn from softmax(logits / temperature), cut to the fewest most likely
-    tokens whose probabilities add up to `top_p` at least. The draw of a row's i-th token depends on
-    its `seed` and i, so on no other row and on no earlier call.
+    The i-th token of a row depends on the row's `seed` and on i only: neither the other rows of the
+    batch nor earlier calls change it.
+
+    Attributes:
+        seed: seed of the row's random numbers.
+        temperature: 0 selects the most likely token; above 0, tokens are sampled from
+            softmax(logits / temperature).
+        top_p: probability mass to sample from: the smallest set of most likely tokens whose
+            probabilities sum to at least `top_p`.
     """
 
     seed: UInt32[Array, "b"]
@@ -25,30 +31,34 @@ class Sampling(NamedTuple):
     top_p: Float32[Array, "b"]
 
 
-def choose(
-    logits: Float32[Array, "b v"], sampling: Sampling, number: Int32[Array, "b"]
+def sample_tokens(
+    logits: Float32[Array, "b v"], sampling: Sampling, index: Int32[Array, "b"]
 ) -> Int32[Array, "b"]:
-    """A token per row; `number` counts the row's tokens so far. Nothing is drawn if none draws."""
+    """Select one token per row, whose index in its row's answer is `index`.
+
+    If all rows are greedy, the sampling branch is skipped.
+    """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def draw() -> Int32[Array, "b"]:
+    def sample() -> Int32[Array, "b"]:
         scaled = logits / jnp.maximum(sampling.temperature, 1e-6)[:, None]
         likely = jnp.where(nucleus(scaled, sampling.top_p), scaled, -jnp.inf)
-        noise = jax.vmap(lambda seed, i: _gumbel(seed, i, logits.shape[1]))(sampling.seed, number)
-        drawn = jnp.argmax(likely + noise, axis=-1).astype(jnp.int32)
-        return jnp.where(sampling.temperature > 0, drawn, greedy)
+        noise = jax.vmap(lambda seed, i: _gumbel(seed, i, logits.shape[1]))(sampling.seed, index)
+        sampled = jnp.argmax(likely + noise, axis=-1).astype(jnp.int32)
+        return jnp.where(sampling.temperature > 0, sampled, greedy)
 
-    return jax.lax.cond((sampling.temperature > 0).any(), draw, lambda: greedy)
+    return jax.lax.cond((sampling.temperature > 0).any(), sample, lambda: greedy)
 
 
 def nucleus(logits: Float32[Array, "b v"], top_p: Float32[Array, "b"]) -> Bool[Array, "b v"]:
-    """The most likely tokens, as few as add up to `top_p`; equally likely ones go together."""
-    chance = jax.nn.softmax(logits, axis=-1)
-    falling = -jnp.sort(-chance, axis=-1)
-    before = jnp.cumsum(falling, axis=-1) - falling
-    least = jnp.min(jnp.where(before < top_p[:, None], falling, falling[:, :1]), axis=-1)
-    return chance >= least[:, None]
+    """Select the most likely tokens whose probabilities sum to `top_p`; ties stay together."""
+    probs = jax.nn.softmax(logits, axis=-1)
+    descending = -jnp.sort(-probs, axis=-1)
+    mass_before = jnp.cumsum(descending, axis=-1) - descending
+    in_nucleus = mass_before < top_p[:, None]
+    threshold = jnp.min(jnp.where(in_nucleus, descending, descending[:, :1]), axis=-1)
+    return probs >= threshold[:, None]
 
 
-def _gumbel(seed: UInt32[Array, ""], number: Int32[Array, ""], size: int) -> Float[Array, "v"]:
-    return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), number), (size,))
+def _gumbel(seed: UInt32[Array, ""], index: Int32[Array, ""], size: int) -> Float[Array, "v"]:
+    return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), index), (size,))

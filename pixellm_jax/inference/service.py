@@ -1,7 +1,8 @@
-"""An engine for several threads: they put questions in a queue, and one thread runs the engine.
+"""Thread-safe front of an engine: any thread submits requests, one thread runs the engine.
 
-The thread exists as long as there is something to do. An error of the engine is raised where the
-questions under way are waited for, and the next question finds an engine that works.
+The engine thread exists only while there is work. Completions are turned into results (text, masks)
+in one post-processing thread, so that the engine never waits for it. An error of the engine is
+raised where the affected requests are waited for; later requests find a working engine.
 """
 
 from __future__ import annotations
@@ -9,91 +10,139 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 from pixellm_jax.inference.engine import Engine
-from pixellm_jax.inference.request import Question, Result
+from pixellm_jax.inference.request import Completion, Request
 
-_Deliver = Callable[[Result | BaseException], None]
-_Item = tuple[Question, _Deliver, object]
-"""A question, who gets its results, and the token by which it can be dropped."""
+Finish = Callable[[Completion], Any]
+"""Turns the final completion of a request into the result of its future."""
+
+_Outcome = Completion | BaseException
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """A submitted request.
+
+    Attributes:
+        request: the request.
+        deliver: called with each completion, or with the error, in the engine thread.
+        token: object that identifies the job to `Service.abort`.
+    """
+
+    request: Request
+    deliver: Callable[[_Outcome], None]
+    token: object
+
+
+def unchanged(completion: Completion) -> Completion:
+    """Return the completion itself: the default `finish` function."""
+    return completion
 
 
 class Service:
-    """Serves questions of any thread, in the order in which they come.
+    """Runs the requests of any number of threads through one engine, first come, first served.
 
-    `waiting`: most questions in the queue; whoever brings one more waits.
+    Example:
+        >>> service = Service(engine)
+        >>> future = service.submit(request, finish=lambda completion: completion.tokens)
+        >>> tokens = future.result()
+
+    Cancelling a future aborts its request, whether it is queued or running, and frees its row.
     """
 
-    def __init__(self, engine: Engine, *, waiting: int = 256) -> None:
+    def __init__(self, engine: Engine, *, max_queue: int = 256) -> None:
+        """Create a service whose queue holds `max_queue` requests; a further `submit` blocks."""
         self.engine = engine
-        self._inbox: queue.Queue[_Item] = queue.Queue(waiting)
+        self._inbox: queue.Queue[_Job] = queue.Queue(max_queue)
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._under_way: dict[int, tuple[_Deliver, object]] = {}
+        self._post_processing = ThreadPoolExecutor(1, "pixellm post-processing")
+        self._running: dict[int, _Job] = {}
         self._live: set[object] = set()
-        self._dropped: set[object] = set()
+        self._aborted: set[object] = set()
 
-    def submit(self, question: Question, *, timeout: float | None = None) -> Future[Result]:
-        """The result, later. Waits up to `timeout` seconds for a place in the queue.
+    def submit(
+        self, request: Request, finish: Finish = unchanged, *, timeout: float | None = None
+    ) -> Future[Any]:
+        """Queue a request; its future resolves to `finish(completion)`.
+
+        `finish` runs in the post-processing thread. Blocks for up to `timeout` seconds while the
+        queue is full.
 
         Raises:
-            queue.Full: there was none.
+            queue.Full: no place in the queue became free in time.
         """
-        future, item = _promise(question)
-        self._put([item], timeout)
+        future, job = self._make_job(request, finish)
+        self._put([job], timeout)
         return future
 
-    def submit_together(self, questions: Sequence[Question]) -> list[Future[Result]]:
-        """The results, later. Where nothing is under way, all start at once, as one batch.
+    def submit_all(self, requests: Sequence[tuple[Request, Finish]]) -> list[Future[Any]]:
+        """Queue several requests; if the engine is idle, they start together, as one batch.
 
-        Waits where the queue has no room for all.
+        Blocks while the queue does not hold all of them.
         """
-        futures, items = [], []
-        for question in questions:
-            future, item = _promise(question)
-            futures.append(future)
-            items.append(item)
-        self._put(items, None)
-        return futures
+        made = [self._make_job(request, finish) for request, finish in requests]
+        self._put([job for _, job in made], None)
+        return [future for future, _ in made]
 
-    def stream(self, question: Question) -> Iterator[Result]:
-        """Results as they grow; the last one has ended. Leaving early drops the question."""
-        results: queue.SimpleQueue[Result | BaseException] = queue.SimpleQueue()
-        self._put([(question._replace(stream=True), results.put, results)], None)
-        ended = False
+    def stream(self, request: Request) -> Iterator[Completion]:
+        """Yield partial completions and then the final one; closing the iterator aborts."""
+        outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
+        self._put([_Job(request._replace(stream=True), outcomes.put, outcomes)], None)
+        finished = False
         try:
-            while not ended:
-                found = results.get()
-                if isinstance(found, BaseException):
-                    ended = True
-                    raise found
-                ended = found.reason != "running"
-                yield found
+            while not finished:
+                outcome = outcomes.get()
+                if isinstance(outcome, BaseException):
+                    finished = True
+                    raise outcome
+                finished = outcome.finished
+                yield outcome
         finally:
-            if not ended:
-                self.drop(results)
+            if not finished:
+                self.abort(outcomes)
 
-    def drop(self, token: object) -> None:
-        """Forgets the question of a future (or of a stream): nothing more is delivered."""
+    def abort(self, token: object) -> None:
+        """Abort the request of a future or stream: nothing more is delivered."""
         with self._lock:
             if token in self._live:
-                self._dropped.add(token)
+                self._aborted.add(token)
 
-    def _put(self, items: Sequence[_Item], timeout: float | None) -> None:
-        """Queues questions, then starts the thread; before, where the queue is full."""
+    def _make_job(self, request: Request, finish: Finish) -> tuple[Future[Any], _Job]:
+        future = Future[Any]()
+
+        def deliver(outcome: _Outcome) -> None:
+            if isinstance(outcome, Completion) and not outcome.finished:
+                return
+            try:
+                self._post_processing.submit(_resolve, future, finish, outcome)
+            except RuntimeError:  # the main thread has ended while others still run
+                _resolve(future, finish, outcome)
+
+        def abort_if_cancelled(future: Future[Any]) -> None:
+            if future.cancelled():
+                self.abort(future)
+
+        future.add_done_callback(abort_if_cancelled)
+        return future, _Job(request, deliver, future)
+
+    def _put(self, jobs: Sequence[_Job], timeout: float | None) -> None:
+        """Queue jobs, then start the engine thread; start it earlier if the queue is full."""
         try:
-            for item in items:
-                token = item[2]
-                self._live.add(token)
+            for job in jobs:
+                self._live.add(job.token)
                 try:
-                    self._inbox.put_nowait(item)
+                    self._inbox.put_nowait(job)
                 except queue.Full:
                     self._start()
                     try:
-                        self._inbox.put(item, timeout=timeout)
+                        self._inbox.put(job, timeout=timeout)
                     except BaseException:
-                        self._live.discard(token)
+                        self._live.discard(job.token)
                         raise
         finally:
             self._start()
@@ -104,68 +153,83 @@ class Service:
                 self._thread = threading.Thread(target=self._run, name="pixellm engine")
                 try:
                     self._thread.start()
-                except RuntimeError:  # no thread can be had; the next question tries again
+                except RuntimeError:  # no thread available; the next submission tries again
                     self._thread = None
                     raise
 
     def _run(self) -> None:
+        """Run the engine until there is no more work."""
         while True:
             with self._lock:
                 if self._inbox.empty() and self.engine.idle:
                     self._thread = None
-                    self._dropped.clear()
+                    self._aborted.clear()
                     return
-                dropped, self._dropped = self._dropped, set()
+                aborted, self._aborted = self._aborted, set()
             try:
-                self._turn(dropped)
-            except BaseException as error:  # whoever waits must hear of it
-                self.engine.clear()
-                under_way, self._under_way = self._under_way, {}
-                for deliver, token in under_way.values():
-                    self._live.discard(token)
-                    deliver(error)
+                self._step(aborted)
+            except BaseException as error:  # delivered to everyone who waits
+                self.engine.reset()
+                running, self._running = self._running, {}
+                for job in running.values():
+                    self._live.discard(job.token)
+                    job.deliver(error)
 
-    def _turn(self, dropped: set[object]) -> None:
-        """Takes questions for the free rows and one more, and lets the engine make a step.
+    def _step(self, aborted: set[object]) -> None:
+        """Move queued requests into the engine, abort cancelled ones, and run one engine step.
 
-        That one tells the engine to look up as soon as a row is free.
+        One request more than there are free rows is moved: a waiting request makes the engine
+        return as soon as a row is free.
         """
-        while self.engine.free >= 0 and not self._inbox.empty():
-            question, deliver, token = self._inbox.get_nowait()
-            if token in dropped or (
-                isinstance(token, Future) and not token.set_running_or_notify_cancel()
-            ):
-                self._live.discard(token)
+        while self.engine.num_free >= 0 and not self._inbox.empty():
+            job = self._inbox.get_nowait()
+            if job.token in aborted:
+                self._forget(job.token)
                 continue
             try:
-                ticket = self.engine.add(question)
-            except Exception as error:  # of this question alone
-                self._live.discard(token)
-                deliver(error)
+                request_id = self.engine.add_request(job.request)
+            except Exception as error:  # concerns this request alone
+                self._live.discard(job.token)
+                job.deliver(error)
                 continue
-            self._under_way[ticket] = deliver, token
-        for ticket, (_, token) in list(self._under_way.items()):
-            if token in dropped:
-                self._live.discard(token)
-                self.engine.drop(ticket)
-                del self._under_way[ticket]
+            self._running[request_id] = job
+        for request_id, job in list(self._running.items()):
+            if job.token in aborted:
+                self._forget(job.token)
+                self.engine.abort(request_id)
+                del self._running[request_id]
         with self._lock:
-            self._dropped |= dropped & self._live  # of questions that are still in the queue
-        for ticket, result in self.engine.step():
-            deliver, token = self._under_way[ticket]
-            if result.reason != "running":
-                self._live.discard(token)
-                del self._under_way[ticket]
-            deliver(result)
+            self._aborted |= aborted & self._live  # requests that are still queued
+        for request_id, completion in self.engine.step():
+            job = self._running[request_id]
+            if completion.finished:
+                self._live.discard(job.token)
+                del self._running[request_id]
+            job.deliver(completion)
+
+    def _forget(self, token: object) -> None:
+        """Remove an aborted job; wake up `concurrent.futures.wait` if it has a future."""
+        self._live.discard(token)
+        if isinstance(token, Future) and token.cancelled():
+            token.set_running_or_notify_cancel()
 
 
-def _promise(question: Question) -> tuple[Future[Result], _Item]:
-    future: Future[Result] = Future()
+def wait_for(future: Future[Any]) -> Any:
+    """Return the result of a future; cancel its request if waiting is interrupted."""
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
 
-    def deliver(found: Result | BaseException) -> None:
-        if isinstance(found, BaseException):
-            future.set_exception(found)
-        elif found.reason != "running":
-            future.set_result(found)
 
-    return future, (question, deliver, future)
+def _resolve(future: Future[Any], finish: Finish, outcome: _Outcome) -> None:
+    """Set the result of a future, or its error; do nothing if it was cancelled."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        future.set_result(finish(outcome))
+    except BaseException as error:  # raised where the result is waited for
+        future.set_exception(error)

@@ -35,10 +35,10 @@ from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.files import whole_folder
 from pixellm_jax.inference import decoding
-from pixellm_jax.inference.prepare import serve
+from pixellm_jax.inference.prepare import prepare_for_inference
 from pixellm_jax.inference.sampling import Sampling
 from pixellm_jax.model.pixellm import PixelLM
-from pixellm_jax.text.prompt import IMAGE_TOKEN, TEMPLATES, question_ids
+from pixellm_jax.text.prompt import IMAGE_TOKEN, TEMPLATES, prefix_length, question_ids
 from pixellm_jax.text.tokenizer import SentencePieceEncoder
 from pixellm_jax.text.vocabulary import IM_END, Vocabulary
 from pixellm_jax.weights.export import ExportedTensor, write_shards
@@ -53,6 +53,16 @@ SPECIAL = ("bos", "eos", "unk", "pad", "im_start", "im_end")
 LANGUAGE = ("language_model",)
 VISION = ("vision_encoder", "image_projector", "mask_projector", "pixel_decoder")
 MASKS = ("codebook", "pixel_decoder")
+
+EXPORTED_NAMES = {
+    "prompt_length": "prompt",
+    "max_new_tokens": "budget",
+    "token_prob": "chance",
+    "num_generated": "said",
+    "num_cached": "fed",
+    "num_steps": "passes",
+}
+"""Fields of `DecodeState` whose names in the exported programs (format 1) are others."""
 
 ROUND = 16
 """The cache holds a multiple of so many positions."""
@@ -107,7 +117,8 @@ def write_programs(
 ) -> list[str]:
     """Writes a model as the folder `out`; returns the names of the programs.
 
-    progress: called with the bytes just written and those of all weights. consume: as of `serve`.
+    progress: called with the bytes just written and those of all weights. consume: as of
+    `prepare_for_inference`.
 
     Raises:
         InputError: the buckets do not suit the model, JAX does not run on the CPU, or `out` is
@@ -120,7 +131,7 @@ def write_programs(
         raise InputError("programs are written on a CPU: set JAX_PLATFORMS=cpu")
     prefix = _prefix(model.config, vocabulary)
     _check(model.config, buckets, len(prefix))
-    model = serve(model, consume=consume)
+    model = prepare_for_inference(model, consume=consume)
     tensors = [
         ExportedTensor(name, array.nbytes, partial(np.asarray, array))
         for name, array in name_weights(model).items()
@@ -171,7 +182,7 @@ def programs(
             rows = jax.eval_shape(read, model, prompts)
             prefill = partial(_prefill, read=read)
             yield Program(f"prefill_b{b}_t{t}", sizes, LANGUAGE, prefill, prompts)
-            arrays = {"steps": shape((), jnp.int32), **name_leaves(rows)}
+            arrays = {"steps": shape((), jnp.int32), **_name_rows(rows)}
             for kind, ids in (("decode", group), ("plain", ())):
                 decode = partial(_decode, like=rows, stop=stop, group=ids)
                 yield Program(f"{kind}_b{b}_t{t}", sizes, LANGUAGE, decode, arrays)
@@ -195,6 +206,11 @@ def name_leaves(tree: Any) -> Arrays:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
+def _name_rows(rows: decoding.DecodeState) -> Arrays:
+    """Return the arrays of a decode state by their names in the exported programs."""
+    return {EXPORTED_NAMES.get(name, name): leaf for name, leaf in name_leaves(rows).items()}
+
+
 def _encode(model: PixelLM, inputs: Arrays) -> Arrays:
     seen = decoding.encode(model, inputs["image"], inputs["image_hw"])
     maps = {f"maps.{scale}": features for scale, features in enumerate(seen.maps)}
@@ -203,7 +219,7 @@ def _encode(model: PixelLM, inputs: Arrays) -> Arrays:
 
 def _read(
     model: PixelLM, inputs: Arrays, *, prefix: int, room: int, capacity: int
-) -> decoding.Rows:
+) -> decoding.DecodeState:
     """Rows ready for `generate.decode`, from whole prompts padded on the right."""
     tokens, length = inputs["tokens"], inputs["length"]
     shared = decoding.read_prefix(
@@ -216,25 +232,25 @@ def _read(
         length - prefix,
         inputs["budget"],
         Sampling(inputs["seed"], inputs["temperature"], inputs["top_p"]),
-        room=room,
+        token_capacity=room,
     )
     return decoding.resize(rows, jnp.arange(len(length)), capacity=capacity)
 
 
 def _prefill(
-    model: PixelLM, inputs: Arrays, *, read: Callable[[PixelLM, Arrays], decoding.Rows]
+    model: PixelLM, inputs: Arrays, *, read: Callable[[PixelLM, Arrays], decoding.DecodeState]
 ) -> Arrays:
-    return name_leaves(read(model, inputs))
+    return _name_rows(read(model, inputs))
 
 
 def _decode(
-    model: PixelLM, inputs: Arrays, *, like: decoding.Rows, stop: int, group: tuple[int, ...]
+    model: PixelLM, inputs: Arrays, *, like: decoding.DecodeState, stop: int, group: tuple[int, ...]
 ) -> Arrays:
     """`steps`: most passes in, passes made out. Rows that have ended stay as they are."""
-    leaves, language = [inputs[name] for name in name_leaves(like)], model.language_model
+    leaves, language = [inputs[name] for name in _name_rows(like)], model.language_model
     rows = jax.tree.unflatten(jax.tree.structure(like), leaves)
     rows, passes = decoding.decode(language, rows, inputs["steps"], stop=stop, group=group)
-    return {"steps": passes, **name_leaves(rows)}
+    return {"steps": passes, **_name_rows(rows)}
 
 
 def _masks(model: PixelLM, inputs: Arrays) -> Arrays:
@@ -336,7 +352,7 @@ def _prefix(config: ModelConfig, vocabulary: Vocabulary) -> Int32[np.ndarray, "t
     """What every prompt about a picture begins with, the token after the picture included."""
     template = TEMPLATES[config.template]
     ids = question_ids(vocabulary, template, "?", image_tokens=config.image_tokens)
-    return ids[: int(np.flatnonzero(ids < 0)[-1]) + 2]
+    return ids[: prefix_length(ids)]
 
 
 def _check(config: ModelConfig, buckets: Buckets, prefix: int) -> None:

@@ -24,8 +24,8 @@ from flax import nnx
 from pixellm_jax.config import DTYPES, ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.inference.engine import Engine, EngineConfig
-from pixellm_jax.inference.prepare import WEIGHTS, serve
-from pixellm_jax.inference.request import Question
+from pixellm_jax.inference.prepare import WEIGHTS, prepare_for_inference
+from pixellm_jax.inference.request import Request
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.perf.baseline import BaselineRun, generate
 from pixellm_jax.perf.train_step import PROMPT_TOKENS, QUESTION_TOKENS
@@ -174,7 +174,9 @@ def load_reciting(
         vocabulary = checkpoint.read_vocabulary(folder, config)
         model = checkpoint.load_model(folder, dtype=config.dtype)
     weights = precision if precision in WEIGHTS else None
-    return serve(make_reciting(model, make_sentence(vocabulary)), weights=weights), vocabulary
+    return prepare_for_inference(
+        make_reciting(model, make_sentence(vocabulary)), weights=weights
+    ), vocabulary
 
 
 def measure_decoding(
@@ -207,7 +209,7 @@ def measure_decoding(
     sentence = make_sentence(vocabulary)
     tokens = sentences * len(sentence)
     requests = make_requests(model.config, sentence, count=rows, sentences=sentences)
-    length = requests[0].length
+    length = requests[0].prompt_length
     positions = model.config.language.max_positions
     if length + tokens > positions:
         raise InputError(
@@ -217,7 +219,10 @@ def measure_decoding(
     engines: dict[str, Callable[[], DecodingRun]] = {}
     for mode, at_once in (("one by one", 0), ("at once", sys.maxsize)):
         config = EngineConfig(
-            rows=rows, steps=STEPS_PER_SYNC, max_new_tokens=tokens, at_once=at_once
+            max_batch=rows,
+            steps_per_sync=STEPS_PER_SYNC,
+            max_new_tokens=tokens,
+            max_tokens_per_step=at_once,
         )
         engines[mode] = partial(_run_new_engine, model, vocabulary, config, requests)
     baselines: dict[str, Callable[[], BaselineRun]] = {}
@@ -254,22 +259,22 @@ def measure_decoding(
     ]
 
 
-def run_engine(engine: Engine, requests: Sequence[Question]) -> DecodingRun:
+def run_engine(engine: Engine, requests: Sequence[Request]) -> DecodingRun:
     """Answer all requests in one batch, taking the time at every sync of the host.
 
     The first sync includes the prefill and the last one the masks; those in between contain nothing
     but decoding steps. Their price per step is deducted from the first and the last.
     """
     for request in requests:
-        engine.add(request)
+        engine.add_request(request)
     seconds = list[float]()
     steps = list[int]()
     while not engine.idle:
-        before = engine.passes
+        before = engine.num_steps
         begin = time.perf_counter()
         engine.step()
         seconds.append(time.perf_counter() - begin)
-        steps.append(engine.passes - before)
+        steps.append(engine.num_steps - before)
     steps[0] -= 1  # the prefill counts as one
     step = sum(seconds[1:-1]) / sum(steps[1:-1])
     return DecodingRun(
@@ -278,7 +283,7 @@ def run_engine(engine: Engine, requests: Sequence[Question]) -> DecodingRun:
         masks=seconds[-1] - steps[-1] * step,
         total=sum(seconds),
         steps=sum(steps),
-        compiled=engine.programs.compiled.total(),
+        compiled=engine.counter.compiled.total(),
     )
 
 
@@ -341,7 +346,7 @@ def make_reciting(model: PixelLM, sentence: Sequence[int]) -> PixelLM:
 
 def make_requests(
     config: ModelConfig, sentence: Sequence[int], *, count: int, sentences: int
-) -> list[Question]:
+) -> list[Request]:
     """Return requests about images of noise, each answered by `sentences` sentences.
 
     The answers begin at different words, so that the rows do not reach their targets in the same
@@ -357,18 +362,18 @@ def make_requests(
         question[-1] = sentence[START_STRIDE * row % SENTENCE_WORDS]
         tokens = np.concatenate([prompt[:-1], image_tokens, prompt[-1:], question])
         requests.append(
-            Question(
+            Request(
                 tokens.astype(np.int32),
                 rng.integers(0, 256, (canvas, canvas, 3), np.uint8),
                 (canvas, canvas),
-                budget=sentences * len(sentence),
+                max_new_tokens=sentences * len(sentence),
             )
         )
     return requests
 
 
 def _run_new_engine(
-    model: PixelLM, vocabulary: Vocabulary, config: EngineConfig, requests: Sequence[Question]
+    model: PixelLM, vocabulary: Vocabulary, config: EngineConfig, requests: Sequence[Request]
 ) -> DecodingRun:
     """Run with empty image caches; compiled programs are kept."""
     return run_engine(Engine(model, vocabulary, config), requests)

@@ -19,7 +19,7 @@ from pixellm_jax.config import SIZES, MeshConfig, ModelConfig
 from pixellm_jax.model import flops
 from pixellm_jax.perf.baseline import make_train_step
 from pixellm_jax.sharding import batch_sharding, make_mesh
-from pixellm_jax.text.prompt import IMAGE_TOKEN, Conversation, pack
+from pixellm_jax.text.prompt import IMAGE_TOKEN, EncodedConversation, pack
 from pixellm_jax.training.config import LossConfig, TrainConfig
 from pixellm_jax.training.memory import peak_memory_bytes
 from pixellm_jax.training.state import Blueprint, initial_state
@@ -192,7 +192,7 @@ def random_batch(config: ModelConfig, *, images: int, questions: int) -> Batch:
         supervised = np.arange(len(ids)) > PROMPT_TOKENS + QUESTION_TOKENS
         positions = np.arange(len(ids) - group_size, len(ids), dtype=np.int32)
         groups = positions.reshape(1, codebook.scales, codebook.tokens_per_scale)
-        conversations.append(Conversation(ids.astype(np.int32), supervised, groups))
+        conversations.append(EncodedConversation(ids.astype(np.int32), supervised, groups))
     packed = pack(conversations, image_tokens=config.image_tokens)
     canvas = config.vision.canvas
     image_arrays = rng.integers(0, 256, (images, canvas, canvas, 3), np.uint8)

@@ -35,18 +35,24 @@ class AnswerText(NamedTuple):
     phrases: Int32[np.ndarray, "m 2"]
 
 
-def read_answer(vocabulary: Vocabulary, ids: Sequence[int] | Int[np.ndarray, "t"]) -> AnswerText:
+def read_answer(
+    vocabulary: Vocabulary,
+    ids: Sequence[int] | Int[np.ndarray, "t"],
+    codebook_index: Int32[np.ndarray, "m s k"] | None = None,
+) -> AnswerText:
     """Read generated ids, without the prompt, up to the first `</s>`.
 
     Each complete, ordered group of codebook tokens is a target. Codebook tokens outside such
     groups, and other special and added tokens, are left out of the text; the rest is unaffected.
+    With a `codebook_index`, only the groups in it are targets.
 
         "▁The" "▁cup" "▁is" [SEG0] [SEG1] "▁" "." </s>     (a codebook of two tokens)
         ->  "The cup is [SEG].", codebook_index [[[3], [4]]], markers [[11, 16]], phrases [[0, 7]]
     """
     ids = np.asarray(ids, np.int32)
     ids = ids[: next(iter(np.flatnonzero(ids == vocabulary.eos)), len(ids))]
-    codebook = vocabulary.find_groups(ids)
+    codebook = vocabulary.find_groups(ids) if codebook_index is None else codebook_index
+    codebook = codebook[codebook[:, -1, -1] < len(ids)]
     in_group = np.zeros(len(ids), int)  # number of the target, from 1
     in_group[codebook] = np.arange(1, len(codebook) + 1)[:, None, None]
     # The embeddings may have more rows than there are tokens: such an id is not text.

@@ -77,7 +77,7 @@ r"""`LLAVA_V1` without its opening, for small models: `USER: <image>\nWhere? ASS
 TEMPLATES = {"llava_v1": LLAVA_V1, "llava_llama_2": LLAVA_LLAMA_2, "plain": PLAIN}
 
 
-class Conversation(NamedTuple):
+class EncodedConversation(NamedTuple):
     """A conversation in ids, with one `IMAGE_TOKEN` per image.
 
     loss_mask: the token is supervised.
@@ -92,7 +92,7 @@ class Conversation(NamedTuple):
 
 def encode_conversation(
     vocabulary: Vocabulary, template: Template, messages: Sequence[str], *, images: int = -1
-) -> Conversation:
+) -> EncodedConversation:
     r"""Encodes questions and answers in turn, a question first.
 
     Every `<image>` in a question (from 0 on, only the first `images`) stands for an image and gets
@@ -114,7 +114,7 @@ def encode_conversation(
         supervised += [False] * bool(number) + [parts[owner][1] for owner in owners]
     array, loss_mask = np.asarray(ids, np.int32), np.asarray(supervised, bool)
     codebook = vocabulary.find_groups(array)
-    return Conversation(array, loss_mask, codebook[loss_mask[codebook].all(axis=(1, 2))])
+    return EncodedConversation(array, loss_mask, codebook[loss_mask[codebook].all(axis=(1, 2))])
 
 
 def question_ids(
@@ -132,11 +132,38 @@ def question_ids(
     """
     first, *others = *history, question, ""
     ids = encode_conversation(vocabulary, template, [f"{IMAGE}\n{first}", *others], images=1).ids
+    return expand_images(ids, image_tokens)
+
+
+def follow_up_ids(
+    vocabulary: Vocabulary, template: Template, question: str
+) -> Int32[np.ndarray, "t"]:
+    """Return the ids that follow the `</s>` of an answer: the next question and its answer's label.
+
+    They do not depend on the earlier turns, because `</s>` splits the text for the tokenizer.
+    """
+    messages = [f"{IMAGE}\n?", "!", question, ""]
+    ids, loss_mask, _ = encode_conversation(vocabulary, template, messages, images=1)
+    return ids[1 + int(np.flatnonzero(loss_mask)[-1]) :]
+
+
+def prefix_length(ids: Int32[np.ndarray, "t"]) -> int:
+    """Return the length of the prefix that all conversations about an image share.
+
+    The prefix ends with the `<im_end>` after the image, which may be expanded. Without an image, it
+    is the start token alone.
+    """
+    images = np.flatnonzero(ids == IMAGE_TOKEN)
+    return int(images[-1]) + 2 if len(images) else 1
+
+
+def expand_images(ids: Int32[np.ndarray, "t"], image_tokens: int) -> Int32[np.ndarray, "..."]:
+    """Repeat every `IMAGE_TOKEN` for the `image_tokens` positions that an image takes."""
     return np.repeat(ids, np.where(ids == IMAGE_TOKEN, image_tokens, 1))
 
 
 def pack(
-    conversations: Sequence[Conversation],
+    conversations: Sequence[EncodedConversation],
     *,
     image_tokens: int,
     length: int | None = None,
@@ -161,7 +188,7 @@ def pack(
     skip = len(prefix)
     if not all(np.array_equal(prefix, other) for other in others):
         raise ValueError("conversations that begin differently cannot share a sequence")
-    head = np.repeat(prefix, np.where(prefix == IMAGE_TOKEN, image_tokens, 1))
+    head = expand_images(prefix, image_tokens)
     if length is not None and length < len(head):
         raise ValueError(f"a budget of {length} positions: the prefix alone takes {len(head)}")
     parts = [(head, np.zeros_like(head), np.arange(len(head)), np.zeros(len(head), bool))]
@@ -214,9 +241,9 @@ def _pad(array: np.ndarray, size: int | None, fill: int) -> np.ndarray:
     return np.pad(array, pads, constant_values=fill).astype(np.int32)
 
 
-def _prefix(conversation: Conversation) -> Int32[np.ndarray, "t"]:
+def _prefix(conversation: EncodedConversation) -> Int32[np.ndarray, "t"]:
     images = np.flatnonzero(conversation.ids == IMAGE_TOKEN)
-    prefix = conversation.ids[: images[0] + 2 if len(images) else 1]
+    prefix = conversation.ids[: prefix_length(conversation.ids)]
     if len(images) > 1 or conversation.loss_mask[: len(prefix)].any():
         raise ValueError(f"{len(images)} images: expected at most one, before the first answer")
     return prefix

@@ -52,9 +52,9 @@ def made_answer(text: str, masks: np.ndarray) -> Answer:
         kept=np.ones(count, bool),
         spans=np.zeros((count, 2), np.int32),
         markers=np.asarray(markers, np.int32).reshape(-1, 2),
-        reason="stop",
-        tokens=9,
-        passes=9,
+        finish_reason="stop",
+        num_tokens=9,
+        num_steps=9,
     )
 
 

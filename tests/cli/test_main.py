@@ -143,9 +143,9 @@ def made_answer(text: str, masks: np.ndarray, spans: list[tuple[int, int]]) -> A
         kept=masks.any(axis=(1, 2)),
         spans=np.asarray(spans, np.int32).reshape(-1, 2),
         markers=np.zeros((count, 2), np.int32),
-        reason="stop",
-        tokens=9,
-        passes=9,
+        finish_reason="stop",
+        num_tokens=9,
+        num_steps=9,
     )
 
 

@@ -87,7 +87,7 @@ def test_lines_of_questions_are_answered(tiny, questions, tmp_path, capfd, load)
         assert list(mask.shape) == record["size"] and mask.sum() == target["area"]
         with Image.open(out / "overlays" / f"{number:06d}.png") as overlay:
             assert overlay.format == "PNG"
-    assert load[0]["rows"] == 4
+    assert load[0]["max_batch"] == 4
 
 
 def test_a_folder_is_asked_picture_by_picture(tiny, photos, tmp_path, capfd, load):
@@ -107,7 +107,7 @@ def test_a_folder_is_asked_picture_by_picture(tiny, photos, tmp_path, capfd, loa
             "dtype": "float32",
             "mesh": None,
             "max_new_tokens": 512,
-            "rows": 16,
+            "max_batch": 16,
             "min_score": 0.3,
             "weights": "int8",
         }
@@ -225,7 +225,7 @@ def test_damaged_answers_are_tried_again(
 
     def damaged(pairs):
         for number, answer in each(pairs):
-            yield number, answer._replace(reason="damaged") if number < 2 else answer
+            yield number, answer._replace(finish_reason="non_finite") if number < 2 else answer
 
     with monkeypatch.context() as patched:
         patched.setattr(predictor, "each", damaged)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pixellm_jax.inference import decoding
-from pixellm_jax.inference.decoding import FREE, RUNNING, Rows
-from pixellm_jax.inference.prepare import serve
+from pixellm_jax.inference.decoding import FREE, RUNNING, DecodeState
+from pixellm_jax.inference.prepare import prepare_for_inference
 from pixellm_jax.inference.sampling import Sampling
 
 ROWS, CAPACITY, ROOM = 3, 256, 8
@@ -19,10 +19,10 @@ ROWS, CAPACITY, ROOM = 3, 256, 8
 
 @pytest.fixture(scope="module")
 def model(varied):
-    return serve(varied.model)
+    return prepare_for_inference(varied.model)
 
 
-def drawn(model, seed: int) -> Rows:
+def drawn(model, seed: int) -> DecodeState:
     """Rows in the middle of an answer, with noise in the cache."""
     draw, config = np.random.default_rng(seed), model.config.language
     cache = jax.tree.map(
@@ -30,32 +30,32 @@ def drawn(model, seed: int) -> Rows:
         model.language_model.empty_cache(ROWS, CAPACITY, jnp.dtype("float32")),
     )
     said = jnp.asarray([2, 3, 1])
-    return Rows(
+    return DecodeState(
         cache=cache,
         valid=jnp.ones((ROWS, CAPACITY), bool),
-        prompt=jnp.asarray([90, 17, 101]),
-        budget=jnp.full(ROWS, ROOM),
+        prompt_length=jnp.asarray([90, 17, 101]),
+        max_new_tokens=jnp.full(ROWS, ROOM),
         sampling=Sampling(
             jnp.zeros(ROWS, jnp.uint32), jnp.zeros(ROWS, jnp.float32), jnp.ones(ROWS, jnp.float32)
         ),
         tokens=jnp.asarray(draw.integers(3, 400, (ROWS, ROOM)), jnp.int32),
         states=jnp.zeros((ROWS, ROOM, config.width)),
-        chance=jnp.ones((ROWS, ROOM)),
-        said=said,
-        fed=said - 1,
-        passes=jnp.ones(ROWS, jnp.int32),
+        token_prob=jnp.ones((ROWS, ROOM)),
+        num_generated=said,
+        num_cached=said - 1,
+        num_steps=jnp.ones(ROWS, jnp.int32),
         status=jnp.asarray([RUNNING, RUNNING, FREE]),
     )
 
 
-def copied(rows: Rows) -> Rows:
+def copied(rows: DecodeState) -> DecodeState:
     return jax.tree.map(jnp.array, rows)
 
 
-@pytest.mark.parametrize("fast_forward", [False, True])
-def test_a_step_moves_nothing_but_what_it_writes(model, varied, fast_forward):
+@pytest.mark.parametrize("jump_forward", [False, True])
+def test_a_step_moves_nothing_but_what_it_writes(model, varied, jump_forward):
     """The cache is updated in place: beside it a step needs far less memory than one copy of it."""
-    group = varied.vocabulary.group if fast_forward else ()
+    group = varied.vocabulary.group if jump_forward else ()
     rows = drawn(model, 0)
     compiled = decoding.decode.lower(
         model.language_model,
@@ -88,12 +88,12 @@ def test_only_running_rows_change_and_only_at_their_places(model, varied):
         model.language_model, copied(before), np.int32(1), stop=-1, group=()
     )
     assert int(passes) == 1
-    assert after.said.tolist() == [3, 4, 1] and after.fed.tolist() == [2, 3, 0]
-    assert after.passes.tolist() == [2, 2, 1]
+    assert after.num_generated.tolist() == [3, 4, 1] and after.num_cached.tolist() == [2, 3, 0]
+    assert after.num_steps.tolist() == [2, 2, 1]
     for old, new in zip(jax.tree.leaves(before.cache), jax.tree.leaves(after.cache), strict=True):
         changed = (np.asarray(old) != np.asarray(new)).any(axis=(1, 3))
         assert [np.flatnonzero(row).tolist() for row in changed] == [[91], [19], []]
-    for name in ("tokens", "states", "chance"):
+    for name in ("tokens", "states", "token_prob"):
         old, new = (np.asarray(getattr(rows, name)) for rows in (before, after))
         changed = (old != new).reshape(ROWS, ROOM, -1).any(axis=2)
         assert [np.flatnonzero(row).tolist() for row in changed] in ([[2], [3], []], [[], [3], []])
@@ -110,7 +110,7 @@ def test_insert_overwrites_a_row_whole(model):
         assert not np.asarray(leaf)[2, :, 128:].any()
         assert np.isnan(np.asarray(leaf)[:2]).all()
     assert found.status.tolist() == [RUNNING, RUNNING, RUNNING]
-    assert found.prompt.tolist() == [90, 17, 17]
+    assert found.prompt_length.tolist() == [90, 17, 17]
 
 
 def test_resize_keeps_chosen_rows_and_frees_the_others(model):
@@ -126,17 +126,17 @@ def test_resize_keeps_chosen_rows_and_frees_the_others(model):
 
 
 def test_decoding_stops_where_a_cache_is_full_and_where_too_few_rows_run(model, varied):
-    rows = drawn(model, 5)._replace(budget=jnp.asarray([8, 4, 8]))
+    rows = drawn(model, 5)._replace(max_new_tokens=jnp.asarray([8, 4, 8]))
     stop = {"stop": -1, "group": ()}
-    full = copied(rows)._replace(prompt=jnp.asarray([CAPACITY - 3, 17, 101]))
+    full = copied(rows)._replace(prompt_length=jnp.asarray([CAPACITY - 3, 17, 101]))
     found, passes = decoding.decode(model.language_model, full, np.int32(9), **stop)
-    assert int(passes) == 2 and found.fed.tolist() == [3, 3, 0]
+    assert int(passes) == 2 and found.num_cached.tolist() == [3, 3, 0]
     assert found.status[0] == RUNNING
     found, passes = decoding.decode(
         model.language_model, copied(rows), np.int32(9), np.int32(2), **stop
     )
     assert int(passes) == 1  # the second row is at its budget
     found, passes = decoding.decode(model.language_model, copied(rows), np.int32(9), **stop)
-    assert int(passes) == 6 and found.said.tolist() == [8, 4, 1]
+    assert int(passes) == 6 and found.num_generated.tolist() == [8, 4, 1]
     found, passes = decoding.decode(model.language_model, found, np.int32(9), **stop)
     assert int(passes) == 0

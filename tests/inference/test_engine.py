@@ -1,4 +1,4 @@
-"""The engine: batched is one by one, fast-forward is plain, nothing is lost, little is compiled."""
+"""The engine: batched is one by one, jump-forward is plain, nothing is lost, little is compiled."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pixellm_jax.inference.engine as module
 from pixellm_jax.batch import Batch
 from pixellm_jax.images.geometry import fit
 from pixellm_jax.inference import compilation, decoding
-from pixellm_jax.inference.compilation import Programs
+from pixellm_jax.inference.compilation import CompileCounter
 from pixellm_jax.inference.engine import Engine, EngineConfig
-from pixellm_jax.inference.prepare import serve
-from pixellm_jax.inference.request import Question, Result
+from pixellm_jax.inference.prepare import prepare_for_inference
+from pixellm_jax.inference.request import Completion, Request
 from pixellm_jax.text.prompt import TEMPLATES, question_ids
 
 # Float32 with sums in another order, relative to the largest value; two layers and the pixel
@@ -25,7 +25,7 @@ from pixellm_jax.text.prompt import TEMPLATES, question_ids
 TOLERANCE = 2e-5
 
 WORDS = ("dog", "image", "segment", "is", "It", "this", "in", "Please", "the")
-CONFIG = EngineConfig(rows=4, max_new_tokens=40, masks=1, at_once=100)
+CONFIG = EngineConfig(max_batch=4, max_new_tokens=40, mask_batch=1, max_tokens_per_step=100)
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -37,10 +37,10 @@ def error(found, wanted) -> float:
     return float(np.abs(found - wanted).max() / np.abs(wanted).max()) if wanted.size else 0.0
 
 
-def assert_same(found: Result, wanted: Result) -> None:
+def assert_same(found: Completion, wanted: Completion) -> None:
     """Ids exactly, numbers within `TOLERANCE`; the passes are told by the caller."""
     np.testing.assert_array_equal(found.tokens, wanted.tokens)
-    assert found.reason == wanted.reason
+    assert found.finish_reason == wanted.finish_reason
     np.testing.assert_array_equal(found.targets.codebook_index, wanted.targets.codebook_index)
     assert error(found.targets.states, wanted.targets.states) < TOLERANCE
     assert error(found.targets.mask_logits, wanted.targets.mask_logits) < TOLERANCE
@@ -48,7 +48,7 @@ def assert_same(found: Result, wanted: Result) -> None:
 
 @pytest.fixture(scope="module")
 def model(varied):
-    return serve(varied.model)
+    return prepare_for_inference(varied.model)
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +63,20 @@ def pictures(varied) -> list[tuple[np.ndarray, tuple[int, int]]]:
 def ask(varied, pictures):
     """A question in words about a picture."""
 
-    def ask(words: str, picture: int = 0, **options) -> Question:
+    def ask(words: str, picture: int = 0, **options) -> Request:
         tokens = question_ids(
             varied.vocabulary,
             TEMPLATES[varied.model.config.template],
             words,
             image_tokens=varied.model.config.image_tokens,
         )
-        return Question(tokens, *pictures[picture], **options)
+        return Request(tokens, *pictures[picture], **options)
 
     return ask
 
 
 @pytest.fixture(scope="module")
-def questions(ask) -> list[Question]:
+def questions(ask) -> list[Request]:
     draw = np.random.default_rng(0)
     return [ask(" ".join(draw.choice(WORDS, draw.integers(1, 12))), i // 4) for i in range(20)]
 
@@ -100,10 +100,10 @@ def engine(varied, model, engines):
 
 
 @pytest.fixture(scope="module")
-def alone(engine, questions, varied) -> list[Result]:
+def alone(engine, questions, varied) -> list[Completion]:
     """Every question by itself, token by token; codebook tokens only in groups."""
-    one = engine(rows=1, fast_forward=False)
-    results = [result for question in questions for _, result in one.answer([question])]
+    one = engine(max_batch=1, jump_forward=False)
+    results = [result for question in questions for _, result in one.generate([question])]
     for result in results:
         codebook = np.isin(result.tokens[:-5], varied.vocabulary.group).nonzero()[0]
         in_groups = varied.vocabulary.find_groups(result.tokens)
@@ -115,7 +115,7 @@ def alone(engine, questions, varied) -> list[Result]:
 
 
 def test_the_questions_show_all_that_can_happen(alone):
-    assert {result.reason for result in alone} == {"stop", "length"}
+    assert {result.finish_reason for result in alone} == {"stop", "length"}
     assert {len(result.targets.codebook_index) for result in alone} >= {0, 1, 2, 3}
     assert len({result.tokens.tobytes() for result in alone}) > 10
 
@@ -149,40 +149,44 @@ def test_an_answer_is_what_the_whole_model_says_given_the_answer(varied, questio
         result, before = alone[i], len(questions[i].tokens) - 1
         logits = said.text_logits[row, before : before + len(result.tokens)]
         np.testing.assert_array_equal(logits.argmax(-1), result.tokens)
-        assert error(result.chance, jax.nn.softmax(logits).max(-1)) < TOLERANCE
+        assert error(result.token_prob, jax.nn.softmax(logits).max(-1)) < TOLERANCE
         for m, found in enumerate(result.targets.codebook_index):
             assert error(result.targets.states[m], said.hidden[row][before + found]) < TOLERANCE
             assert error(result.targets.mask_logits[m], said.mask_logits[row, m]) < TOLERANCE
 
 
-def test_batched_is_one_by_one_and_fast_forward_is_plain(engine, questions, alone):
+def test_batched_is_one_by_one_and_jump_forward_is_plain(engine, questions, alone):
     group = 6
     ways = {"plain": False, "one by one": True, "at once": True}
-    for way, fast_forward in ways.items():
-        together = engine(fast_forward=fast_forward, at_once=100 if way == "at once" else 0)
-        results = dict(together.answer(questions))
+    for way, jump_forward in ways.items():
+        together = engine(
+            jump_forward=jump_forward, max_tokens_per_step=100 if way == "at once" else 0
+        )
+        results = dict(together.generate(questions))
         assert sorted(results) == list(range(len(questions)))  # none lost, none twice
         for number, wanted in enumerate(alone):
             assert_same(results[number], wanted)
             saved = (group - 1) * len(wanted.targets.codebook_index) if way == "at once" else 0
-            if wanted.reason == "stop" or not fast_forward:  # else a group may have been cut off
-                assert results[number].passes == wanted.passes - saved
+            if (
+                wanted.finish_reason == "stop" or not jump_forward
+            ):  # else a group may have been cut off
+                assert results[number].num_steps == wanted.num_steps - saved
         # Rows are refilled: far fewer passes than one by one.
-        assert together.passes < sum(result.passes for result in alone) / 2
+        assert together.num_steps < sum(result.num_steps for result in alone) / 2
 
 
 def test_a_budget_that_ends_in_a_group_cuts_it_as_plain_decoding_does(engine, questions, alone):
     number = next(i for i, result in enumerate(alone) if len(result.targets.codebook_index))
     start = int(alone[number].targets.codebook_index[0, 0, 0])
     budgets = range(start + 1, start + 9)
-    asked = [questions[number]._replace(budget=budget) for budget in budgets]
-    results = dict(engine().answer(asked))
+    asked = [questions[number]._replace(max_new_tokens=budget) for budget in budgets]
+    results = dict(engine().generate(asked))
     for i, budget in enumerate(budgets):
         found = results[i]
         np.testing.assert_array_equal(found.tokens, alone[number].tokens[:budget])
         whole = budget >= start + 6
         assert len(found.targets.codebook_index) == whole
-        assert found.reason == ("stop" if found.tokens[-1] == 2 else "length")
+        assert found.finish_reason == ("stop" if found.tokens[-1] == 2 else "length")
         if whole:
             wanted = alone[number].targets.mask_logits[:1]
             assert error(found.targets.mask_logits, wanted) < TOLERANCE
@@ -194,17 +198,17 @@ def test_groups_are_complete_where_plain_decoding_breaks_them(varied, model, ask
     head.set_value(jnp.asarray(head[...]).at[group[3]].set(0.0))  # never said by itself
     asked = [ask(words) for words in ("dog", "image", "It is this", "Please")]
     found = {}
-    for fast_forward in (False, True):
-        config = dataclasses.replace(CONFIG, fast_forward=fast_forward)
-        results = dict(Engine(broken, varied.vocabulary, config).answer(asked))
-        found[fast_forward] = [results[i] for i in range(len(asked))]
+    for jump_forward in (False, True):
+        config = dataclasses.replace(CONFIG, jump_forward=jump_forward)
+        results = dict(Engine(broken, varied.vocabulary, config).generate(asked))
+        found[jump_forward] = [results[i] for i in range(len(asked))]
     assert sum(group[0] in result.tokens for result in found[False]) >= 2
     assert not any(len(result.targets.codebook_index) for result in found[False])
     for result in found[True]:
         codebook = [int(token) for token in result.tokens if token in group]
         whole, rest = divmod(len(codebook), len(group))
         assert codebook == [*group] * whole + [*group[:rest]]
-        assert rest == 0 or result.reason == "length"
+        assert rest == 0 or result.finish_reason == "length"
         assert len(result.targets.codebook_index) == whole
 
 
@@ -214,38 +218,38 @@ def test_groups_are_complete_where_plain_decoding_breaks_them(varied, model, ask
 def test_a_picture_is_read_once_for_all_its_questions(engine, questions, monkeypatch):
     read = Counter()
 
-    def counted(programs, function, *arguments, **options):
+    def counted(counter, function, *arguments, **options):
         if function in (decoding.encode, decoding.read_prefix):
             read[function.__name__] += len(np.unique(np.asarray(arguments[1]), axis=0))
         return function(*arguments, **options)
 
-    monkeypatch.setattr(Programs, "__call__", counted)
+    monkeypatch.setattr(CompileCounter, "call", counted)
     busy = engine()
-    list(busy.answer(questions))
+    list(busy.generate(questions))
     assert read["encode"] == read["read_prefix"] == 5
-    list(busy.answer(questions[::-1]))  # and is still known
+    list(busy.generate(questions[::-1]))  # and is still known
     assert read["encode"] == 5
 
 
 def test_more_pictures_than_are_kept_are_read_again(engine, questions, alone):
-    few = engine(pictures=1)
-    results = dict(few.answer(questions[::4] * 2))
+    few = engine(image_cache_size=1)
+    results = dict(few.generate(questions[::4] * 2))
     for i, result in results.items():
         assert_same(result, alone[4 * (i % 5)])
 
 
 def test_other_questions_of_the_same_shapes_compile_nothing(engine, questions):
-    list(engine().answer(questions))
+    list(engine().generate(questions))
     again = engine()
-    results = list(again.answer(reversed(questions)))
+    results = list(again.generate(reversed(questions)))
     assert len(results) == len(questions)
-    assert not again.programs.compiled
+    assert not again.counter.compiled
 
 
 def test_programs_are_as_many_as_buckets(engine, questions, engines):
     """Over all that this file does with one config: compilations do not grow with questions."""
-    list(engine().answer(questions))
-    compiled = sum((one.programs.compiled for one in engines), Counter())
+    list(engine().generate(questions))
+    compiled = sum((one.counter.compiled for one in engines), Counter())
     rows, lengths, capacities, prefixes, fast = {1, 4}, {32, 64}, {128, 256}, {128}, {0, 1}
     assert compiled["prefill"] <= len(rows) * (len(lengths) + len(prefixes))
     assert compiled["decode"] <= len(rows) * len(capacities) * len(fast)
@@ -255,11 +259,11 @@ def test_programs_are_as_many_as_buckets(engine, questions, engines):
 
 def test_questions_may_come_at_any_time(engine, questions, alone):
     """Here one more is added after every step, and some are dropped."""
-    late, numbers, results = engine(steps=3), {}, {}
+    late, numbers, results = engine(steps_per_sync=3), {}, {}
     for number, question in enumerate(questions[:12]):
-        numbers[late.add(question)] = number
+        numbers[late.add_request(question)] = number
         if number in (3, 7):
-            late.drop(next(ticket for ticket, other in numbers.items() if other == number - 1))
+            late.abort(next(ticket for ticket, other in numbers.items() if other == number - 1))
         results |= late.step()
     while not late.idle:
         results |= late.step()
@@ -272,19 +276,19 @@ def test_questions_may_come_at_any_time(engine, questions, alone):
 
 def test_rows_that_ended_cost_nothing(engine, questions, alone):
     """A batch becomes smaller as soon as it can: the last row ends alone, with its own answer."""
-    sizes, shrinking = [], engine(fast_forward=False)
+    sizes, shrinking = [], engine(jump_forward=False)
     order = sorted(range(len(alone)), key=lambda i: len(alone[i].tokens))
     chosen = [order[0], order[1], order[2], order[-1]]
     short, long = (len(alone[i].tokens) for i in (order[2], order[-1]))
     assert long > 2 * short
     tickets, results, alone_for = {}, {}, 0
     for i in chosen:
-        tickets[shrinking.add(questions[i])] = i
+        tickets[shrinking.add_request(questions[i])] = i
     while not shrinking.idle:
-        before = shrinking.passes
+        before = shrinking.num_steps
         results |= shrinking.step()
         sizes.append(len(shrinking._slots))
-        alone_for += (shrinking.passes - before) * (sizes[-1] == 1)
+        alone_for += (shrinking.num_steps - before) * (sizes[-1] == 1)
     assert sizes[0] == 4 and sizes == sorted(sizes, reverse=True)
     assert alone_for >= long - short - 1  # of its passes, all after the last one that ended
     for ticket, i in tickets.items():
@@ -292,37 +296,37 @@ def test_rows_that_ended_cost_nothing(engine, questions, alone):
 
 
 def test_dropping_everything_leaves_an_engine_that_works(engine, questions, alone):
-    stopped = engine(steps=1)
-    tickets = [stopped.add(question) for question in questions[:6]]
+    stopped = engine(steps_per_sync=1)
+    tickets = [stopped.add_request(question) for question in questions[:6]]
     stopped.step()
     for ticket in tickets:
-        stopped.drop(ticket)
+        stopped.abort(ticket)
     assert stopped.idle
     assert stopped.step() == []
-    ((_, result),) = stopped.answer(questions[:1])
+    ((_, result),) = stopped.generate(questions[:1])
     assert_same(result, alone[0])
 
 
 def test_a_lone_question_after_a_batch_does_not_pay_for_the_batch(engine, questions):
     """There is room in a pass for the ids of one row's target, not for those of four rows."""
-    fresh, used = engine(at_once=6), engine(at_once=6)
-    list(used.answer(questions))
-    ((_, wanted),) = fresh.answer(questions[:1])
-    ((_, found),) = used.answer(questions[:1])
+    fresh, used = engine(max_tokens_per_step=6), engine(max_tokens_per_step=6)
+    list(used.generate(questions))
+    ((_, wanted),) = fresh.generate(questions[:1])
+    ((_, found),) = used.generate(questions[:1])
     assert len(wanted.targets.codebook_index) > 0
-    assert found.passes == wanted.passes
+    assert found.num_steps == wanted.num_steps
 
 
 def test_the_cache_grows_with_long_answers(engine, questions, alone, monkeypatch):
-    monkeypatch.setattr(compilation, "CAPACITY", 32)
-    monkeypatch.setattr(module, "AHEAD", 8)
-    number = max(range(len(alone)), key=lambda i: alone[i].passes)
+    monkeypatch.setattr(compilation, "CAPACITY_UNIT", 32)
+    monkeypatch.setattr(module, "HEADROOM", 8)
+    number = max(range(len(alone)), key=lambda i: alone[i].num_steps)
     assert len(alone[number].tokens) == CONFIG.max_new_tokens
-    grown, capacities = engine(rows=1), set()
-    grown.add(questions[number])
+    grown, capacities = engine(max_batch=1), set()
+    grown.add_request(questions[number])
     while not grown.idle:
         results = grown.step()
-        capacities |= {grown._rows.valid.shape[1]} if grown._rows else set()
+        capacities |= {grown._state.valid.shape[1]} if grown._state else set()
     assert len(capacities) >= 2
     assert_same(results[0][1], alone[number])
 
@@ -333,14 +337,14 @@ def test_the_cache_grows_with_long_answers(engine, questions, alone, monkeypatch
 def test_a_stream_tells_text_as_it_comes_and_masks_with_their_group(
     engine, questions, alone, monkeypatch
 ):
-    monkeypatch.setattr(module, "STREAM_STEPS", 1)
+    monkeypatch.setattr(module, "STREAM_STEPS_PER_SYNC", 1)
     number = max(range(len(alone)), key=lambda i: alone[i].targets.codebook_index[:, 0, 0].sum())
     wanted = alone[number]
     assert len(wanted.targets.codebook_index) >= 2
     asked = [questions[i]._replace(stream=i == number) for i in (number, 0, 1)]
-    parts = [result for i, result in engine().answer(asked) if i == 0]
+    parts = [result for i, result in engine().generate(asked) if i == 0]
     assert len(parts) > 5
-    assert {part.reason for part in parts[:-1]} == {"running"}
+    assert {part.finish_reason for part in parts[:-1]} == {"running"}
     assert len({len(part.targets.codebook_index) for part in parts[:-1]}) >= 2
     for part, following in zip(parts, parts[1:], strict=False):
         assert len(part.tokens) < len(following.tokens) or following is parts[-1]
@@ -354,14 +358,19 @@ def test_a_stream_tells_text_as_it_comes_and_masks_with_their_group(
 
 
 def test_a_question_that_follows_is_the_whole_conversation_read_anew(engine, questions, ask):
-    first, second = ask("dog image")._replace(keep=True), np.asarray([40, 50, 60, 70], np.int32)
+    first, second = (
+        ask("dog image")._replace(keep_context=True),
+        np.asarray([40, 50, 60, 70], np.int32),
+    )
     talk = engine()
-    ((_, said),) = talk.answer([first])
+    ((_, said),) = talk.generate([first])
     follow = np.concatenate([said.tokens[-1:], second])
-    both = [Question(follow, seen=said.seen, keep=True), ask("It is")]
-    results = dict(talk.answer(both))
-    whole = first._replace(tokens=np.concatenate([first.tokens, said.tokens, second]), keep=False)
-    ((_, wanted),) = engine().answer([whole])
+    both = [Request(follow, context=said.context, keep_context=True), ask("It is")]
+    results = dict(talk.generate(both))
+    whole = first._replace(
+        tokens=np.concatenate([first.tokens, said.tokens, second]), keep_context=False
+    )
+    ((_, wanted),) = engine().generate([whole])
     assert_same(results[0], wanted)
 
 
@@ -370,16 +379,16 @@ def test_a_question_that_follows_is_the_whole_conversation_read_anew(engine, que
 
 def test_a_draw_depends_on_its_seed_and_not_on_the_batch(engine, questions, alone):
     warm = [question._replace(temperature=1.0, seed=3) for question in questions[:6]]
-    together = dict(engine().answer([*warm, *questions[6:]]))
+    together = dict(engine().generate([*warm, *questions[6:]]))
     for number, question in enumerate(warm[:3]):
-        ((_, found),) = engine().answer([question])
+        ((_, found),) = engine().generate([question])
         np.testing.assert_array_equal(found.tokens, together[number].tokens)
     for number in range(6, len(questions)):  # the others are as greedy as ever
         np.testing.assert_array_equal(together[number].tokens, alone[number].tokens)
-    drawn = engine().answer([warm[0]._replace(seed=seed) for seed in range(8)])
+    drawn = engine().generate([warm[0]._replace(seed=seed) for seed in range(8)])
     assert len({result.tokens.tobytes() for _, result in drawn}) > 4
     cold = [question._replace(temperature=1e-3, seed=9) for question in questions[:6]]
-    for number, result in engine().answer(cold):
+    for number, result in engine().generate(cold):
         np.testing.assert_array_equal(result.tokens, alone[number].tokens)
 
 
@@ -389,16 +398,16 @@ def test_a_draw_depends_on_its_seed_and_not_on_the_batch(engine, questions, alon
 def test_a_prompt_longer_than_the_context_is_refused(engine, ask, varied):
     limit = varied.model.config.language.max_positions
     with pytest.raises(ValueError, match=f"the model has {limit}"):
-        engine().add(ask("dog " * limit))
+        engine().add_request(ask("dog " * limit))
 
 
 def test_an_answer_ends_at_the_end_of_the_context(engine, questions, alone, monkeypatch):
     number = next(i for i, result in enumerate(alone) if len(result.tokens) > 7)
     positions = len(questions[number].tokens) + 7
-    monkeypatch.setattr(Engine, "_positions", positions)
-    ((_, result),) = engine().answer([questions[number]])
+    monkeypatch.setattr(Engine, "_max_positions", positions)
+    ((_, result),) = engine().generate([questions[number]])
     np.testing.assert_array_equal(result.tokens, alone[number].tokens[:7])
-    assert result.reason == "length"
+    assert result.finish_reason == "length"
 
 
 def test_numbers_that_are_not_finite_harm_no_other_row(varied, model, questions, alone, ask):
@@ -413,11 +422,11 @@ def test_numbers_that_are_not_finite_harm_no_other_row(varied, model, questions,
     harmed = [i for i, question in enumerate(questions) if word in question.tokens]
     embedding = damaged.language_model.embedding
     embedding.set_value(jnp.asarray(embedding[...]).at[word].set(jnp.nan))
-    results = dict(Engine(damaged, varied.vocabulary, CONFIG).answer(questions))
+    results = dict(Engine(damaged, varied.vocabulary, CONFIG).generate(questions))
     assert len(results) == len(questions)
     assert len(harmed) >= 4 and len(unharmed) >= 4
     for number in harmed:
-        assert results[number].reason == "damaged"
+        assert results[number].finish_reason == "non_finite"
         assert len(results[number].tokens) == 0
         assert len(results[number].targets.codebook_index) == 0
     for number in unharmed:
@@ -432,10 +441,10 @@ def test_a_hundred_targets(varied, model, ask, monkeypatch):
     head = np.array(language.head[...])
     head[group[0]] += 9 * last / np.linalg.norm(last)
     language.head.set_value(head)
-    monkeypatch.setattr(module, "AHEAD", 620)
-    many = dataclasses.replace(CONFIG, rows=1, max_new_tokens=620)
-    ((_, result),) = Engine(eager, varied.vocabulary, many).answer([ask("dog segment")])
+    monkeypatch.setattr(module, "HEADROOM", 620)
+    many = dataclasses.replace(CONFIG, max_batch=1, max_new_tokens=620)
+    ((_, result),) = Engine(eager, varied.vocabulary, many).generate([ask("dog segment")])
     assert len(result.targets.codebook_index) >= 100
     assert np.isfinite(result.targets.mask_logits).all()
     assert len({logits.tobytes() for logits in result.targets.mask_logits}) > 50
-    assert result.passes < len(result.tokens) / 4
+    assert result.num_steps < len(result.tokens) / 4

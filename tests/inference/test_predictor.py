@@ -15,9 +15,9 @@ from PIL import ExifTags, Image
 
 from pixellm_jax.config import MeshConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.inference.answer import Answer, AnswerMaker
-from pixellm_jax.inference.predictor import LEAST_ANSWER, Predictor
-from pixellm_jax.inference.request import Result, Targets
+from pixellm_jax.inference.answer import Answer, AnswerBuilder
+from pixellm_jax.inference.predictor import MIN_NEW_TOKENS, Predictor
+from pixellm_jax.inference.request import Completion, Targets
 from pixellm_jax.sharding import make_mesh
 from pixellm_jax.text.prompt import TEMPLATES, question_ids
 
@@ -48,7 +48,7 @@ def assert_alike(found: Answer, expected: Answer) -> None:
 
     In float32 the logits differ by about 1e-5; one pixel in a thousand is this near to zero.
     """
-    assert (found.text, found.reason) == (expected.text, expected.reason)
+    assert (found.text, found.finish_reason) == (expected.text, expected.finish_reason)
     np.testing.assert_array_equal(found.markers, expected.markers)
     assert found.masks.shape == expected.masks.shape
     if found.masks.size:
@@ -191,7 +191,7 @@ def test_empty_question_is_refused(predictor, question):
 
 
 def test_question_longer_than_the_context_is_refused(predictor):
-    limit = predictor.config.language.max_positions - min(predictor.max_new_tokens, LEAST_ANSWER)
+    limit = predictor.config.language.max_positions - min(predictor.max_new_tokens, MIN_NEW_TOKENS)
     with pytest.raises(InputError, match=rf"room for {limit} before an answer; shorten it"):
         predictor(picture(), "segment the dog " * 900)
 
@@ -232,14 +232,14 @@ def test_budget_must_allow_a_token(predictor, budget):
 
 def test_questions_and_pictures_of_one_bucket_compile_nothing_new(predictor, answer):
     del answer  # asked, so that all is compiled
-    before = predictor.engine.programs.compiled.total()
+    before = predictor.engine.counter.compiled.total()
     questions = (QUESTION, "Is it the dog?")
     template, size = TEMPLATES[predictor.config.template], predictor.config.image_tokens
     ids = [question_ids(predictor.vocabulary, template, q, image_tokens=size) for q in questions]
     assert len({len(tokens) for tokens in ids}) == 2
     predictor(picture(70, 31), "Is it the dog?")
     predictor(picture(31, 400), QUESTION)
-    assert predictor.engine.programs.compiled.total() == before
+    assert predictor.engine.counter.compiled.total() == before
 
 
 def test_compute_dtype_of_the_released_models_works(tiny):
@@ -253,7 +253,7 @@ def test_compute_dtype_of_the_released_models_works(tiny):
 
 
 def test_batch_keeps_the_order_and_is_one_by_one(varied):
-    predictor = Predictor(varied.model, varied.vocabulary, max_new_tokens=40, rows=4)
+    predictor = Predictor(varied.model, varied.vocabulary, max_new_tokens=40, max_batch=4)
     pairs = [
         (picture(*size), words)
         for size in ((53, 89), (20, 30))
@@ -264,7 +264,7 @@ def test_batch_keeps_the_order_and_is_one_by_one(varied):
     assert len({len(answer.masks) for answer in answers}) > 2
     for (image, words), answer in zip(pairs, answers, strict=True):
         assert_proper(answer, *image.shape[:2])
-        assert answer.passes <= answer.tokens
+        assert answer.num_steps <= answer.num_tokens
         assert_alike(answer, predictor(image, words))
     assert predictor.batch([]) == []
 
@@ -291,7 +291,7 @@ def test_pairs_are_read_as_they_are_answered(predictor):
 
     answers = predictor.each(pairs())
     next(answers)
-    assert len(read) <= 2 * predictor.engine.config.rows
+    assert len(read) <= 2 * predictor.engine.config.max_batch
     answers.close()
     assert predictor(picture(), QUESTION).complete  # what was left is not answered first
 
@@ -308,7 +308,8 @@ def test_pairs_may_depend_on_answers(predictor, answer):
 
 def test_answers_are_made_after_the_main_thread_has_ended(predictor, answer):
     predictor = Predictor(predictor.model, predictor.vocabulary)
-    predictor._finishing.shutdown()  # as the interpreter does then, while other threads go on
+    # As the interpreter does then, while other threads continue.
+    predictor.service._post_processing.shutdown()
     assert_alike(predictor(picture(), QUESTION), answer)
 
 
@@ -342,7 +343,7 @@ def test_an_answer_that_nobody_waits_for_may_be_cancelled(predictor, answer):
 
 
 def test_a_stream_ends_in_the_answer(varied):
-    predictor = Predictor(varied.model, varied.vocabulary, max_new_tokens=40, rows=1)
+    predictor = Predictor(varied.model, varied.vocabulary, max_new_tokens=40, max_batch=1)
     words = "It is this image"
     whole = predictor(picture(), words)
     assert len(whole.masks)
@@ -350,7 +351,7 @@ def test_a_stream_ends_in_the_answer(varied):
     assert len(parts) > 2
     assert_same(parts[-1], whole)
     for part in parts[:-1]:
-        assert part.reason == "running" and not part.complete
+        assert part.finish_reason == "running" and not part.complete
         assert_proper(part, HEIGHT, WIDTH)
         assert whole.text.startswith(part.text.rstrip("\ufffd"))
         np.testing.assert_array_equal(part.masks, whole.masks[: len(part.masks)])
@@ -364,13 +365,13 @@ def test_a_stream_ends_in_the_answer(varied):
 
 def test_a_conversation_is_its_whole_text_read_anew(predictor):
     """The tiny model answers with ids that are those of its text, so both can be compared."""
-    talk = predictor.conversation(picture())
+    talk = predictor.chat(picture())
     questions = ["Where is the dog?", "And the image?", "Is it in this?"]
     answers = [talk(question) for question in questions]
     history = []
     for question, answer in zip(questions, answers, strict=True):
         assert answer.text == "It is [SEG]."
-        asked = predictor._question(picture(), question)
+        request, finish = predictor.prepare(picture(), question)
         tokens = question_ids(
             predictor.vocabulary,
             TEMPLATES[predictor.config.template],
@@ -378,8 +379,7 @@ def test_a_conversation_is_its_whole_text_read_anew(predictor):
             image_tokens=predictor.config.image_tokens,
             history=history,
         )
-        result = predictor._service.submit(asked._replace(tokens=tokens)).result()
-        wanted = predictor._maker(picture())(result)
+        wanted = predictor.service.submit(request._replace(tokens=tokens), finish).result()
         assert_alike(answer, wanted)
         history += [question, f"It is {predictor.vocabulary.group_text}."]
     assert [len(answer.earlier) for answer in answers] == [0, 1, 2]
@@ -392,16 +392,16 @@ def test_a_conversation_is_its_whole_text_read_anew(predictor):
 @pytest.mark.parametrize("budget", range(3, 11))
 def test_a_conversation_goes_on_after_an_answer_that_was_cut_off(predictor, budget):
     short = Predictor(predictor.model, predictor.vocabulary, max_new_tokens=budget)
-    talk = short.conversation(picture())
+    talk = short.chat(picture())
     first = talk("Where is the dog?")
-    assert first.tokens == budget
+    assert first.num_tokens == budget
     assert first.complete == (budget == 10)
     talk.predictor = predictor  # what was seen is the model's
     assert talk("And now?").text == "It is [SEG]."
 
 
 def test_a_conversation_refuses_what_a_question_may_not_be(predictor):
-    talk = predictor.conversation(picture())
+    talk = predictor.chat(picture())
     talk("Where is the dog?")
     with pytest.raises(InputError, match="the question is empty"):
         talk(" ")
@@ -416,11 +416,11 @@ def test_a_conversation_refuses_what_a_question_may_not_be(predictor):
 )
 def test_a_draw_may_be_any_number_in_its_range(predictor, draw):
     answer = predictor(picture(), QUESTION, temperature=1e-3, **draw)
-    assert answer.reason in ("stop", "length") and answer.tokens > 1
+    assert answer.finish_reason in ("stop", "length") and answer.num_tokens > 1
 
 
 def test_a_draw_is_the_same_for_the_same_seed(varied):
-    predictor = Predictor(varied.model, varied.vocabulary, max_new_tokens=40, rows=4)
+    predictor = Predictor(varied.model, varied.vocabulary, max_new_tokens=40, max_batch=4)
     texts = [predictor(picture(), "dog", temperature=1.0, seed=seed).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     cold = predictor(picture(), "dog", temperature=1.0, top_p=1e-6, seed=5)
@@ -430,14 +430,14 @@ def test_a_draw_is_the_same_for_the_same_seed(varied):
 # Masks
 
 
-def result(predictor: Predictor, logits: np.ndarray) -> Result:
+def result(predictor: Predictor, logits: np.ndarray) -> Completion:
     """An answer of nothing but targets with these logits."""
     group, count = list(predictor.vocabulary.group), len(logits)
     index = np.arange(count * len(group), dtype=np.int32).reshape(count, 2, 3)
     chance = np.linspace(0.1, 0.9, count * len(group) + 1, dtype=np.float32)
     targets = Targets(index, np.zeros((count, 2, 3, 64), np.float32), logits.astype(np.float32))
     tokens = np.asarray([*group * count, predictor.vocabulary.eos], np.int32)
-    return Result(tokens, chance, targets, "stop", count + 1)
+    return Completion(tokens, chance, targets, "stop", count + 1)
 
 
 @pytest.mark.parametrize(
@@ -457,7 +457,7 @@ def result(predictor: Predictor, logits: np.ndarray) -> Result:
 )
 def test_a_draw_of_no_token_is_refused(predictor, draw):
     ((name, value),) = draw.items()
-    talk = predictor.conversation(picture())
+    talk = predictor.chat(picture())
     for ask in (partial(predictor.submit, picture()), partial(predictor.stream, picture()), talk):
         with pytest.raises(InputError, match=re.escape(f"{name}={value!r}: expected")):
             ask(QUESTION, **draw)
@@ -469,33 +469,37 @@ def test_scores_and_what_is_kept(predictor):
     logits = np.stack([np.full((side, side), value) for value in (-1.0, 0.1, 3.0, np.nan)])
     said = result(predictor, logits)
     for least, kept in ((0.0, [0, 1, 1, 0]), (0.9, [0, 0, 1, 0]), (1.0, [0, 0, 0, 0])):
-        make = AnswerMaker(predictor.vocabulary, (HEIGHT, WIDTH), 112, least)
+        make = AnswerBuilder(predictor.vocabulary, (HEIGHT, WIDTH), 112, least)
         answer = make(said)
         assert answer.text == "[SEG] [SEG] [SEG] [SEG]"
         chances = 1 / (1 + np.exp([-0.1, -3.0]))
         np.testing.assert_allclose(answer.scores, [0, *chances, 0], rtol=1e-6)
-        np.testing.assert_allclose(answer.presence, said.chance[:-1:6])
+        np.testing.assert_allclose(answer.presence, said.token_prob[:-1:6])
         assert answer.kept.tolist() == [bool(value) for value in kept]
         assert answer.masks.all(axis=(1, 2)).tolist() == answer.masks.any(axis=(1, 2)).tolist()
-        assert answer.reason == "damaged"
-    sound = AnswerMaker(predictor.vocabulary, (HEIGHT, WIDTH), 112, 0.0)(
+        assert answer.finish_reason == "non_finite"
+    sound = AnswerBuilder(predictor.vocabulary, (HEIGHT, WIDTH), 112, 0.0)(
         result(predictor, logits[:3])
     )
-    assert sound.reason == "stop"
+    assert sound.finish_reason == "stop"
 
 
 def test_a_stream_names_no_target_before_its_mask(predictor):
     said = result(predictor, np.ones((3, 32, 32)))
     targets = Targets(*(array[:1] for array in said.targets))
-    make = AnswerMaker(predictor.vocabulary, (HEIGHT, WIDTH), 112, 0.0)
-    answer = make(said._replace(targets=targets, reason="running"))
+    make = AnswerBuilder(predictor.vocabulary, (HEIGHT, WIDTH), 112, 0.0)
+    answer = make(said._replace(targets=targets, finish_reason="running"))
     assert answer.text == "[SEG]" and len(answer.masks) == 1
     assert len(make(said).masks) == 3
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"rows": 0}, "rows=0"), ({"min_score": 1.5}, "min_score=1.5"), ({"weights": "int2"}, "int2")],
+    [
+        ({"max_batch": 0}, "max_batch=0"),
+        ({"min_score": 1.5}, "min_score=1.5"),
+        ({"weights": "int2"}, "int2"),
+    ],
 )
 def test_bad_options_are_refused(predictor, options, named):
     with pytest.raises(InputError, match=named):
@@ -509,15 +513,15 @@ def test_weights_that_are_not_finite_are_named(tiny):
     with pytest.raises(InputError, match=r"language_model.layers.1.up.weight: .* not finite"):
         damaged(picture(), QUESTION)
     ((_, found),) = damaged.each([(picture(), QUESTION)])
-    assert (found.reason, found.text, len(found.masks)) == ("damaged", "", 0)
+    assert (found.finish_reason, found.text, len(found.masks)) == ("non_finite", "", 0)
     with pytest.raises(InputError, match="not finite"):
-        damaged.conversation(picture())(QUESTION)
+        damaged.chat(picture())(QUESTION)
 
 
 def test_weights_on_a_mesh_give_the_same_answers(tiny, predictor, answer):
     """Two devices share the heads, the MLP and the vocabulary: sums in another order."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=2), jax.devices()[:2])
-    spread = Predictor.load(tiny.jax, max_new_tokens=12, rows=4, mesh=mesh)
+    spread = Predictor.load(tiny.jax, max_new_tokens=12, max_batch=4, mesh=mesh)
     key = spread.model.language_model.layers[0].key.weight[...]
     assert [shard.data.shape for shard in key.addressable_shards] == [(64, 1, 16)] * 2
     assert_alike(spread(picture(), QUESTION), answer)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from pixellm_jax.config import LoraConfig, MeshConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.inference.prepare import serve
+from pixellm_jax.inference.prepare import prepare_for_inference
 from pixellm_jax.model.language_model import LanguageModel
 from pixellm_jax.model.layers import Projection
 from pixellm_jax.model.lora import add_lora
@@ -52,7 +52,7 @@ def tokens(varied) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def logits(varied, tokens) -> np.ndarray:
-    return np.asarray(jax.jit(run)(serve(varied.model).language_model, tokens))
+    return np.asarray(jax.jit(run)(prepare_for_inference(varied.model).language_model, tokens))
 
 
 def test_the_model_that_is_served_stays_as_it_is(varied):
@@ -60,7 +60,7 @@ def test_the_model_that_is_served_stays_as_it_is(varied):
     config = dataclasses.replace(varied.model.config, dtype="bfloat16")
     half = jax.tree.map(lambda leaf: leaf, varied.model)
     half.config = config
-    served = serve(half, weights="int8")
+    served = prepare_for_inference(half, weights="int8")
     assert served.language_model.head.dtype == jnp.bfloat16
     after = flat(varied.model)
     assert after.keys() == before.keys()
@@ -77,7 +77,7 @@ def test_a_model_that_is_used_up_gives_the_same_and_is_never_there_twice(
     before, seen = live_bytes(), list[int]()
     split = nnx.merge
     monkeypatch.setattr(nnx, "merge", lambda *a: (seen.append(live_bytes()), split(*a))[1])
-    served = serve(model, consume=True)
+    served = prepare_for_inference(model, consume=True)
     monkeypatch.undo()
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(model.language_model.layers))
     assert seen and max(seen) < before + most < before + size / 2
@@ -92,7 +92,7 @@ def live_bytes() -> int:
 def test_only_the_matrices_of_the_language_model_take_the_compute_dtype(varied):
     half = jax.tree.map(lambda leaf: leaf, varied.model)
     half.config = dataclasses.replace(varied.model.config, dtype="bfloat16")
-    for name, value in flat(serve(half)).items():
+    for name, value in flat(prepare_for_inference(half)).items():
         matrix = name.startswith("language_model.") and "norm" not in name
         assert value.dtype == (jnp.bfloat16 if matrix else jnp.float32), name
 
@@ -106,7 +106,7 @@ def test_lora_is_merged(varied, tokens, logits):
     add_lora(layers, LoraConfig(), jax.random.key(0))
     up = layers.query.lora.up
     up.set_value(jax.random.normal(jax.random.key(1), up.shape) / 30)
-    served = serve(adapted)
+    served = prepare_for_inference(adapted)
     assert layers.query.lora is not None  # still to be trained
     assert served.language_model.layers[0].query.lora is None
     whole = jax.jit(run)(adapted.language_model, tokens)
@@ -148,7 +148,9 @@ def test_values_are_the_nearest_of_their_group(shape, axes, inputs, bits):
 
 @pytest.mark.parametrize(("weights", "most"), [("int8", 0.03), ("int4", 0.4)])
 def test_few_bits_change_little(varied, tokens, logits, weights, most):
-    found = np.asarray(jax.jit(run)(serve(varied.model, weights=weights).language_model, tokens))
+    found = np.asarray(
+        jax.jit(run)(prepare_for_inference(varied.model, weights=weights).language_model, tokens)
+    )
     assert 1e-4 < error(found, logits) < most
     picked = found.argmax(-1) == logits.argmax(-1)
     assert picked.mean() > 1 - most
@@ -158,7 +160,9 @@ def test_bytes_of_the_layers(varied):
     """A quarter, and an eighth with a scale of 32 bits for 64 values; norms are few."""
 
     def size(**options) -> int:
-        state = jax.eval_shape(lambda: nnx.state(serve(varied.model, **options).language_model))
+        state = jax.eval_shape(
+            lambda: nnx.state(prepare_for_inference(varied.model, **options).language_model)
+        )
         layers = jax.tree.leaves(state["layers"])
         return sum(
             leaf.size * (4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize)
@@ -171,7 +175,7 @@ def test_bytes_of_the_layers(varied):
 
 def test_unknown_weights_are_refused(varied):
     with pytest.raises(InputError, match="weights='int3': choose from int8, int4"):
-        serve(varied.model, weights="int3")
+        prepare_for_inference(varied.model, weights="int3")
 
 
 def test_weights_of_zero_do_not_divide_by_zero():
@@ -188,11 +192,13 @@ def test_weights_of_zero_do_not_divide_by_zero():
 @pytest.mark.parametrize("weights", [None, "int8"])
 def test_weights_are_spread_over_a_mesh(varied, tokens, weights):
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=2), jax.devices()[:2])
-    spread = serve(varied.model, weights=weights, mesh=mesh)
+    spread = prepare_for_inference(varied.model, weights=weights, mesh=mesh)
     up = spread.language_model.layers[0].up
     part = up.weight[...] if weights is None else up.values[...]
     assert part.addressable_shards[0].data.shape == (64, 48)
     with jax.set_mesh(mesh):
         found = jax.jit(run)(spread.language_model, tokens)
-    wanted = jax.jit(run)(serve(varied.model, weights=weights).language_model, tokens)
+    wanted = jax.jit(run)(
+        prepare_for_inference(varied.model, weights=weights).language_model, tokens
+    )
     assert error(found, wanted) < TOLERANCE

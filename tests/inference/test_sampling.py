@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixellm_jax.inference.sampling import Sampling, choose, nucleus
+from pixellm_jax.inference.sampling import Sampling, nucleus, sample_tokens
 
 CHANCES = np.asarray([0.05, 0.4, 0.1, 0.3, 0.15], np.float32)
 
@@ -53,7 +53,7 @@ def test_equally_likely_tokens_go_together():
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.71)])
 def test_frequencies_are_the_probabilities(temperature, top_p):
     rows = 4000
-    found = jax.jit(choose)(logits(rows), sampling(rows, temperature, top_p), numbers(rows))
+    found = jax.jit(sample_tokens)(logits(rows), sampling(rows, temperature, top_p), numbers(rows))
     wanted = CHANCES ** (1 / temperature)
     wanted = np.where(np.isin(np.arange(5), [1, 3, 4]) | (top_p == 1), wanted, 0)
     wanted /= wanted.sum()
@@ -65,9 +65,11 @@ def test_frequencies_are_the_probabilities(temperature, top_p):
 
 def test_a_draw_is_that_of_its_seed_and_number_in_any_batch():
     rows = 200
-    drawn = [jax.jit(choose)(logits(rows), sampling(rows, 1.0), numbers(rows, i)) for i in (0, 1)]
+    drawn = [
+        jax.jit(sample_tokens)(logits(rows), sampling(rows, 1.0), numbers(rows, i)) for i in (0, 1)
+    ]
     assert (np.asarray(drawn[0]) != np.asarray(drawn[1])).mean() > 0.3
     mixed = sampling(rows, 1.0)._replace(temperature=np.arange(rows) % 2 * np.float32(1))
-    found = np.asarray(jax.jit(choose)(logits(rows)[::-1], mixed, numbers(rows)))
+    found = np.asarray(jax.jit(sample_tokens)(logits(rows)[::-1], mixed, numbers(rows)))
     np.testing.assert_array_equal(found[1::2], np.asarray(drawn[0])[1::2])
     assert (found[::2] == 1).all()  # temperature 0: the most likely

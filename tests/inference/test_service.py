@@ -13,8 +13,8 @@ import pytest
 
 from pixellm_jax.images.geometry import fit
 from pixellm_jax.inference.engine import Engine, EngineConfig
-from pixellm_jax.inference.request import Question
-from pixellm_jax.inference.service import Service
+from pixellm_jax.inference.request import Request
+from pixellm_jax.inference.service import Service, unchanged
 from pixellm_jax.text.prompt import TEMPLATES, question_ids
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -22,21 +22,23 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture
 def engine(predictor) -> Engine:
-    return Engine(predictor.model, predictor.vocabulary, EngineConfig(rows=4, max_new_tokens=12))
+    return Engine(
+        predictor.model, predictor.vocabulary, EngineConfig(max_batch=4, max_new_tokens=12)
+    )
 
 
 @pytest.fixture
 def service(engine) -> Service:
-    return Service(engine, waiting=3)
+    return Service(engine, max_queue=3)
 
 
 @pytest.fixture(scope="module")
-def question(predictor) -> Question:
+def question(predictor) -> Request:
     config = predictor.config
     tokens = question_ids(
         predictor.vocabulary, TEMPLATES[config.template], "Hm?", image_tokens=config.image_tokens
     )
-    return Question(tokens, *fit(np.full((30, 20, 3), 99, np.uint8), config.vision.canvas))
+    return Request(tokens, *fit(np.full((30, 20, 3), 99, np.uint8), config.vision.canvas))
 
 
 @contextlib.contextmanager
@@ -61,9 +63,9 @@ def wait_for_rest(service: Service) -> None:
 
 def test_the_thread_is_there_only_while_it_is_needed(service, question):
     assert service._thread is None
-    assert service.submit(question).result().reason == "stop"
+    assert service.submit(question).result().finish_reason == "stop"
     wait_for_rest(service)
-    assert service.submit(question).result().reason == "stop"  # and comes back
+    assert service.submit(question).result().finish_reason == "stop"  # and comes back
     wait_for_rest(service)
     assert not [thread for thread in threading.enumerate() if thread.name == "pixellm engine"]
 
@@ -74,20 +76,23 @@ def test_the_queue_is_bounded(service, question):
         with pytest.raises(queue.Full):
             service.submit(question, timeout=0.01)
         assert service._thread is None and not any(future.done() for future in futures)
-    assert [future.result().reason for future in futures] == ["stop"] * 3
+    assert [future.result().finish_reason for future in futures] == ["stop"] * 3
 
 
 def test_questions_submitted_together_are_read_together(service, engine, question):
-    results = [future.result() for future in service.submit_together([question] * 3)]
+    results = [future.result() for future in service.submit_all([(question, unchanged)] * 3)]
     wait_for_rest(service)
-    assert engine.passes == 1 + results[0].passes - 1
+    assert engine.num_steps == 1 + results[0].num_steps - 1
 
 
 def test_more_than_the_queue_holds_may_be_submitted_at_once(service, question):
     found = []
 
     def submit() -> None:
-        found.extend(future.result().reason for future in service.submit_together([question] * 9))
+        found.extend(
+            future.result().finish_reason
+            for future in service.submit_all([(question, unchanged)] * 9)
+        )
 
     threads = [threading.Thread(target=submit, daemon=True) for _ in range(3)]
     for thread in threads:
@@ -99,14 +104,14 @@ def test_more_than_the_queue_holds_may_be_submitted_at_once(service, question):
 
 def test_a_waiting_question_takes_the_place_of_one_that_ended(predictor, question):
     """As many passes as where the engine knows all questions from the start."""
-    config = EngineConfig(rows=2, max_new_tokens=12)
-    questions = [question._replace(budget=1 + 5 * i % 7) for i in range(16)]
+    config = EngineConfig(max_batch=2, max_new_tokens=12)
+    questions = [question._replace(max_new_tokens=1 + 5 * i % 7) for i in range(16)]
     engines = [Engine(predictor.model, predictor.vocabulary, config) for _ in range(2)]
-    whole = dict(engines[0].answer(questions))
-    futures = Service(engines[1]).submit_together(questions)
+    whole = dict(engines[0].generate(questions))
+    futures = Service(engines[1]).submit_all([(each, unchanged) for each in questions])
     for number, future in enumerate(futures):
         np.testing.assert_array_equal(future.result().tokens, whole[number].tokens)
-    assert engines[1].passes == engines[0].passes
+    assert engines[1].num_steps == engines[0].num_steps
 
 
 def test_a_thread_that_cannot_start_is_tried_again(service, question, monkeypatch):
@@ -117,7 +122,7 @@ def test_a_thread_that_cannot_start_is_tried_again(service, question, monkeypatc
         patched.setattr(threading.Thread, "start", refuse)
         with pytest.raises(RuntimeError, match="can't start"):
             service.submit(question)
-    assert service.submit(question).result(timeout=60).reason == "stop"
+    assert service.submit(question).result(timeout=60).finish_reason == "stop"
     wait_for_rest(service)
 
 
@@ -138,7 +143,7 @@ def test_an_error_of_the_engine_reaches_all_who_wait_and_no_one_later(
         with pytest.raises(MemoryError, match="no room"):
             list(stream)
         wait_for_rest(service)
-    assert service.submit(question).result().reason == "stop"
+    assert service.submit(question).result().finish_reason == "stop"
 
 
 def test_a_question_that_does_not_fit_is_refused_alone(service, engine, question):
@@ -146,7 +151,7 @@ def test_a_question_that_does_not_fit_is_refused_alone(service, engine, question
     long = question._replace(tokens=np.concatenate([question.tokens, np.full(limit, 5, np.int32)]))
     with held(service):
         good, bad, other = (service.submit(asked) for asked in (question, long, question))
-    assert good.result().reason == other.result().reason == "stop"
+    assert good.result().finish_reason == other.result().finish_reason == "stop"
     with pytest.raises(ValueError, match=f"the model has {limit}"):
         bad.result()
 
@@ -155,7 +160,7 @@ def test_what_is_cancelled_while_it_waits_is_not_answered(service, engine, quest
     with held(service):
         futures = [service.submit(question) for _ in range(3)]
         assert futures[1].cancel()
-    assert futures[0].result().reason == futures[2].result().reason == "stop"
+    assert futures[0].result().finish_reason == futures[2].result().finish_reason == "stop"
     with pytest.raises(CancelledError):
         futures[1].result()
     wait_for_rest(service)
@@ -163,15 +168,15 @@ def test_what_is_cancelled_while_it_waits_is_not_answered(service, engine, quest
 
 def test_a_stream_that_is_left_frees_its_row(service, engine, question, monkeypatch):
     dropped = []
-    drop = engine.drop
-    monkeypatch.setattr(engine, "drop", lambda ticket: (dropped.append(ticket), drop(ticket)))
-    monkeypatch.setattr("pixellm_jax.inference.engine.STREAM_STEPS", 1)
+    abort = engine.abort
+    monkeypatch.setattr(engine, "abort", lambda ticket: (dropped.append(ticket), abort(ticket)))
+    monkeypatch.setattr("pixellm_jax.inference.engine.STREAM_STEPS_PER_SYNC", 1)
     stream = service.stream(question)
-    assert next(stream).reason == "running"
+    assert next(stream).finish_reason == "running"
     stream.close()
     wait_for_rest(service)
     assert engine.idle
     assert dropped == [0]
-    service.drop(stream)  # of no question any more
-    assert not service._dropped and not service._live
-    assert [result.reason for result in service.stream(question)][-1] == "stop"
+    service.abort(stream)  # of no question any more
+    assert not service._aborted and not service._live
+    assert [result.finish_reason for result in service.stream(question)][-1] == "stop"

@@ -89,7 +89,7 @@ def test_two_thousand_questions(capsys):
     assert max(len(words) for _, words in pairs) > LONGEST * 0.9
 
     before = held()
-    predictor = Predictor.load(SHAPES_MODEL, max_new_tokens=BUDGET, rows=ROWS)
+    predictor = Predictor.load(SHAPES_MODEL, max_new_tokens=BUDGET, max_batch=ROWS)
     begin, found, memory = time.perf_counter(), {}, list[int]()
     for number, answer in predictor.each((pictures[p], words) for p, words in pairs):
         assert number not in found
@@ -98,7 +98,7 @@ def test_two_thousand_questions(capsys):
         else:
             height, width, _ = pictures[pairs[number][0]].shape
             assert answer.masks.shape == (len(answer.markers), height, width)
-            found[number] = (answer.text, answer.reason, len(answer.masks))
+            found[number] = (answer.text, answer.finish_reason, len(answer.masks))
         if len(found) % 250 == 0:
             memory.append(resident())
     seconds = time.perf_counter() - begin
@@ -106,7 +106,7 @@ def test_two_thousand_questions(capsys):
     assert sorted(found) == list(range(COUNT))
     refused = {number for number, answer in found.items() if isinstance(answer, str)}
     answers = [answer for answer in found.values() if not isinstance(answer, str)]
-    compiled = predictor.engine.programs.compiled
+    compiled = predictor.engine.counter.compiled
     with capsys.disabled():
         targets = Counter(count for _, _, count in answers)
         print(
@@ -133,4 +133,4 @@ def test_two_thousand_questions(capsys):
     for number in draw.choice(sorted(set(found) - refused), 20, replace=False):
         picture, words = pairs[number]
         answer = predictor(pictures[picture], words)
-        assert (answer.text, answer.reason, len(answer.masks)) == found[number]
+        assert (answer.text, answer.finish_reason, len(answer.masks)) == found[number]

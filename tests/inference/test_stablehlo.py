@@ -113,16 +113,16 @@ def outside(written, pictures, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def inside(varied, pictures):
     """Results and answers of the predictor for the pairs of `OUTSIDE`, drawn as told."""
-    predictor = Predictor(varied.model, varied.vocabulary, max_new_tokens=NEW_TOKENS, rows=2)
+    predictor = Predictor(varied.model, varied.vocabulary, max_new_tokens=NEW_TOKENS, max_batch=2)
     pairs = [(picture, question) for picture in pictures for question in QUESTIONS]
 
     def answers(**draw):
-        asked = [predictor._question(*pair)._replace(**draw) for pair in pairs]
-        results = [predictor._service.submit(each) for each in asked]
-        found = [result.result() for result in results]
+        requests = [predictor.prepare(*pair, **draw)[0] for pair in pairs]
+        futures = [predictor.service.submit(request) for request in requests]
+        completions = [future.result() for future in futures]
         return [
-            (result, predictor._maker(picture)(result))
-            for (picture, _), result in zip(pairs, found, strict=True)
+            (completion, predictor.answer_builder(picture)(completion))
+            for (picture, _), completion in zip(pairs, completions, strict=True)
         ]
 
     return answers
@@ -140,7 +140,7 @@ def read(folder: Path, name: str) -> list[dict[str, np.ndarray]]:
 def assert_alike(found, wanted) -> None:
     result, answer = wanted
     np.testing.assert_array_equal(found["ids"], result.tokens)
-    assert (str(found["text"]), str(found["reason"])) == (answer.text, answer.reason)
+    assert (str(found["text"]), str(found["reason"])) == (answer.text, answer.finish_reason)
     assert found["masks"].shape == answer.masks.shape
     if answer.masks.size:
         assert np.mean(found["masks"] != answer.masks) < PIXELS
@@ -154,7 +154,7 @@ def test_programs_answer_as_the_predictor(outside, inside):
     assert len({len(answer.masks) for _, answer in wanted}) > 1  # not all the same
     for one, other in zip(found, wanted, strict=True):
         assert_alike(one, other)
-        assert one["passes"] == other[0].passes
+        assert one["passes"] == other[0].num_steps
 
 
 def test_draws_are_those_of_the_predictor(outside, inside):

@@ -22,10 +22,11 @@ from pixellm_jax.config import (
 )
 from pixellm_jax.images.geometry import VOID
 from pixellm_jax.inference.decoding import LENGTH as CUT
-from pixellm_jax.inference.decoding import STOP, Rows, generate
+from pixellm_jax.inference.decoding import STOP, DecodeState
 from pixellm_jax.model.pixellm import ImageFeatures, PixelLM, gather_states, visibility
-from pixellm_jax.text.prompt import IMAGE_TOKEN, Conversation, pack
+from pixellm_jax.text.prompt import IMAGE_TOKEN, EncodedConversation, pack
 from pixellm_jax.training.losses import Losses, losses
+from tests.support.greedy_decoding import generate
 
 # Float32 with sums in another order, relative to the largest value; a random model of this size
 # amplifies rounding (1e-7) by two orders of magnitude at most.
@@ -54,12 +55,12 @@ QUESTIONS = [5, 6, 7], [8, 9, 10, 11, 12]
 ANSWERS = [13, *SEG, 14, 2], [*SEG, 15, *SEG, 16, 17, 2]
 
 
-def conversation(question: list[int], answer: list[int]) -> Conversation:
+def conversation(question: list[int], answer: list[int]) -> EncodedConversation:
     ids = np.asarray(PREFIX + question + answer, np.int32)
     asked = len(PREFIX) + len(question)
     starts = np.flatnonzero(ids == SEG[0])
     index = (starts[:, None] + np.arange(len(SEG))).reshape(-1, 2, 3).astype(np.int32)
-    return Conversation(ids, np.arange(len(ids)) >= asked, index)
+    return EncodedConversation(ids, np.arange(len(ids)) >= asked, index)
 
 
 BOTH = [conversation(*turn) for turn in zip(QUESTIONS, ANSWERS, strict=True)]
@@ -384,7 +385,7 @@ class Decoded(NamedTuple):
     features: ImageFeatures
     prompts: list[np.ndarray]
     lengths: np.ndarray
-    generation: Rows
+    generation: DecodeState
 
 
 def padded(prompts: list[np.ndarray], length: int) -> np.ndarray:
@@ -410,7 +411,7 @@ def test_generated_ids_are_the_teacher_forced_argmax_and_states_those_of_a_full_
     model, mixed, decoded
 ):
     tokens, states = decoded.generation.tokens, decoded.generation.states
-    assert decoded.generation.said.tolist() == [BUDGET, BUDGET]
+    assert decoded.generation.num_generated.tolist() == [BUDGET, BUDGET]
     assert decoded.generation.status.tolist() == [CUT, CUT]  # ended by nothing but the budget
     assert len(set(tokens.ravel())) > 5  # not one id over and over
     whole = np.zeros((B, LENGTH), np.int32)
@@ -426,7 +427,7 @@ def test_generated_ids_are_the_teacher_forced_argmax_and_states_those_of_a_full_
         np.testing.assert_array_equal(forced.text_logits[row, before].argmax(-1), tokens[row])
         assert error(states[row], forced.hidden[row, before]) < TOLERANCE
         chances = jax.nn.softmax(forced.text_logits[row, before], axis=-1).max(-1)
-        assert error(decoded.generation.chance[row], chances) < TOLERANCE
+        assert error(decoded.generation.token_prob[row], chances) < TOLERANCE
 
 
 def test_an_answer_depends_neither_on_padding_nor_on_the_other_rows(model, decoded):
@@ -455,7 +456,7 @@ def test_a_row_ends_at_the_stop_id_and_the_others_go_on(model, decoded):
         budget=BUDGET,
         stop=stop,
     )
-    assert found.said.tolist() == [3, BUDGET]
+    assert found.num_generated.tolist() == [3, BUDGET]
     assert found.status.tolist() == [STOP, CUT]
     np.testing.assert_array_equal(found.tokens[0, :3], tokens[0, :3])
     np.testing.assert_array_equal(found.tokens[1], tokens[1])
@@ -470,9 +471,9 @@ def test_decoding_ends_early_when_every_row_has_ended_and_at_a_budget_of_one(mod
         decoded.lengths[:1],
     )
     found = generate(*arguments, budget=BUDGET, stop=int(tokens[0, 1]))
-    assert found.said.tolist() == [2]
+    assert found.num_generated.tolist() == [2]
     np.testing.assert_array_equal(found.tokens[0, :2], tokens[0, :2])
     assert not np.asarray(found.states)[0, 2:].any()  # no pass was made for what nobody reads
     found = generate(*arguments, budget=1, stop=-1)
-    assert found.said.tolist() == [1]
+    assert found.num_generated.tolist() == [1]
     np.testing.assert_array_equal(found.tokens[0], tokens[0, :1])

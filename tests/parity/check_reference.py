@@ -29,7 +29,6 @@ from reference import write_folders
 from pixellm_jax.batch import Batch
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.images.geometry import VOID, fitted_size, unfit
-from pixellm_jax.inference.decoding import generate
 from pixellm_jax.model.layers import resize_bilinear
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.model.vision_encoder import patch_valid
@@ -39,6 +38,7 @@ from pixellm_jax.training.losses import Losses, losses
 from pixellm_jax.weights import torch_layout
 from pixellm_jax.weights.checkpoint import load_model
 from pixellm_jax.weights.convert import convert
+from tests.support.greedy_decoding import generate
 
 STATE, LOSS, GRADIENT, IOU = 1e-4, 1e-4, 1e-3, 1 - 1e-4
 
@@ -271,7 +271,7 @@ def _generation(
         budget, stop = 48, settings["llm"].get("eos_token_id", 2)
         lengths = np.asarray([len(tokens)], np.int32)
         out = generate(model, features, padded, lengths, budget=budget, stop=stop)
-        new = np.asarray(out.tokens)[0, : int(out.said[0])]
+        new = np.asarray(out.tokens)[0, : int(out.num_generated[0])]
         wrong += not np.array_equal(new, wanted[length:])
     yield Line("answers with other ids", float(wrong), 0)
 

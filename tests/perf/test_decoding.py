@@ -12,10 +12,10 @@ from flax import nnx
 
 from data_pipeline.sources.shapes.tokenizer import FOLDER
 from pixellm_jax.cli.main import main
-from pixellm_jax.inference.compilation import Programs
+from pixellm_jax.inference.compilation import CompileCounter
 from pixellm_jax.inference.engine import Engine, EngineConfig
-from pixellm_jax.inference.prepare import serve
-from pixellm_jax.inference.request import Question, Result
+from pixellm_jax.inference.prepare import prepare_for_inference
+from pixellm_jax.inference.request import Completion, Request
 from pixellm_jax.model.quantize import GROUP
 from pixellm_jax.perf import decoding
 from pixellm_jax.perf.baseline import generate, make_baseline
@@ -54,47 +54,48 @@ def weights():
 @pytest.mark.parametrize(("at_once", "size"), [(0, 1), (100, 1), (100, 4)])
 def test_answers_repeat_the_sentence(weights, vocabulary, at_once, size):
     ids = make_sentence(vocabulary)
-    model = serve(make_reciting(jax.tree.map(lambda leaf: size * leaf, weights), ids))
+    scaled = jax.tree.map(lambda leaf: size * leaf, weights)
+    model = prepare_for_inference(make_reciting(scaled, ids))
     config = EngineConfig(
-        rows=ROWS,
-        steps=STEPS_PER_SYNC,
+        max_batch=ROWS,
+        steps_per_sync=STEPS_PER_SYNC,
         max_new_tokens=SENTENCES * len(ids),
-        at_once=at_once,
+        max_tokens_per_step=at_once,
     )
     engine = Engine(model, vocabulary, config)
-    answers = dict(engine.answer(make_requests(TINY, ids, count=ROWS, sentences=SENTENCES)))
+    answers = dict(engine.generate(make_requests(TINY, ids, count=ROWS, sentences=SENTENCES)))
     assert sorted(answers) == list(range(ROWS))
     for row, result in answers.items():
         start = START_STRIDE * row % SENTENCE_WORDS + 1
         expected = np.roll(ids, -start)
         np.testing.assert_array_equal(result.tokens, np.tile(expected, SENTENCES))
-        assert result.reason == "length"
+        assert result.finish_reason == "length"
         assert len(result.targets.mask_logits) == SENTENCES
-        assert (result.chance > 0.9).all()
+        assert (result.token_prob > 0.9).all()
         # The last id needs no step, and the prefill counts as the step of the first.
         per_sentence = SENTENCE_WORDS + (1 if at_once else len(vocabulary.group))
-        assert result.passes == SENTENCES * per_sentence
+        assert result.num_steps == SENTENCES * per_sentence
 
 
 class Scripted(Engine):
     """Engine that takes the given (seconds, steps) at each sync."""
 
     def __init__(self, syncs: list[tuple[float, int]]) -> None:
-        self.syncs, self.now, self.passes, self.requests = syncs, 0.0, 0, list[Question]()
-        self.programs = Programs()
-        self.programs.compiled.update(decode=2, encode=1)
+        self.syncs, self.now, self.num_steps, self.requests = syncs, 0.0, 0, list[Request]()
+        self.counter = CompileCounter()
+        self.counter.compiled.update(decode=2, encode=1)
 
     @property
     def idle(self) -> bool:
         return not self.syncs
 
-    def add(self, question: Question) -> int:
-        self.requests.append(question)
+    def add_request(self, request: Request) -> int:
+        self.requests.append(request)
         return len(self.requests)
 
-    def step(self) -> list[tuple[int, Result]]:
+    def step(self) -> list[tuple[int, Completion]]:
         seconds, passes = self.syncs.pop(0)
-        self.now, self.passes = self.now + seconds, self.passes + passes
+        self.now, self.num_steps = self.now + seconds, self.num_steps + passes
         return []
 
 
@@ -102,7 +103,7 @@ def test_times_are_attributed(monkeypatch):
     """Syncs of 1 + 8, 8, 4 and 2 steps at 0.1 s; 0.2 s for the prefill, 2 s for the masks."""
     engine = Scripted([(1.0, 9), (0.8, 8), (0.4, 4), (2.2, 2)])
     monkeypatch.setattr(decoding.time, "perf_counter", lambda: engine.now)
-    run = run_engine(engine, [Question(np.zeros(2, np.int32))] * 3)
+    run = run_engine(engine, [Request(np.zeros(2, np.int32))] * 3)
     assert (len(engine.requests), run.steps, run.compiled) == (3, 22, 3)
     np.testing.assert_allclose(run[:4], [0.2, 0.1, 2.0, 4.4], rtol=1e-9)
 
@@ -122,7 +123,7 @@ def test_step_bytes(weights, kind):
     rows, positions = 3, 5
     cache = rows * positions * language.layers * 2 * d
     expected = stored + 4 * (v * d + norms + rows * d + cache)
-    assert step_bytes(serve(weights, weights=kind), rows, positions) == expected
+    assert step_bytes(prepare_for_inference(weights, weights=kind), rows, positions) == expected
 
 
 def rows_of(table: str) -> list[dict[str, str]]:

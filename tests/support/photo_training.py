@@ -26,7 +26,7 @@ from pixellm_jax.evaluation.scoring import make_record
 from pixellm_jax.evaluation.summary import Summary, summarise
 from pixellm_jax.experiments.shapes_recipe import demo_recipe
 from pixellm_jax.inference.engine import Engine, EngineConfig
-from pixellm_jax.inference.prepare import serve
+from pixellm_jax.inference.prepare import prepare_for_inference
 from pixellm_jax.sharding import make_mesh
 from pixellm_jax.stopwatch import Stopwatch
 from pixellm_jax.text.vocabulary import Vocabulary
@@ -141,8 +141,8 @@ def answer_photos(root: Path, run: Path, *, photos: int) -> Summary:
     blueprint = make_blueprint(photo_model(vocabulary.size), photo_train())
     (last,) = (run / CHECKPOINTS).iterdir()
     write_model(run, int(last.name), run / "model", blueprint, vocabulary)
-    model = serve(checkpoint.load_model(run / "model"))
-    engine = Engine(model, vocabulary, EngineConfig(rows=16, max_new_tokens=256))
+    model = prepare_for_inference(checkpoint.load_model(run / "model"))
+    engine = Engine(model, vocabulary, EngineConfig(max_batch=16, max_new_tokens=256))
     wanted = {(example.split, example.key) for example in read_photos(root, photos)}
     asked = [
         question

@@ -15,7 +15,7 @@ from pixellm_jax.text.prompt import (
     LLAVA_LLAMA_2,
     LLAVA_V1,
     TEMPLATES,
-    Conversation,
+    EncodedConversation,
     encode_conversation,
     pack,
     question_ids,
@@ -53,7 +53,7 @@ def fill(vocabulary: Vocabulary, text: str) -> str:
     return text.replace("#", vocabulary.group_text)
 
 
-def supervised(vocabulary: Vocabulary, conversation: Conversation) -> str:
+def supervised(vocabulary: Vocabulary, conversation: EncodedConversation) -> str:
     return vocabulary.decode(conversation.ids[conversation.loss_mask].tolist())
 
 
@@ -154,7 +154,7 @@ def test_question_ids(vocabulary, template):
 
 
 @pytest.fixture(scope="module")
-def conversations(vocabulary) -> list[Conversation]:
+def conversations(vocabulary) -> list[EncodedConversation]:
     texts = [
         ["<image>\nWhere is the cup?", fill(vocabulary, "It is #.")],
         ["<image>\nWho?", "The dog.", "And?", fill(vocabulary, "# and #.")],
@@ -189,7 +189,7 @@ def test_state_before_the_first_token_is_that_of_the_prefix():
     codebook = np.array([[[4, 5]]], np.int32)
     ids = np.array([1, 9, IMAGE_TOKEN, 8, 6, 7, 2], np.int32)
     mask = np.array([0, 0, 0, 0, 1, 1, 1], bool)
-    packed = pack([Conversation(ids, mask, codebook)] * 2, image_tokens=3)
+    packed = pack([EncodedConversation(ids, mask, codebook)] * 2, image_tokens=3)
     assert packed.segment.tolist() == [0] * 6 + [1] * 3 + [2] * 3
     assert packed.position.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 6, 7, 8]
     assert packed.codebook_index.tolist() == [[[5, 6]], [[5, 9]]]
@@ -231,7 +231,7 @@ def test_over_budget_conversations_are_dropped_whole(conversations):
 
 
 def test_what_cannot_share_a_sequence(vocabulary, conversations):
-    def encode(*messages: str) -> Conversation:
+    def encode(*messages: str) -> EncodedConversation:
         return encode_conversation(vocabulary, LLAVA_V1, messages)
 
     for other in (
