@@ -18,19 +18,19 @@ _QUALITY = 90
 """JPEG quality of the images."""
 
 
-class Mask(NamedTuple):
+class MaskView(NamedTuple):
     """A mask (0, 1, `VOID`) on the canvas, and the phrases that refer to it."""
 
     phrases: tuple[str, ...]
     pixels: UInt8[np.ndarray, "Y X"]
 
 
-class Conversation(NamedTuple):
+class ConversationView(NamedTuple):
     """A conversation of a sample.
 
     Attributes:
-        messages: questions and answers in turn; in answers, `Sample.marker` stands for a target.
-        targets: indices into `Sample.masks`, one for each marker in order.
+        messages: questions and answers in turn; `SampleView.marker` in an answer is a target.
+        targets: indices into `SampleView.masks`, one for each marker in order.
         kept: whether it fits the budgets of the sequence.
     """
 
@@ -39,7 +39,7 @@ class Conversation(NamedTuple):
     kept: bool = True
 
 
-class Token(NamedTuple):
+class TokenView(NamedTuple):
     """A token of the sequence.
 
     Attributes:
@@ -55,7 +55,7 @@ class Token(NamedTuple):
     target: int | None = None
 
 
-class Sample(NamedTuple):
+class SampleView(NamedTuple):
     """An example as the model receives it.
 
     Attributes:
@@ -74,21 +74,21 @@ class Sample(NamedTuple):
     caption: str
     image: UInt8[np.ndarray, "y x 3"]
     hw: tuple[int, int]
-    masks: tuple[Mask, ...]
-    conversations: tuple[Conversation, ...]
+    masks: tuple[MaskView, ...]
+    conversations: tuple[ConversationView, ...]
     marker: str
-    tokens: tuple[Token, ...] = ()
+    tokens: tuple[TokenView, ...] = ()
     length: str = ""
 
 
-def render_samples(title: str, lead: str, samples: Iterable[Sample]) -> str:
+def render_samples(title: str, lead: str, samples: Iterable[SampleView]) -> str:
     """Render the whole page, which has no scripts and loads nothing."""
     articles = "\n".join(map(_render_sample, samples))
     body = f'<p class="lead">{escape(lead)}</p>\n{articles}'
     return render_page(title, body, style="samples")
 
 
-def _render_sample(sample: Sample) -> str:
+def _render_sample(sample: SampleView) -> str:
     side = sample.image.shape[0]
     height, width = sample.hw
     conversations = "\n".join(_render_conversation(c, sample.marker) for c in sample.conversations)
@@ -113,7 +113,7 @@ def _render_sample(sample: Sample) -> str:
 </article>"""
 
 
-def _render_mask(number: int, mask: Mask) -> str:
+def _render_mask(number: int, mask: MaskView) -> str:
     """Render the number, the phrases and the area of a mask, as a share of its known pixels."""
     share = 100 * float((mask.pixels == 1).sum()) / max(1, int((mask.pixels != VOID).sum()))
     area = f"{share:.2g} %" if share else "empty"
@@ -121,7 +121,7 @@ def _render_mask(number: int, mask: Mask) -> str:
     return f"<li>{render_chip(number)}<span>{phrases}</span><small>{area}</small></li>"
 
 
-def _render_conversation(conversation: Conversation, marker: str) -> str:
+def _render_conversation(conversation: ConversationView, marker: str) -> str:
     targets = iter(conversation.targets)
     turns = []
     for place, message in enumerate(conversation.messages):
@@ -143,7 +143,7 @@ def _render_conversation(conversation: Conversation, marker: str) -> str:
     return f'<div class="{kind}">{note}{"".join(turns)}{expected}</div>'
 
 
-def _render_tokens(sample: Sample) -> str:
+def _render_tokens(sample: SampleView) -> str:
     if not sample.tokens:
         return ""
     supervised = sum(token.supervised for token in sample.tokens)
@@ -154,7 +154,7 @@ def _render_tokens(sample: Sample) -> str:
     )
 
 
-def _render_token(token: Token) -> str:
+def _render_token(token: TokenView) -> str:
     style = "" if token.target is None else f' style="{target_style(token.target)}"'
     kind = "learnt" if token.supervised else ""
     return (
@@ -162,7 +162,7 @@ def _render_token(token: Token) -> str:
     )
 
 
-def _draw_masks(sample: Sample) -> UInt8[np.ndarray, "y x 3"]:
+def _draw_masks(sample: SampleView) -> UInt8[np.ndarray, "y x 3"]:
     """Draw the masks on the canvas; hatch padding and void, where no loss is taken."""
     side = sample.image.shape[0]
     height, width = sample.hw

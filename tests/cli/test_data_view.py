@@ -1,18 +1,13 @@
-"""`pixellm data-view`: what stands on the page is what the model gets."""
+"""`pixellm data-view`: the page shows what the model receives."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Draw
@@ -20,40 +15,9 @@ from data_pipeline.sources import SOURCES
 from data_pipeline.storage.builders import prepare
 from data_pipeline.storage.stored import find_splits
 from pixellm_jax.cli.main import main
-from pixellm_jax.images.geometry import VOID
-from pixellm_jax.report.samples_page import Conversation, Mask, Sample, Token, render_samples
 from pixellm_jax.text.prompt import IMAGE_TOKEN
 from pixellm_jax.weights import checkpoint
-
-VOID_TAGS = {"meta", "img", "br"}
-
-
-class Page(HTMLParser):
-    """Checks that tags are closed in order, and keeps the text and what the page refers to."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.links: list[str] = []
-        self.tags: list[str] = []
-        self.classes: list[tuple[str, str]] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.links += [value for name, value in attrs if name in ("src", "href")]
-        self.classes.append((dict(attrs).get("class") or "", self.text))
-        if tag not in VOID_TAGS:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
+from tests.support.pages import Page, decode_image
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +41,16 @@ def view(prepared: Path, tmp_path: Path, capsys) -> Callable[..., Page]:
     return view
 
 
-def pictures(page: Page) -> list[np.ndarray]:
+def images(page: Page) -> list[np.ndarray]:
     assert all(link.startswith("data:image/jpeg;base64,") for link in page.links)
-    data = [base64.b64decode(link.partition(",")[2]) for link in page.links]
-    return [np.asarray(Image.open(io.BytesIO(each))) for each in data]
+    return [decode_image(link) for link in page.links]
 
 
 def test_page_stands_alone(view):
     page = view("--count", 9)
     assert page.tags.count("article") == 9
     assert "script" not in page.tags and "link" not in page.tags
-    assert {picture.shape for picture in pictures(page)} == {(448, 448, 3)}
+    assert {image.shape for image in images(page)} == {(448, 448, 3)}
     assert len(page.links) == 18
 
 
@@ -107,7 +70,7 @@ def test_everything_once(view, prepared):
 
 def test_padding_is_hatched_and_masks_are_drawn(view, prepared):
     page = view("--dataset", "cocostuff", "--count", 100)
-    shown = pictures(page)
+    shown = images(page)
     for with_masks, plain in zip(shown[::2], shown[1::2], strict=True):
         empty = (plain < 8).all(axis=(1, 2)) if (plain[-1] < 8).all() else (plain < 8).all((0, 2))
         padded = with_masks[empty] if (plain[-1] < 8).all() else with_masks[:, empty]
@@ -141,7 +104,7 @@ def test_tokens_are_those_of_the_batch(view, prepared, tiny):
             )
         )
         assert f"{before}image, {config.image_tokens} positions{after}" in page.text
-    learnt = sum(kind == "learnt" for kind, _ in page.classes)
+    learnt = sum(kind == "learnt" for kind in page.classes)
     assert learnt == sum(int(row.loss_mask.sum()) for row in rows.values())
 
 
@@ -150,7 +113,7 @@ def test_over_budget(view, tiny):
     assert "over budget" not in view(*arguments, "--length", 4096, "--targets", 100).text
     page = view(*arguments, "--length", 600, "--targets", 3)
     assert "over budget: left out" in page.text
-    assert any(kind == "talk dropped" for kind, _ in page.classes)
+    assert any(kind == "talk dropped" for kind in page.classes)
 
 
 def test_evaluation(view, tiny):
@@ -158,61 +121,6 @@ def test_evaluation(view, tiny):
         page = view("--dataset", "muse", "--evaluation", "--count", 40, *more)
         assert "the model answers" in page.text and "to be found: " in page.text
     assert "the sequence: " in view("--evaluation", "--count", 60, "--checkpoint", tiny.jax).text
-
-
-def make_sample(**fields: object) -> Sample:
-    mask = np.full((8, 8), VOID, np.uint8)
-    mask[:4] = 0
-    mask[1:3, 2:6] = 1
-    sample = Sample(
-        title="a/<b>&",
-        caption="kind",
-        image=np.full((16, 16, 3), 77, np.uint8),
-        hw=(8, 16),
-        masks=(Mask(("<i>cup</i>", "mug"), mask),),
-        conversations=(
-            Conversation(("<image>\nWhere <script>?", "There: [SEG] & [SEG]."), (0, 0)),
-        ),
-        marker="[SEG]",
-    )
-    return sample._replace(**fields)
-
-
-def test_text_is_escaped():
-    page = Page(render_samples("<t>", "<l>", [make_sample()]))
-    assert "script" not in page.tags and "i" not in page.tags
-    assert "a/<b>&" in page.text and "<i>cup</i>; mug" in page.text
-    assert "image Where <script>?" in page.text
-    assert "There: 1 & 1." in page.text
-    assert "25 %" in page.text
-
-
-def test_codebook_tokens_have_the_colour_of_their_mask():
-    tokens = (Token("It", "about <it>"), Token("[SEG0]", "id 9", True, 0), Token(".", "", True))
-    text = render_samples("t", "l", [make_sample(tokens=tokens, length="3 of 5 positions")])
-    assert "the sequence: 3 of 5 positions; 2 supervised, in green" in Page(text).text
-    (style,) = re.findall(r'title="id 9" style="([^"]*)"', text)
-    assert style == "background:rgb(44,155,255);color:#000"
-    assert html.escape("about <it>") in text
-
-
-def test_void_is_hatched():
-    plain, shown = (
-        pictures(
-            Page(
-                render_samples(
-                    "t",
-                    "l",
-                    [make_sample(image=np.full((448, 448, 3), 9, np.uint8), hw=(224, 448))],
-                )
-            )
-        )[i]
-        for i in (1, 0)
-    )
-    assert plain.max() < 20
-    assert shown[240:].mean() > 100
-    assert np.abs(shown[:50].astype(int) - 9).max() < 12
-    assert (shown[80:140, 140:300] != plain[80:140, 140:300]).any(-1).mean() > 0.9
 
 
 BAD = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -29,8 +28,7 @@ from pixellm_jax.inference.answer import Answer
 from pixellm_jax.report.charts import Curve, render_curves
 from pixellm_jax.report.html import Tile
 from pixellm_jax.weights import checkpoint
-
-VOID_TAGS = {"meta", "img", "br"}
+from tests.support.pages import Page
 
 
 def boxes(*places: tuple[int, int, int, int], side: int = 20) -> np.ndarray:
@@ -153,35 +151,6 @@ def test_scenes_are_varied_and_fixed():
 
 
 # The page
-
-
-class Page(HTMLParser):
-    """Checks that tags are closed in order, and keeps the text and what the page refers to."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.links: list[str] = []
-        self.tags: list[str] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.links += [value for name, value in attrs if name in ("src", "href")]
-        if tag not in VOID_TAGS:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def test_page_shows_answers_beside_the_truth():
