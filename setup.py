@@ -28,7 +28,11 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["pixellm_jax*", "data_pipeline*"]),
     # Orbax writes files without an extension.
-    package_data={"": ["*.css", "*.json", "*.txt", "py.typed"], "pixellm_jax": ["assets/**"]},
+    package_data={
+        "": ["*.css", "*.json", "*.txt", "py.typed"],
+        "pixellm_jax": ["assets/**"],
+        "data_pipeline": ["sources/shapes/tokenizer_files/*.json"],
+    },
     entry_points={"console_scripts": ["pixellm = pixellm_jax.cli.main:main"]},
     install_requires=[
         "jax>=0.10,<0.12",

@@ -1,4 +1,4 @@
-"""The benchmarks by name, and their questions, picture by picture, in the published words.
+"""The benchmarks by name, and their questions, image by image, in the published words.
 
 Questions are those of `transforms.compose_evaluation`: nothing is drawn.
 """
@@ -33,10 +33,10 @@ GROUP = (6, 5, 4)
 """Sentences that the "multi" benchmarks ask for at once, in turn."""
 
 
-class Pictured(Source, Protocol):
-    """A source that knows where its pictures lie (None: they are drawn)."""
+class HasImages(Source, Protocol):
+    """A source that knows where its images lie (None: they are drawn)."""
 
-    def picture(self, entry: Any) -> Path | None: ...
+    def image_path(self, entry: Any) -> Path | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Benchmark:
     """
 
     name: str
-    source: Pictured
+    source: HasImages
     split: str = "val"
     group: tuple[int, ...] | None = None
     united: bool = False
@@ -57,7 +57,7 @@ class Benchmark:
     words: bool = False
 
 
-class DrawnScene(NamedTuple):
+class GeneratedScene(NamedTuple):
     """A scene of shapes as an entry."""
 
     key: str
@@ -66,19 +66,19 @@ class DrawnScene(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawnShapes:
+class GeneratedShapes:
     """Shapes as a source; `root` is not looked at."""
 
     dataset: str = "shapes"
     splits: tuple[str, ...] = ("train", "val", "test")
 
-    def entries(self, root: Path, split: str) -> Sequence[DrawnScene]:
-        return [DrawnScene(f"{split}/{i}", split, i) for i in range(len(Shapes(split=split)))]
+    def entries(self, root: Path, split: str) -> Sequence[GeneratedScene]:
+        return [GeneratedScene(f"{split}/{i}", split, i) for i in range(len(Shapes(split=split)))]
 
-    def read(self, entry: DrawnScene) -> Reading:
+    def read(self, entry: GeneratedScene) -> Reading:
         return Reading(Shapes(split=entry.split)[entry.number])
 
-    def picture(self, entry: DrawnScene) -> None:
+    def image_path(self, entry: GeneratedScene) -> None:
         """There is no file."""
 
 
@@ -96,7 +96,7 @@ BENCHMARKS = {
         Benchmark(name="reasonseg", source=ReasonSeg(), united=True, released=GIVEN),
         Benchmark(name="grefcoco", source=GREFCOCO, united=True),
         Benchmark(name="muse", source=Muse(), released=GENERATED),
-        Benchmark(name="shapes", source=DrawnShapes(), split="test"),
+        Benchmark(name="shapes", source=GeneratedShapes(), split="test"),
         Benchmark(name="llava", source=LlavaInstruct(), split="train", words=True),
         Benchmark(name="jsonl", source=Jsonl()),
     )
@@ -122,7 +122,7 @@ def find_benchmark(name: str, split: str | None = None) -> tuple[Benchmark, str]
     return benchmark, chosen
 
 
-def list_pictures(benchmark: Benchmark, root: Path, split: str) -> Sequence[Any]:
+def list_images(benchmark: Benchmark, root: Path, split: str) -> Sequence[Any]:
     """The entries of a split, of which `read_questions` makes the questions.
 
     Raises:
@@ -137,20 +137,20 @@ def list_pictures(benchmark: Benchmark, root: Path, split: str) -> Sequence[Any]
 
 
 class Questions(NamedTuple):
-    """The questions about a picture, and a line for each part that was left out."""
+    """The questions about a image, and a line for each part that was left out."""
 
     questions: tuple[BenchmarkQuestion, ...]
     problems: tuple[str, ...] = ()
 
 
 def read_questions(benchmark: Benchmark, root: Path, split: str, entry: Any) -> Questions:
-    """Everything that is asked about a picture.
+    """Everything that is asked about a image.
 
     Raises:
-        Damaged: the picture or its annotations cannot be used.
+        DamagedError: the image or its annotations cannot be used.
     """
     example, problems = benchmark.source.read(entry)
-    path = benchmark.source.picture(entry)
+    path = benchmark.source.image_path(entry)
     composed = compose_evaluation(example, group_text=MARKER, group=benchmark.group)
     key = example.key if example.key.startswith(f"{split}/") else f"{split}/{example.key}"
     picture = "" if path is None else path.relative_to(root).as_posix()

@@ -1,4 +1,4 @@
-"""Conversations and masks of one picture -> arrays of fixed shape; several of them -> a batch."""
+"""Conversations and masks of one image -> arrays of fixed shape; several of them -> a batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.config import DataConfig
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.example import Example
 from data_pipeline.formats.masks import decode_many
 from data_pipeline.transforms import Composed
@@ -54,23 +54,23 @@ def make_sample(
     data: DataConfig,
     model: ModelConfig,
 ) -> Sample:
-    """One row: the picture on the canvas, its conversations packed, the masks of what was kept.
+    """One row: the image on the canvas, its conversations packed, the masks of what was kept.
 
     Without a conversation the row is all padding, and supervises nothing.
 
     Raises:
-        Damaged: the ids of a conversation hold another number of targets than it has masks.
-        InputError: the picture cannot be read.
+        DamagedError: the ids of a conversation hold another number of targets than it has masks.
+        InputError: the image cannot be read.
         ValueError: the prefix alone is longer than the budget.
     """
     canvas = model.vision.canvas
-    picture = read_image(Image.open(io.BytesIO(example.image)), upright=False)
-    image, hw = fit(picture, canvas)
+    stored = read_image(Image.open(io.BytesIO(example.image)), upright=False)
+    image, hw = fit(stored, canvas)
     template = TEMPLATES[model.template]
     encoded = [encode_conversation(vocabulary, template, c.messages, images=1) for c in composed]
     for conversation, c in zip(encoded, composed, strict=True):
         if len(conversation.codebook) != len(c.masks):
-            raise Damaged(f"{len(conversation.codebook)} targets in the ids of {c.messages!r}")
+            raise DamagedError(f"{len(conversation.codebook)} targets in the ids of {c.messages!r}")
     packed = _pack(encoded, vocabulary, data, model)
     wanted = [mask for number in packed.kept for mask in composed[number].masks]
     masks = np.full((data.targets, *2 * (data.masks or canvas,)), VOID, np.uint8)

@@ -1,4 +1,4 @@
-"""The one raw record: a picture, its masks and what can be said about them, from any dataset.
+"""The one raw record: a image, its masks and what can be said about them, from any dataset.
 
 Readers (`sources/`) make it from published files, builders (`builders.py`) store it, transforms
 (`transforms.py`) draw conversations from it. Nothing here is random and nothing is resized.
@@ -52,9 +52,9 @@ class Turn(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One picture of one dataset.
+    """One image of one dataset.
 
-    key: unique in the dataset and stable: what the dataset calls the picture or entry.
+    key: unique in the dataset and stable: what the dataset calls the image or entry.
     dataset, split: published names, e.g. "refcoco+", "testA".
     kind: one of `KINDS`.
     image: the encoded file, as stored (EXIF orientation is not applied: masks lie on its pixels).

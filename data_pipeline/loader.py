@@ -22,9 +22,9 @@ from absl import flags
 
 from data_pipeline.collate import Loaded, Sample, collate, make_sample
 from data_pipeline.config import DataConfig
-from data_pipeline.damage import Damaged
-from data_pipeline.draws import Draws
+from data_pipeline.errors import DamagedError
 from data_pipeline.example import Example
+from data_pipeline.sampling import PhiloxSampler
 from data_pipeline.sources.shapes.dataset import DATASETS, Shapes
 from data_pipeline.storage.stored import find_splits
 from data_pipeline.transforms import Composed, compose
@@ -46,11 +46,11 @@ def draw(example: Example, index: int, data: DataConfig, group_text: str) -> tup
     They come in random order, so that those that do not fit a budget are not always the last.
 
     Raises:
-        Damaged: nothing can be asked about it as it is.
+        DamagedError: nothing can be asked about it as it is.
     """
-    draws = Draws(seed=data.seed, epoch=0, index=index)
-    composed = compose(example, draws, data.compose, group_text=group_text)
-    return tuple(composed[i] for i in draws.permutation(len(composed)))
+    sampler = PhiloxSampler(seed=data.seed, epoch=0, index=index)
+    composed = compose(example, sampler, data.compose, group_text=group_text)
+    return tuple(composed[i] for i in sampler.permutation(len(composed)))
 
 
 class Draw(grain.transforms.MapWithIndex):
@@ -62,7 +62,7 @@ class Draw(grain.transforms.MapWithIndex):
         self.model = model
 
     def map_with_index(self, index: int, element: Example) -> Sample:
-        """Draws, encodes, packs and fits one example.
+        """PhiloxSampler, encodes, packs and fits one example.
 
         A damaged example gives an empty row, which is reported.
         """
@@ -70,7 +70,7 @@ class Draw(grain.transforms.MapWithIndex):
         try:
             composed = draw(element, index, self.data, self.vocabulary.group_text)
             return make_sample(element, composed, *shared)
-        except Damaged as error:
+        except DamagedError as error:
             return make_sample(element, (), *shared)._replace(damaged=str(error))
 
 

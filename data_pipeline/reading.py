@@ -1,4 +1,4 @@
-"""What every reader of published files offers, and the picture files they all read.
+"""What every reader of published files offers, and the image files they all read.
 
 A reader is a `Source`: it lists the entries of a split from the index files alone, and reads one
 entry at a time. Entries are small and can be pickled, so that any worker process can read any of
@@ -8,7 +8,7 @@ every entry of the published files is accounted for.
     for entry in source.entries(root, "train"):
         try:
             example, problems = source.read(entry)
-        except Damaged as reason:
+        except DamagedError as reason:
             ...  # the whole entry is skipped: list entry.key and the reason
         for problem in problems:
             ...  # the example stays, a part of it was left out: list example.key and the problem
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
 
-from data_pipeline.damage import AbsentError, Damaged
+from data_pipeline.errors import AbsentError, DamagedError
 from data_pipeline.example import Example
 from data_pipeline.formats.masks import check_size
 from pixellm_jax.errors import InputError
@@ -64,34 +64,34 @@ class Source(Protocol):
     def entries(self, root: Path, split: str) -> Sequence[Any]:
         """The index of a split, each an `Entry`, in an order that depends on the files alone.
 
-        Reads the index files below `root` (the folder of all datasets), no picture and no mask.
+        Reads the index files below `root` (the folder of all datasets), no image and no mask.
 
         Raises:
             InputError: an index file is missing or damaged as a whole, or there is no such split.
         """
 
     def read(self, entry: Any) -> Reading:
-        """The example of an entry, with its picture and masks.
+        """The example of an entry, with its image and masks.
 
         Raises:
-            Damaged: it cannot be used; the message says why.
+            DamagedError: it cannot be used; the message says why.
         """
 
 
-class Picture(NamedTuple):
-    """An encoded picture file and the height and width of its stored pixels."""
+class StoredImage(NamedTuple):
+    """An encoded image file and the height and width of its stored pixels."""
 
     image: bytes
     hw: tuple[int, int]
 
 
-def read_picture(candidates: Iterable[Path], hw: tuple[int, int] | None = None) -> Picture:
+def read_image_file(candidates: Iterable[Path], hw: tuple[int, int] | None = None) -> StoredImage:
     """The first of the files that exists. Only its header is decoded.
 
     `hw`: height and width that the annotations were made for, compared with those of the file.
 
     Raises:
-        Damaged: no such file, not a picture, too large, or of another size than `hw`.
+        DamagedError: no such file, not a image, too large, or of another size than `hw`.
     """
     paths = list(candidates)
     for path in paths:
@@ -100,29 +100,29 @@ def read_picture(candidates: Iterable[Path], hw: tuple[int, int] | None = None) 
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError) as error:
-            raise Damaged(f"picture {path.name!r} cannot be read ({_line(error)})") from None
-        return _checked(Picture(data, _stored_size(data, path.name)), path.name, hw)
-    raise Damaged(f"no picture {' or '.join(map(str, paths))}")
+            raise DamagedError(f"picture {path.name!r} cannot be read ({_line(error)})") from None
+        return _checked(StoredImage(data, _stored_size(data, path.name)), path.name, hw)
+    raise DamagedError(f"no picture {' or '.join(map(str, paths))}")
 
 
-def find_picture(candidates: Iterable[Path]) -> Path:
-    """The file that `read_picture` takes.
+def find_image_file(candidates: Iterable[Path]) -> Path:
+    """The file that `read_image_file` takes.
 
     Raises:
-        Damaged: none of them is there.
+        DamagedError: none of them is there.
     """
     paths = list(candidates)
     for path in paths:
         if path.is_file():
             return path
-    raise Damaged(f"no picture {' or '.join(map(str, paths))}")
+    raise DamagedError(f"no picture {' or '.join(map(str, paths))}")
 
 
-def _checked(picture: Picture, name: str, hw: tuple[int, int] | None) -> Picture:
-    if hw is not None and picture.hw != tuple(hw):
-        found = " x ".join(map(str, picture.hw))
-        raise Damaged(f"picture {name!r} is {found}, annotated as {hw[0]} x {hw[1]}")
-    return picture
+def _checked(stored: StoredImage, name: str, hw: tuple[int, int] | None) -> StoredImage:
+    if hw is not None and stored.hw != tuple(hw):
+        found = " x ".join(map(str, stored.hw))
+        raise DamagedError(f"picture {name!r} is {found}, annotated as {hw[0]} x {hw[1]}")
+    return stored
 
 
 def _stored_size(data: bytes, name: str) -> tuple[int, int]:
@@ -130,7 +130,7 @@ def _stored_size(data: bytes, name: str) -> tuple[int, int]:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
     except Exception as error:  # decoders leak errors of every type; here all mean the same
-        raise Damaged(f"picture {name!r} has no readable header ({_line(error)})") from None
+        raise DamagedError(f"picture {name!r} has no readable header ({_line(error)})") from None
     return check_size(height, width)
 
 
@@ -138,24 +138,24 @@ def below(folder: Path, name: object) -> Path:
     """A file in `folder` (or a folder of it) that the annotations name.
 
     Raises:
-        Damaged: not a name, or one that leads out of the folder.
+        DamagedError: not a name, or one that leads out of the folder.
     """
     if not isinstance(name, str) or not name.isprintable() or not name or "\\" in name:
-        raise Damaged(f"file name {ascii(name)[:60]}: expected the name of a picture")
+        raise DamagedError(f"file name {ascii(name)[:60]}: expected the name of a picture")
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts:
-        raise Damaged(f"file name {name[:60]!r} leads out of {folder.name}")
+        raise DamagedError(f"file name {name[:60]!r} leads out of {folder.name}")
     return folder / parts
 
 
 def coco_candidates(root: Path, folder: str, name: object) -> list[Path]:
-    """Where a COCO picture may lie: with the refer sets as published, else with COCO itself.
+    """Where a COCO image may lie: with the refer sets as published, else with COCO itself.
 
         train2014, "1.jpg"  ->  refer_seg/images/mscoco/images/train2014/1.jpg
                                 coco/train2014/1.jpg
 
     Raises:
-        Damaged: as `below`.
+        DamagedError: as `below`.
     """
     return [
         below(root / images / folder, name) for images in ("refer_seg/images/mscoco/images", "coco")
@@ -166,14 +166,14 @@ def check_text(value: object, what: str) -> str:
     """A text of the annotations, as it is.
 
     Raises:
-        Damaged: not text, blank, or not Unicode (JSON can hold halves of characters).
+        DamagedError: not text, blank, or not Unicode (JSON can hold halves of characters).
     """
     if not isinstance(value, str) or not value.strip():
-        raise Damaged(f"{what} is {repr(value)[:60]}, expected text")
+        raise DamagedError(f"{what} is {repr(value)[:60]}, expected text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise Damaged(f"{what} holds half a character: {ascii(value)[:60]}") from None
+        raise DamagedError(f"{what} holds half a character: {ascii(value)[:60]}") from None
     return value
 
 

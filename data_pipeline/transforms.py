@@ -1,6 +1,6 @@
-"""Example -> conversations: what is asked about a picture, what is answered, and which masks.
+"""Example -> conversations: what is asked about a image, what is answered, and which masks.
 
-Pure functions. Every choice comes from `Decisions`, in the order in which the released training
+Pure functions. Every choice comes from `Sampler`, in the order in which the released training
 code makes it, so that its recorded choices give its texts; `tests/goldens/test_draws.py` does so.
 """
 
@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-from data_pipeline.damage import Damaged
-from data_pipeline.draws import Decisions
+from data_pipeline.errors import DamagedError
 from data_pipeline.example import KINDS, SEG, Example, Target, Turn
+from data_pipeline.sampling import Sampler
 from data_pipeline.templates import (
     LONG_EVALUATION,
     LONG_QUESTIONS,
@@ -41,9 +41,9 @@ CATEGORY = 0.1
 class ComposeSettings:
     """How conversations are drawn. The defaults are those of the published training.
 
-    num_classes_per_sample: questions about one picture, at most (not MUSE: all of its questions).
+    num_classes_per_sample: questions about one image, at most (not MUSE: all of its questions).
     num_classes_per_question: targets of one question, at most (kind "names").
-    explanatory: how often a picture that has an explanation is asked for the explanation alone;
+    explanatory: how often a image that has an explanation is asked for the explanation alone;
         else for the mask, with and without it equally often. None: explanations are not used.
     expanded: draw from the further questions too.
 
@@ -65,7 +65,7 @@ class ComposeSettings:
 
 
 class Composed(NamedTuple):
-    """One conversation about a picture.
+    """One conversation about a image.
 
     messages: questions and answers in turn, `<image>` and a newline in front of the first; an
         answer "" is open (generation).
@@ -88,9 +88,9 @@ class _Round(NamedTuple):
 
 
 def compose(
-    example: Example, draws: Decisions, settings: ComposeSettings, *, group_text: str
+    example: Example, sampler: Sampler, settings: ComposeSettings, *, group_text: str
 ) -> tuple[Composed, ...]:
-    r"""Draws the training conversations of an example; `group_text` is `Vocabulary.group_text`.
+    r"""Sample the training conversations of an example; `group_text` is `Vocabulary.group_text`.
 
         names   targets dog, cat, Left dog (masks 0, 1, 0), two questions at most
         ->  "<image>\nWhat is cat and dog in this image? Please output segmentation mask."
@@ -102,23 +102,23 @@ def compose(
         ->  "<image>\nWho barks? Please respond with segmentation mask."
             "The dog [SEG0] [SEG1] does."                                             masks 0
 
-    short, long: if there is an explanation, one of three modes is drawn for the picture: to ask for
+    short, long: if there is an explanation, one of three modes is drawn for the image: to ask for
     the mask, for mask and explanation, or for the explanation alone, which has no mask. instruct,
     ready: nothing is drawn. An example without targets and conversations gives no conversation.
 
     Raises:
-        Damaged: answers that hold another number of groups than there are targets: a `{seg}` too
-            many, or text that looks like codebook tokens; a question of MUSE that has neither
-            answer nor targets.
+        DamagedError: an answer has another number of groups than targets (one `{seg}` too many, or
+            text that looks like codebook tokens), or a question of MUSE has neither answer nor
+            targets.
         ValueError: an unknown kind.
     """
     match example.kind:
         case "names":
-            conversations = _names(example, draws, settings, group_text)
+            conversations = _names(example, sampler, settings, group_text)
         case "short" | "long":
-            conversations = _reasoning(example, draws, settings, group_text)
+            conversations = _reasoning(example, sampler, settings, group_text)
         case "muse":
-            conversations = _muse(example, draws, settings, group_text)
+            conversations = _muse(example, sampler, settings, group_text)
         case _:
             conversations = _as_they_are(example, group_text)
     return tuple(_join(IMAGE_LINE, rounds, group_text) for rounds in conversations)
@@ -146,7 +146,7 @@ def compose_evaluation(
     alone, are those of the released protocol.
 
     Raises:
-        Damaged: as `compose`.
+        DamagedError: as `compose`.
         ValueError: an unknown kind, or a size in `group` that is below 1.
     """
     if group is not None and (not group or min(group) < 1):
@@ -165,95 +165,95 @@ def compose_evaluation(
 
 
 def _names(
-    example: Example, draws: Decisions, settings: ComposeSettings, seg: str
+    example: Example, sampler: Sampler, settings: ComposeSettings, seg: str
 ) -> Iterator[Sequence[_Round]]:
     lists = choices("names", expanded=settings.expanded)
     most = settings.num_classes_per_sample * settings.num_classes_per_question
-    targets = _at_most(most, example.targets, draws)
-    named = [(_name(target, draws), target.mask) for target in targets]
-    for asked in _distribute(named, draws, settings):
+    targets = _at_most(most, example.targets, sampler)
+    named = [(_name(target, sampler), target.mask) for target in targets]
+    for asked in _distribute(named, sampler, settings):
         names = [name for name, _ in asked]
         together = enumerate_words(names).lower()
-        question = fill(_pick(lists.questions, draws), name=together)
-        separate = draws.coin()  # drawn for a single target too
+        question = fill(_pick(lists.questions, sampler), name=together)
+        separate = sampler.coin()  # drawn for a single target too
         if len(names) == 1:
-            answer = fill(_pick(lists.answers, draws), seg=seg)
+            answer = fill(_pick(lists.answers, sampler), seg=seg)
         elif separate:
-            answer = fill_each(_pick(lists.separate, draws), names, seg=seg)
+            answer = fill_each(_pick(lists.separate, sampler), names, seg=seg)
         else:
-            template = _pick(lists.joint, draws)
+            template = _pick(lists.joint, sampler)
             answer = fill(template, name=together, seg=_groups(seg, len(names)))
         yield [_Round(question, answer, asked)]
 
 
-def _name(target: Target, draws: Decisions) -> str:
+def _name(target: Target, sampler: Sampler) -> str:
     count = len(target.phrases)
-    return target.phrases[int(draws.uniform() * count) if count > 1 else 0]
+    return target.phrases[int(sampler.uniform() * count) if count > 1 else 0]
 
 
-def _distribute(things: Sequence[T], draws: Decisions, settings: ComposeSettings) -> list[list[T]]:
+def _distribute(things: Sequence[T], sampler: Sampler, settings: ComposeSettings) -> list[list[T]]:
     """Shuffles things and spreads them over questions: first one each, then where there is room.
 
     5 things, 3 questions with room for 3  ->  1, 2, 2 or 1, 1, 3 of them, in any order
     """
     questions: list[list[T]] = [[] for _ in things[: settings.num_classes_per_sample]]
-    for i in draws.permutation(len(things)):
+    for i in sampler.permutation(len(things)):
         empty = [question for question in questions if not question]
         room = [q for q in questions if len(q) < settings.num_classes_per_question]
-        _pick(empty or room, draws).append(things[i])
+        _pick(empty or room, sampler).append(things[i])
     return questions
 
 
 def _reasoning(
-    example: Example, draws: Decisions, settings: ComposeSettings, seg: str
+    example: Example, sampler: Sampler, settings: ComposeSettings, seg: str
 ) -> Iterator[Sequence[_Round]]:
     lists = choices(example.kind, expanded=settings.expanded)
-    conversations = _at_most(settings.num_classes_per_sample, example.conversations, draws)
-    mode = _explanation_mode(example, draws, settings)
+    conversations = _at_most(settings.num_classes_per_sample, example.conversations, sampler)
+    mode = _explanation_mode(example, sampler, settings)
     for turns in conversations:
-        yield [_reasoning_round(example, turn, lists, mode, draws, seg) for turn in turns]
+        yield [_reasoning_round(example, turn, lists, mode, sampler, seg) for turn in turns]
 
 
-def _explanation_mode(example: Example, draws: Decisions, settings: ComposeSettings) -> int:
+def _explanation_mode(example: Example, sampler: Sampler, settings: ComposeSettings) -> int:
     """0: ask for the mask; 1: for the mask and the explanation; 2: for the explanation."""
     explained = any(turn.answer is not None for turns in example.conversations for turn in turns)
     if settings.explanatory is None or not explained:
         return 0
-    return 2 if draws.uniform() < settings.explanatory else int(draws.coin())
+    return 2 if sampler.uniform() < settings.explanatory else int(sampler.coin())
 
 
 def _reasoning_round(
-    example: Example, turn: Turn, lists: Choices, mode: int, draws: Decisions, seg: str
+    example: Example, turn: Turn, lists: Choices, mode: int, sampler: Sampler, seg: str
 ) -> _Round:
-    question = _pick(lists.questions, draws)  # drawn where it is not used, too
+    question = _pick(lists.questions, sampler)  # drawn where it is not used, too
     if mode == 2 and turn.answer is not None:
         return _Round(turn.question, turn.answer)
-    answer = fill(_pick(lists.answers, draws), seg=_groups(seg, len(turn.targets)))
+    answer = fill(_pick(lists.answers, sampler), seg=_groups(seg, len(turn.targets)))
     if mode == 1 and turn.answer is not None:
-        question = _pick(lists.explanatory, draws)
+        question = _pick(lists.explanatory, sampler)
         answer = f"{answer} {turn.answer}"
     return _Round(ask(question, turn.question), answer, _targets(example, turn))
 
 
 def _muse(
-    example: Example, draws: Decisions, settings: ComposeSettings, seg: str
+    example: Example, sampler: Sampler, settings: ComposeSettings, seg: str
 ) -> Iterator[Sequence[_Round]]:
     lists = choices("muse", expanded=settings.expanded)
     for turns in example.conversations:
-        yield [_muse_round(example, turn, lists, draws, seg) for turn in turns]
+        yield [_muse_round(example, turn, lists, sampler, seg) for turn in turns]
 
 
-def _muse_round(example: Example, turn: Turn, lists: Choices, draws: Decisions, seg: str) -> _Round:
-    question = ask(_pick(lists.questions, draws), turn.question)
+def _muse_round(example: Example, turn: Turn, lists: Choices, sampler: Sampler, seg: str) -> _Round:
+    question = ask(_pick(lists.questions, sampler), turn.question)
     if turn.answer is not None:
         return _Round(question, turn.answer.replace(SEG, seg), _targets(example, turn))
     targets = [example.targets[i] for i in turn.targets]
     groups = _groups(seg, len(targets))
-    names = [t.phrases[0 if draws.uniform() > CATEGORY else -1] for t in targets]
-    if draws.coin():
-        answer = fill_each(_pick(lists.separate, draws), names, seg=seg)
+    names = [t.phrases[0 if sampler.uniform() > CATEGORY else -1] for t in targets]
+    if sampler.coin():
+        answer = fill_each(_pick(lists.separate, sampler), names, seg=seg)
     else:
-        answer = fill(_pick(lists.joint, draws), name=", ".join(names).lower(), seg=groups)
+        answer = fill(_pick(lists.joint, sampler), name=", ".join(names).lower(), seg=groups)
     asked = [(name, target.mask) for name, target in zip(names, targets, strict=True)]
     return _Round(question, answer, asked)
 
@@ -302,7 +302,7 @@ def _forced_names(
 
 def _groups(seg: str, count: int) -> str:
     if not count:
-        raise Damaged("a question has no targets and no answer; expected one of them")
+        raise DamagedError("a question has no targets and no answer; expected one of them")
     return enumerate_words([seg] * count)
 
 
@@ -314,14 +314,14 @@ def _targets(example: Example, turn: Turn) -> list[tuple[str, int]]:
     return [(target.phrases[0] if target.phrases else "", target.mask) for target in targets]
 
 
-def _at_most(most: int, things: Sequence[T], draws: Decisions) -> Sequence[T]:
-    """Draws `most` things where there are as many or more; fewer stay as they are, in order."""
+def _at_most(most: int, things: Sequence[T], sampler: Sampler) -> Sequence[T]:
+    """Sample `most` things; fewer things stay as they are, in order."""
     enough = len(things) >= most
-    return [things[i] for i in draws.subset(len(things), most)] if enough else things
+    return [things[i] for i in sampler.subset(len(things), most)] if enough else things
 
 
-def _pick(options: Sequence[T], draws: Decisions) -> T:
-    return options[draws.index(len(options))]
+def _pick(options: Sequence[T], sampler: Sampler) -> T:
+    return options[sampler.index(len(options))]
 
 
 def _join(before: str, rounds: Sequence[_Round], seg: str) -> Composed:
@@ -330,7 +330,7 @@ def _join(before: str, rounds: Sequence[_Round], seg: str) -> Composed:
     messages = (before + first, *others)
     found, expected = sum(answer.count(seg) for answer in messages[1::2]), len(targets)
     if found != expected and any(messages[1::2]):
-        raise Damaged(f"the answers of {first!r} hold {found} groups for {expected} targets")
+        raise DamagedError(f"the answers of {first!r} hold {found} groups for {expected} targets")
     return Composed(
         messages, tuple(mask for _, mask in targets), tuple(phrase for phrase, _ in targets)
     )

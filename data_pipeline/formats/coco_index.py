@@ -1,6 +1,6 @@
 """COCO-style instance files: the lists `images`, `annotations` and `categories` in one JSON file.
 
-Read once from end to end; masks stay in the file until their picture's turn comes.
+Read once from end to end; masks stay in the file until their image's turn comes.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.formats.json_items import Span, fetch, items
 from data_pipeline.formats.masks import to_rle
-from data_pipeline.reading import Picture, below, check_text, read_picture
+from data_pipeline.reading import StoredImage, below, check_text, read_image_file
 from pixellm_jax.benchmark_question import Rle
 from pixellm_jax.errors import InputError
 
@@ -24,9 +24,9 @@ class Place(NamedTuple):
 
 
 class CocoEntry(NamedTuple):
-    """A picture of a file, and its annotations in the order of the file.
+    """A image of a file, and its annotations in the order of the file.
 
-    folders: where the picture may lie. name, size: what the file says, not checked yet.
+    folders: where the image may lie. name, size: what the file says, not checked yet.
     fault: why the entry cannot be read at all, "" if it can.
     """
 
@@ -50,16 +50,16 @@ class Instance(NamedTuple):
     crowd: bool
 
 
-def list_pictures(file: Path, split: str, folders: tuple[Path, ...]) -> list[CocoEntry]:
-    """One entry per picture, in the order of the file, by the key "split/picture id".
+def list_images(file: Path, split: str, folders: tuple[Path, ...]) -> list[CocoEntry]:
+    """One entry per image, in the order of the file, by the key "split/image id".
 
-    A picture that is listed twice, is no object or has no id, and annotations of pictures that are
+    A image that is listed twice, is no object or has no id, and annotations of images that are
     not listed, give entries with a fault.
 
     Raises:
-        InputError: no such file, damaged as a whole, or without pictures or categories.
+        InputError: no such file, damaged as a whole, or without images or categories.
     """
-    pictures: dict[Any, CocoEntry] = {}
+    entries: dict[Any, CocoEntry] = {}
     faults: list[CocoEntry] = []
     names: dict[int | str, object] = {}
     found: dict[Any, list[tuple[Span, Any]]] = {}
@@ -67,13 +67,13 @@ def list_pictures(file: Path, split: str, folders: tuple[Path, ...]) -> list[Coc
         value = item.value if isinstance(item.value, dict) else {}
         number = _id(value.get("id"))
         if item.key == "images":
-            if number is None or number in pictures:
+            if number is None or number in entries:
                 why = "has no id" if number is None else f"is a second one of id {number}"
                 key = f"{split}/byte {item.span.start}"
                 faults.append(CocoEntry(key, split, file, fault=f"the listed picture {why}"))
             else:
                 size = (value.get("height"), value.get("width"))
-                pictures[number] = CocoEntry(
+                entries[number] = CocoEntry(
                     f"{split}/{number}",
                     split,
                     file,
@@ -86,45 +86,43 @@ def list_pictures(file: Path, split: str, folders: tuple[Path, ...]) -> list[Coc
             found.setdefault(_id(value.get("image_id")), []).append(place)
         elif item.key == "categories" and number is not None:
             names[number] = value.get("name")
-    if not pictures or not names:
+    if not entries or not names:
         raise InputError(
-            f"'{file}' lists {len(pictures)} pictures and {len(names)} categories, expected some "
+            f"'{file}' lists {len(entries)} pictures and {len(names)} categories, expected some "
             "of both: check that it is an instance file"
         )
-    for number in found.keys() - pictures.keys():
+    for number in found.keys() - entries.keys():
         fault = f"{len(found[number])} annotations of a picture that is not listed"
         faults.append(CocoEntry(f"{split}/not listed {number}", split, file, fault=fault))
     listed = [
-        picture._replace(
-            places=tuple(Place(span, names.get(c)) for span, c in found.get(number, ()))
-        )
-        for number, picture in pictures.items()
+        entry._replace(places=tuple(Place(span, names.get(c)) for span, c in found.get(number, ())))
+        for number, entry in entries.items()
     ]
     return listed + sorted(faults, key=lambda entry: entry.key)
 
 
-def read_instances(entry: CocoEntry) -> tuple[Picture, list[Instance], list[str]]:
-    """The picture of an entry, its annotations, and why others were left out.
+def read_instances(entry: CocoEntry) -> tuple[StoredImage, list[Instance], list[str]]:
+    """The image of an entry, its annotations, and why others were left out.
 
     Raises:
-        Damaged: the entry has a fault, no annotation, none that can be used, or no picture.
+        DamagedError: the entry has a fault, no annotation, none that can be used, or no image.
     """
     if entry.fault:
-        raise Damaged(entry.fault)
+        raise DamagedError(entry.fault)
     if not entry.places:
-        raise Damaged("the picture has no annotation")
+        raise DamagedError("the picture has no annotation")
     paths = [below(folder, entry.name) for folder in entry.folders]
-    picture = read_picture(paths, _size(entry.size))
+    stored = read_image_file(paths, _size(entry.size))
     instances: list[Instance] = []
     problems: list[str] = []
     for place in entry.places:
         try:
-            instances.append(_instance(entry, place, picture.hw))
-        except Damaged as reason:
+            instances.append(_instance(entry, place, stored.hw))
+        except DamagedError as reason:
             problems.append(str(reason))
     if not instances:
-        raise Damaged(f"no annotation can be used: {problems[0]}")
-    return picture, instances, problems
+        raise DamagedError(f"no annotation can be used: {problems[0]}")
+    return stored, instances, problems
 
 
 def _size(size: tuple[object, object] | None) -> tuple[int, int] | None:
@@ -132,7 +130,7 @@ def _size(size: tuple[object, object] | None) -> tuple[int, int] | None:
         return None
     height, width = size
     if not isinstance(height, int) or not isinstance(width, int):
-        raise Damaged(f"the picture is listed as {repr(size)[:60]}, expected height and width")
+        raise DamagedError(f"the picture is listed as {repr(size)[:60]}, expected height and width")
     return height, width
 
 
@@ -141,11 +139,11 @@ def _instance(entry: CocoEntry, place: Place, hw: tuple[int, int]) -> Instance:
     number = value.get("id") if isinstance(value, dict) else None
     try:
         if not isinstance(value, dict):
-            raise Damaged(f"a {type(value).__name__}, expected an object")
+            raise DamagedError(f"a {type(value).__name__}, expected an object")
         category = check_text(place.category, "the listed name of its category")
         mask = to_rle(value.get("segmentation"), hw)
-    except Damaged as reason:
-        raise Damaged(
+    except DamagedError as reason:
+        raise DamagedError(
             f"annotation {repr(number)[:60]} at byte {place.span.start}: {reason}"
         ) from None
     ids = (number,) if type(number) is int else ()

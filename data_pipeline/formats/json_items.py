@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from pixellm_jax.errors import InputError
 
 ITEM_LIMIT = 64 * 2**20
@@ -62,14 +62,14 @@ def fetch(path: Path, span: Span) -> Any:
     """One item again, by its place in the file.
 
     Raises:
-        Damaged: there is no such item any more: the file has changed since it was listed.
+        DamagedError: there is no such item any more: the file has changed since it was listed.
     """
     try:
         with path.open("rb") as file:
             file.seek(span.start)
             return json.loads(file.read(span.length))
     except (OSError, ValueError, RecursionError) as error:
-        raise Damaged(f"item at byte {span.start} of {path.name!r}: {error}") from None
+        raise DamagedError(f"item at byte {span.start} of {path.name!r}: {error}") from None
 
 
 class _Scanner:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.formats.masks import check_size
 
 MODES = ("L", "P", "1")
@@ -17,30 +17,30 @@ MODES = ("L", "P", "1")
 
 
 def read_label_map(path: Path, hw: tuple[int, int]) -> UInt8[np.ndarray, "y x"]:
-    """The stored numbers, 0..255; of black and white 0 and 1. `hw` is the size of the picture.
+    """The stored numbers, 0..255; of black and white 0 and 1. `hw` is the size of the image.
 
     Raises:
-        Damaged: no such file, not a whole PNG, of a mode that is not in `MODES`, or of another size
-            than the picture.
+        DamagedError: the file is missing, not a whole PNG, of a mode that is not in `MODES`, or of
+            another size than the image.
     """
     name = repr(path.name)
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise Damaged(f"no label map {str(path)!r}") from None
+        raise DamagedError(f"no label map {str(path)!r}") from None
     except (OSError, ValueError) as error:
-        raise Damaged(f"label map {name} cannot be read ({type(error).__name__})") from None
+        raise DamagedError(f"label map {name} cannot be read ({type(error).__name__})") from None
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             check_size(image.height, image.width)
             if image.mode not in MODES:
-                raise Damaged(f"label map {name} has mode {image.mode}, expected 8-bit grey")
+                raise DamagedError(f"label map {name} has mode {image.mode}, expected 8-bit grey")
             if (image.height, image.width) != tuple(hw):
                 found = f"{image.height} x {image.width}"
-                raise Damaged(f"label map {name} is {found}, its picture {hw[0]} x {hw[1]}")
+                raise DamagedError(f"label map {name} is {found}, its picture {hw[0]} x {hw[1]}")
             return np.array(image, np.uint8)
-    except Damaged:
+    except DamagedError:
         raise
     except Exception as error:  # decoders leak errors of every type; here all mean the same
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise Damaged(f"label map {name} cannot be decoded ({reason})") from None
+        raise DamagedError(f"label map {name} cannot be decoded ({reason})") from None

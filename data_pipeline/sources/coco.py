@@ -4,7 +4,7 @@
     <root>/<folder>/<split>/<file_name>                   "categories": [...]}
 
 The file may also be `annotations/<split>.json`, `<split>.json` or `<split>/_annotations.coco.json`,
-pictures may also lie in `images/<split>/`, `images/` or the folder itself.
+images may also lie in `images/<split>/`, `images/` or the folder itself.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.example import Example, Target
-from data_pipeline.formats.coco_index import CocoEntry, Instance, list_pictures, read_instances
+from data_pipeline.formats.coco_index import CocoEntry, Instance, list_images, read_instances
 from data_pipeline.formats.masks import decode, encode, union
 from data_pipeline.reading import Reading, check_split, find_index
 from pixellm_jax.benchmark_question import Rle
@@ -47,16 +47,16 @@ class Coco:
             ]
         )
         folders = (base / split, base / "images" / split, base / "images", base)
-        return list_pictures(index, split, folders)
+        return list_images(index, split, folders)
 
     def read(self, entry: CocoEntry) -> Reading:
-        picture, instances, problems = read_instances(entry)
+        stored, instances, problems = read_instances(entry)
         single = [instance for instance in instances if not instance.crowd]
         crowds = [instance.mask for instance in instances if instance.crowd]
         if not single:
-            raise Damaged("the picture has crowd regions only")
+            raise DamagedError("the picture has crowd regions only")
         if self.merge:
-            targets, masks = _merge(single, picture.hw)
+            targets, masks = _merge(single, stored.hw)
         else:
             masks = [instance.mask for instance in single]
             targets = [Target((each.category,), i, each.ids) for i, each in enumerate(single)]
@@ -65,11 +65,11 @@ class Coco:
             dataset=self.dataset,
             split=entry.split,
             kind="names",
-            image=picture.image,
-            hw=picture.hw,
+            image=stored.image,
+            hw=stored.hw,
             masks=tuple(masks),
             targets=tuple(targets),
-            void=_outside(crowds, masks, picture.hw) if crowds else None,
+            void=_outside(crowds, masks, stored.hw) if crowds else None,
         )
         return Reading(example, tuple(problems))
 

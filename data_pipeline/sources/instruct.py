@@ -1,7 +1,7 @@
-"""LLaVA-Instruct: conversations about a picture, without masks.
+"""LLaVA-Instruct: conversations about a image, without masks.
 
 Layout: docs/reference_notes.md 1.7. `llava_dataset/llava_instruct_150k.json` is a list of
-`{id, image, conversations: [{from: "human" | "gpt", value}, ...]}`, pictures are those of COCO.
+`{id, image, conversations: [{from: "human" | "gpt", value}, ...]}`, images are those of COCO.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.example import Example, Turn
 from data_pipeline.formats.json_items import Span, fetch, items
 from data_pipeline.reading import (
@@ -20,7 +20,7 @@ from data_pipeline.reading import (
     check_split,
     check_text,
     find_index,
-    read_picture,
+    read_image_file,
 )
 from pixellm_jax.benchmark_question import IMAGE
 from pixellm_jax.errors import InputError
@@ -29,7 +29,7 @@ HUMAN, ASSISTANT = "human", "gpt"
 
 
 class InstructEntry(NamedTuple):
-    """Where a conversation lies in the index, and the folder of its picture.
+    """Where a conversation lies in the index, and the folder of its image.
 
     key: number of the entry in the file and its published id, which several entries share.
     """
@@ -38,7 +38,7 @@ class InstructEntry(NamedTuple):
     split: str
     file: Path
     span: Span
-    pictures: Path
+    image_folder: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class LlavaInstruct:
     def entries(self, root: Path, split: str) -> Sequence[InstructEntry]:
         check_split(self, split)
         index = find_index([root / "llava_dataset" / f"{self.file}.json"])
-        pictures = root / "coco" / "train2017"
+        image_folder = root / "coco" / "train2017"
         entries = []
         for number, item in enumerate(items(index)):
             if item.key:
@@ -61,13 +61,13 @@ class LlavaInstruct:
             key = (
                 f"{number}/{name}" if isinstance(name, str) and name.isprintable() else f"{number}"
             )
-            entries.append(InstructEntry(key, split, index, item.span, pictures))
+            entries.append(InstructEntry(key, split, index, item.span, image_folder))
         return entries
 
     def read(self, entry: InstructEntry) -> Reading:
         value = _fetch(entry)
         turns, problems = _turns(_messages(value.get("conversations")))
-        image, hw = read_picture([below(entry.pictures, value["image"])])
+        image, hw = read_image_file([below(entry.image_folder, value["image"])])
         example = Example(
             key=entry.key,
             dataset=self.dataset,
@@ -79,30 +79,30 @@ class LlavaInstruct:
         )
         return Reading(example, problems)
 
-    def picture(self, entry: InstructEntry) -> Path:
-        """Where the picture of an entry lies."""
-        return below(entry.pictures, _fetch(entry)["image"])
+    def image_path(self, entry: InstructEntry) -> Path:
+        """Where the image of an entry lies."""
+        return below(entry.image_folder, _fetch(entry)["image"])
 
 
 def _fetch(entry: InstructEntry) -> dict[str, Any]:
     value = fetch(entry.file, entry.span)
     if not isinstance(value, dict):
-        raise Damaged(f"a {type(value).__name__}, expected an object with a conversation")
+        raise DamagedError(f"a {type(value).__name__}, expected an object with a conversation")
     if "image" not in value:
-        raise Damaged("a conversation without a picture")
+        raise DamagedError("a conversation without a picture")
     return value
 
 
 def _messages(conversation: object) -> list[tuple[str, str]]:
     """Who says what: ("human", "Where is the cup?"), ("gpt", "On the table."), ..."""
     if not isinstance(conversation, list):
-        raise Damaged(f"conversations is a {type(conversation).__name__}, expected a list")
+        raise DamagedError(f"conversations is a {type(conversation).__name__}, expected a list")
     messages = []
     for number, message in enumerate(conversation):
         fields: dict[str, Any] = message if isinstance(message, dict) else {}
         speaker, text = fields.get("from"), fields.get("value")
         if speaker not in (HUMAN, ASSISTANT):
-            raise Damaged(f"message {number} is from {speaker!r}, expected human or gpt"[:200])
+            raise DamagedError(f"message {number} is from {speaker!r}, expected human or gpt"[:200])
         messages.append((str(speaker), check_text(text, f"message {number}")))
     return messages
 
@@ -111,7 +111,7 @@ def _turns(messages: Sequence[tuple[str, str]]) -> tuple[tuple[Turn, ...], tuple
     r"""Questions with their answers, and what was left out.
 
     An answer before the first question is dropped, as the released code does. `<image>` and the
-    blanks around such a text go, too: the picture stands in front of every conversation anyway.
+    blanks around such a text go, too: the image stands in front of every conversation anyway.
 
     gpt    "Hello!"
     human  "Where is the cup?\n<image>"    ->   Turn("Where is the cup?", "On the table.")
@@ -121,13 +121,13 @@ def _turns(messages: Sequence[tuple[str, str]]) -> tuple[tuple[Turn, ...], tuple
     spoken = messages[start:]
     wrong = [i for i, (speaker, _) in enumerate(spoken) if speaker != (HUMAN, ASSISTANT)[i % 2]]
     if wrong:
-        raise Damaged(f"message {start + wrong[0]} is by the same speaker as the one before")
+        raise DamagedError(f"message {start + wrong[0]} is by the same speaker as the one before")
     places = [i for i, (_, text) in enumerate(spoken) for _ in range(text.count(IMAGE))]
     if len(places) > 1 or any(places):
-        raise Damaged(f"{IMAGE} in messages {places}, expected it once, in the first question")
+        raise DamagedError(f"{IMAGE} in messages {places}, expected it once, in the first question")
     texts = [text.replace(IMAGE, "").strip() if IMAGE in text else text for _, text in spoken]
     turns = tuple(map(Turn, texts[::2], texts[1::2]))
     if not turns:
-        raise Damaged("a conversation without an answered question")
+        raise DamagedError("a conversation without an answered question")
     check_text(turns[0].question, "the first question")
     return turns, ("the last question has no answer",) * (len(texts) % 2)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.example import SEG, Example, Target, Turn
 from data_pipeline.formats.json_items import ITEM_LIMIT, Span, fetch
 from data_pipeline.formats.label_map import read_label_map
@@ -24,7 +24,7 @@ from data_pipeline.reading import (
     check_split,
     check_text,
     find_index,
-    read_picture,
+    read_image_file,
 )
 from pixellm_jax.benchmark_question import IMAGE, Rle
 from pixellm_jax.errors import InputError
@@ -81,10 +81,10 @@ class Jsonl:
 
     def read(self, entry: JsonlEntry) -> Reading:
         if entry.fault:
-            raise Damaged(entry.fault)
+            raise DamagedError(entry.fault)
         line = _keys(fetch(entry.file, entry.span), LINE_KEYS, "the line")
         folder = entry.file.parent
-        image, hw = read_picture([below(folder, line.get("image"))])
+        image, hw = read_image_file([below(folder, line.get("image"))])
         given = _list(line.get("targets", []), "targets")
         targets, masks = [], []
         for number, value in enumerate(given):
@@ -97,7 +97,7 @@ class Jsonl:
             void = _mask(line["void"], folder, hw, "void")
         conversations, problems = _conversations(line.get("conversations"), len(targets))
         if not targets and not conversations:
-            raise Damaged("neither targets nor conversations")
+            raise DamagedError("neither targets nor conversations")
         example = Example(
             key=entry.key,
             dataset=self.dataset,
@@ -112,8 +112,8 @@ class Jsonl:
         )
         return Reading(example, problems)
 
-    def picture(self, entry: JsonlEntry) -> Path:
-        """The file of the entry's picture. Raises `Damaged` as `read`."""
+    def image_path(self, entry: JsonlEntry) -> Path:
+        """The file of the entry's image. Raises `DamagedError` as `read`."""
         line = _keys(fetch(entry.file, entry.span), LINE_KEYS, "the line")
         return below(entry.file.parent, line.get("image"))
 
@@ -129,7 +129,7 @@ def _heading(line: bytes, number: int, splits: Sequence[str]) -> tuple[str, str,
         return key, first, f"line {number} is a {type(value).__name__}, expected an object"
     try:
         key = check_text(value.get("key", key), f"key of line {number}")
-    except Damaged as reason:
+    except DamagedError as reason:
         return key, first, str(reason)
     split = value.get("split", first)
     if split not in splits:
@@ -143,8 +143,8 @@ def _mask(value: object, folder: Path, hw: tuple[int, int], what: str) -> Rle:
         if isinstance(value, str):
             return encode(read_label_map(below(folder, value), hw))
         return to_rle(value, hw)
-    except Damaged as reason:
-        raise Damaged(f"{what}: {reason}") from None
+    except DamagedError as reason:
+        raise DamagedError(f"{what}: {reason}") from None
 
 
 def _conversations(
@@ -153,7 +153,7 @@ def _conversations(
     """Conversations that can be used, and why others cannot.
 
     Raises:
-        Damaged: there are some, but none can be used.
+        DamagedError: there are some, but none can be used.
     """
     if given is None:
         return (), ()
@@ -165,10 +165,10 @@ def _conversations(
             conversations.append(
                 tuple(_turn(turn, targets, what) for turn in _list(turns, what, least=1))
             )
-        except Damaged as reason:
+        except DamagedError as reason:
             problems.append(str(reason))
     if not conversations:
-        raise Damaged(problems[0])
+        raise DamagedError(problems[0])
     return tuple(conversations), tuple(problems)
 
 
@@ -179,29 +179,31 @@ def _turn(value: object, targets: int, what: str) -> Turn:
     meant = _list(fields.get("targets", []), f"targets of {what}")
     for index in meant:
         if type(index) is not int or not 0 <= index < targets:
-            raise Damaged(f"{what} names target {index!r} of {targets}"[:200])
+            raise DamagedError(f"{what} names target {index!r} of {targets}"[:200])
     if answer.count(SEG) != len(meant) or SEG in question:
-        raise Damaged(
+        raise DamagedError(
             f"{what}: an answer holds {answer.count(SEG)} {SEG} for {len(meant)} targets, a "
             f"question {question.count(SEG)} for none"
         )
     if IMAGE in question or IMAGE in answer:
-        raise Damaged(f"{what} holds {IMAGE}: leave it out, the picture comes first anyway")
+        raise DamagedError(f"{what} holds {IMAGE}: leave it out, the picture comes first anyway")
     return Turn(question, answer, tuple(meant))
 
 
 def _list(value: object, what: str, least: int = 0) -> list[Any]:
     if not isinstance(value, list) or len(value) < least:
         expected = "a list that is not empty" if least else "a list"
-        raise Damaged(f"{what} is {repr(value)[:60]}, expected {expected}")
+        raise DamagedError(f"{what} is {repr(value)[:60]}, expected {expected}")
     return value
 
 
 def _keys(value: object, known: frozenset[str], what: str) -> dict[str, Any]:
     """An object without keys that nobody would read, such as misspelt ones."""
     if not isinstance(value, dict):
-        raise Damaged(f"{what} is a {type(value).__name__}, expected an object")
+        raise DamagedError(f"{what} is a {type(value).__name__}, expected an object")
     unknown = sorted(value.keys() - known)
     if unknown:
-        raise Damaged(f"{what} has the key {unknown[0]!r}, known are {', '.join(sorted(known))}")
+        raise DamagedError(
+            f"{what} has the key {unknown[0]!r}, known are {', '.join(sorted(known))}"
+        )
     return value

@@ -1,6 +1,6 @@
-"""MUSE: several questions about a picture, each answered by one or many objects.
+"""MUSE: several questions about a image, each answered by one or many objects.
 
-A file is a list of pictures with the keys of the published files
+A file is a list of images with the keys of the published files
 (https://github.com/MaverickRen/PixelLM): `file_name` or `coco_url`, `height`, `width`, and the
 parallel lists `questions` (text), `answers` (lists of objects with `segmentation`, `category_name`
 and perhaps `rephrased_name`, `id`) and perhaps `text_answers` (text with one `{seg}` per object, or
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.example import SEG, Example, Target, Turn
 from data_pipeline.formats.json_items import Span, fetch, items
 from data_pipeline.formats.masks import check_size, to_rle
@@ -23,9 +23,9 @@ from data_pipeline.reading import (
     check_split,
     check_text,
     coco_candidates,
+    find_image_file,
     find_index,
-    find_picture,
-    read_picture,
+    read_image_file,
 )
 from pixellm_jax.benchmark_question import Rle
 
@@ -83,15 +83,15 @@ class Muse:
         """The example of an item.
 
         Raises:
-            Damaged: no usable question, no picture, or one of another size than the item says.
+            DamagedError: no usable question, no image, or one of another size than the item says.
         """
         item = fetch(entry.path, entry.span)
         if not isinstance(item, dict):
-            raise Damaged(f"item is a {type(item).__name__}, expected an object")
+            raise DamagedError(f"item is a {type(item).__name__}, expected an object")
         questions, hw = item.get("questions"), check_size(item.get("height"), item.get("width"))
         if not isinstance(questions, list) or not questions:
-            raise Damaged("no questions")
-        image = read_picture(_pictures(entry.root, item), hw).image
+            raise DamagedError("no questions")
+        image = read_image_file(_image_paths(entry.root, item), hw).image
         train = entry.split == "train"
         masks: dict[str, tuple[int, Rle]] = {}  # by counts: number and mask
         targets: list[Target] = []
@@ -102,7 +102,7 @@ class Muse:
                 question = check_text(text, "question")
                 objects = [_object(value, hw) for value in _part(item, "answers", number, list)]
                 answer, problem = _answer(item, number, len(objects), train)
-            except Damaged as reason:
+            except DamagedError as reason:
                 problems.append(f"question {number}: {reason}")
                 continue
             problems += [f"question {number}: {problem}"] if problem else []
@@ -112,7 +112,7 @@ class Muse:
                 targets.append(Target(phrases, mask, ids))
             conversations.append((Turn(question, answer, tuple(range(first, len(targets)))),))
         if not conversations:
-            raise Damaged(f"no usable question: {'; '.join(problems)}")
+            raise DamagedError(f"no usable question: {'; '.join(problems)}")
         example = Example(
             key=entry.key,
             dataset=self.dataset,
@@ -126,13 +126,13 @@ class Muse:
         )
         return Reading(example, tuple(problems))
 
-    def picture(self, entry: Entry) -> Path:
-        """The file of the entry's picture. Raises `Damaged` as `read`."""
-        return find_picture(_pictures(entry.root, fetch(entry.path, entry.span)))
+    def image_path(self, entry: Entry) -> Path:
+        """The file of the entry's image. Raises `DamagedError` as `read`."""
+        return find_image_file(_image_paths(entry.root, fetch(entry.path, entry.span)))
 
 
-def _pictures(root: Path, item: dict[str, Any]) -> list[Path]:
-    """`file_name` is a picture of COCO 2014; `coco_url` tells the folder of COCO 2017."""
+def _image_paths(root: Path, item: dict[str, Any]) -> list[Path]:
+    """`file_name` is a image of COCO 2014; `coco_url` tells the folder of COCO 2017."""
     if item.get("file_name") is not None:
         return coco_candidates(root, "train2014", item["file_name"])
     url = check_text(item.get("coco_url"), "neither file_name nor coco_url: the latter")
@@ -144,9 +144,9 @@ def _part(item: dict[str, Any], key: str, number: int, *kinds: type) -> Any:
     """What a parallel list holds for a question."""
     values = item.get(key)
     if not isinstance(values, list) or number >= len(values):
-        raise Damaged(f"{key} has nothing for it")
+        raise DamagedError(f"{key} has nothing for it")
     if not isinstance(values[number], kinds):
-        raise Damaged(f"its part of {key} is a {type(values[number]).__name__}")
+        raise DamagedError(f"its part of {key} is a {type(values[number]).__name__}")
     return values[number]
 
 
@@ -156,11 +156,11 @@ def _object(value: Any, hw: tuple[int, int]) -> tuple[tuple[str, ...], Rle, tupl
     See docs/reference_notes.md D15.
     """
     if not isinstance(value, dict):
-        raise Damaged(f"an object is a {type(value).__name__}")
+        raise DamagedError(f"an object is a {type(value).__name__}")
     names = [value.get("rephrased_name"), value.get("category_name")]
     phrases = tuple(dict.fromkeys(check_text(name, "a name") for name in names if name))
     if not phrases:
-        raise Damaged("an object has neither rephrased_name nor category_name")
+        raise DamagedError("an object has neither rephrased_name nor category_name")
     ids = (value["id"],) if type(value.get("id")) is int else ()
     return phrases, to_rle(value.get("segmentation"), hw), ids
 
@@ -178,10 +178,10 @@ def _answer(
         if item.get("text_answers") is not None:
             answer = _part(item, "text_answers", number, str, type(None))
         if answer is not None and check_text(answer, "text answer").count(SEG) != objects:
-            raise Damaged(f"text answer with {answer.count(SEG)} {SEG} for {objects} objects")
+            raise DamagedError(f"text answer with {answer.count(SEG)} {SEG} for {objects} objects")
         if answer is None and not objects and train:
-            raise Damaged("neither objects nor a text answer")
-    except Damaged as reason:
+            raise DamagedError("neither objects nor a text answer")
+    except DamagedError as reason:
         if train:
             raise
         return None, f"text answer left out: {reason}"

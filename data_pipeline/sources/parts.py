@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.example import Example, Target
-from data_pipeline.formats.coco_index import CocoEntry, list_pictures, read_instances
+from data_pipeline.formats.coco_index import CocoEntry, list_images, read_instances
 from data_pipeline.reading import Reading, check_split, find_index
 
 
 @dataclass(frozen=True, kw_only=True)
 class PacoLvis:
-    """PACO-LVIS: objects ("cup") and parts ("cup:rim") on pictures of COCO."""
+    """PACO-LVIS: objects ("cup") and parts ("cup:rim") on images of COCO."""
 
     dataset: str = "paco_lvis"
     splits: tuple[str, ...] = ("train", "val", "test")
@@ -24,7 +24,7 @@ class PacoLvis:
     def entries(self, root: Path, split: str) -> Sequence[CocoEntry]:
         check_split(self, split)
         index = root / "vlpart" / "paco" / "annotations" / f"paco_lvis_v1_{split}.json"
-        return list_pictures(find_index([index]), split, (root / "coco",))
+        return list_images(find_index([index]), split, (root / "coco",))
 
     def read(self, entry: CocoEntry) -> Reading:
         return _read(self.dataset, entry)
@@ -32,7 +32,7 @@ class PacoLvis:
 
 @dataclass(frozen=True, kw_only=True)
 class PascalPart:
-    """PASCAL-Part: parts of objects ("horse:leg") on pictures of PASCAL VOC 2010."""
+    """PASCAL-Part: parts of objects ("horse:leg") on images of PASCAL VOC 2010."""
 
     dataset: str = "pascal_part"
     splits: tuple[str, ...] = ("train", "val")
@@ -40,8 +40,8 @@ class PascalPart:
     def entries(self, root: Path, split: str) -> Sequence[CocoEntry]:
         check_split(self, split)
         folder = root / "vlpart" / "pascal_part"
-        pictures = folder / "VOCdevkit" / "VOC2010" / "JPEGImages"
-        return list_pictures(find_index([folder / f"{split}.json"]), split, (pictures,))
+        image_folder = folder / "VOCdevkit" / "VOC2010" / "JPEGImages"
+        return list_images(find_index([folder / f"{split}.json"]), split, (image_folder,))
 
     def read(self, entry: CocoEntry) -> Reading:
         return _read(self.dataset, entry)
@@ -60,14 +60,14 @@ def part_phrases(category: str) -> tuple[str, ...]:
 
 
 def _read(dataset: str, entry: CocoEntry) -> Reading:
-    picture, instances, problems = read_instances(entry)
+    stored, instances, problems = read_instances(entry)
     example = Example(
         key=entry.key,
         dataset=dataset,
         split=entry.split,
         kind="names",
-        image=picture.image,
-        hw=picture.hw,
+        image=stored.image,
+        hw=stored.hw,
         masks=tuple(instance.mask for instance in instances),
         targets=tuple(
             Target(part_phrases(instance.category), i, instance.ids)

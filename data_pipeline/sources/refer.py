@@ -1,7 +1,7 @@
-"""refCOCO, refCOCO+, refCOCOg, refCLEF and gRefCOCO: sentences about objects of a picture.
+"""refCOCO, refCOCO+, refCOCOg, refCLEF and gRefCOCO: sentences about objects of a image.
 
 `refer_seg/<dataset>/` holds `instances.json` (COCO style) and `refs(<split by>).p`, a pickled list
-of refs: one or several annotations of a picture with the sentences about them
+of refs: one or several annotations of a image with the sentences about them
 (https://github.com/lichengunc/refer, https://github.com/henghuiding/gRefCOCO).
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.example import Example, Target
 from data_pipeline.formats.json_items import Span, fetch, items
 from data_pipeline.formats.masks import check_size, to_rle, union
@@ -24,15 +24,15 @@ from data_pipeline.reading import (
     below,
     check_text,
     coco_candidates,
+    find_image_file,
     find_index,
-    find_picture,
-    read_picture,
+    read_image_file,
 )
 from pixellm_jax.benchmark_question import Rle
 from pixellm_jax.errors import InputError
 
 NO_TARGET = -1
-"""Annotation id of gRefCOCO for a sentence about something that is not in the picture."""
+"""Annotation id of gRefCOCO for a sentence about something that is not in the image."""
 
 
 class Ref(NamedTuple):
@@ -44,12 +44,12 @@ class Ref(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A picture of a split with its refs, in the order of the file.
+    """A image of a split with its refs, in the order of the file.
 
-    key: "split/image id", or "split/ref number" of a ref that names no picture.
+    key: "split/image id", or "split/ref number" of a ref that names no image.
     image: where its record lies in `instances.json`; None if it has none.
     annotations: where those that the refs name lie.
-    problems: refs and sentences of the picture that were left out.
+    problems: refs and sentences of the image that were left out.
     """
 
     key: str
@@ -66,7 +66,7 @@ class Entry(NamedTuple):
 class Refer:
     """Reads one of the sets.
 
-    A picture gives one example of kind "names". Its targets are all pairs of a sentence and what it
+    A image gives one example of kind "names". Its targets are all pairs of a sentence and what it
     is about, in the order of the file; the sentences of a ref share a mask. `ids` of a target are
     (ref id, annotation ids..., sentence id). A sentence of gRefCOCO may be about several objects:
     its mask is their union; or about none: its mask is empty, and the annotation id -1.
@@ -87,9 +87,9 @@ class Refer:
     generalised: bool = False
 
     def entries(self, root: Path, split: str) -> Sequence[Entry]:
-        """One entry for each picture of the split, by ascending image id.
+        """One entry for each image of the split, by ascending image id.
 
-        Whole refs and sentences about the same picture stay in the order of the file. The split
+        Whole refs and sentences about the same image stay in the order of the file. The split
         "testA" is every ref with an A in its split, so "testAB" counts for testA and testB; "test"
         is every ref with "test" in it; any other split is exactly that.
 
@@ -124,19 +124,19 @@ class Refer:
         ]
 
     def read(self, entry: Entry) -> Reading:
-        """The example of a picture.
+        """The example of a image.
 
         A ref whose annotation is missing or damaged is left out alone and reported.
 
         Raises:
-            Damaged: no usable sentence, no picture, or one of another size than its record says.
+            DamagedError: no usable sentence, no image, or one of another size than its record says.
         """
         if entry.image is None:
             missing = f"no image {entry.key!r} in {entry.path.name!r}"
-            raise Damaged("; ".join(entry.problems or [missing]))
+            raise DamagedError("; ".join(entry.problems or [missing]))
         record = fetch(entry.path, entry.image)
         hw = check_size(record.get("height"), record.get("width"))
-        image = read_picture(self._pictures(entry.root, record.get("file_name")), hw).image
+        image = read_image_file(self._image_paths(entry.root, record.get("file_name")), hw).image
         problems = list(entry.problems)
         numbers: dict[tuple[int, ...], int] = {}  # of the mask of these annotations
         masks: list[Rle] = []
@@ -145,7 +145,7 @@ class Refer:
             if ref.ann_ids not in numbers:
                 try:
                     masks.append(self._mask(ref, entry, record["id"], hw))
-                except Damaged as reason:
+                except DamagedError as reason:
                     problems.append(f"ref {ref.ref_id}: {reason}")
                     continue
                 numbers[ref.ann_ids] = len(numbers)
@@ -154,7 +154,7 @@ class Refer:
                 for sentence, text in ref.sentences
             ]
         if not targets:
-            raise Damaged(f"no usable sentence: {'; '.join(problems)}")
+            raise DamagedError(f"no usable sentence: {'; '.join(problems)}")
         example = Example(
             key=entry.key,
             dataset=self.dataset,
@@ -167,14 +167,14 @@ class Refer:
         )
         return Reading(example, tuple(problems))
 
-    def picture(self, entry: Entry) -> Path:
-        """The file of the entry's picture. Raises `Damaged` as `read`."""
+    def image_path(self, entry: Entry) -> Path:
+        """The file of the entry's image. Raises `DamagedError` as `read`."""
         if entry.image is None:
-            raise Damaged(f"no image {entry.key!r} in {entry.path.name!r}")
+            raise DamagedError(f"no image {entry.key!r} in {entry.path.name!r}")
         name = fetch(entry.path, entry.image).get("file_name")
-        return find_picture(self._pictures(entry.root, name))
+        return find_image_file(self._image_paths(entry.root, name))
 
-    def _pictures(self, root: Path, name: Any) -> list[Path]:
+    def _image_paths(self, root: Path, name: Any) -> list[Path]:
         if self.dataset == "refclef":
             return [below(root / "refer_seg/images/saiapr_tc-12", name)]
         return coco_candidates(root, "train2014", name)
@@ -186,10 +186,10 @@ class Refer:
             if number == NO_TARGET and self.generalised:
                 continue
             if number not in entry.annotations:
-                raise Damaged(f"no annotation {number} in {entry.path.name!r}")
+                raise DamagedError(f"no annotation {number} in {entry.path.name!r}")
             annotation = fetch(entry.path, entry.annotations[number])
             if annotation.get("image_id", image_id) != image_id:
-                raise Damaged(f"annotation {number} is of image {annotation['image_id']!r}")
+                raise DamagedError(f"annotation {number} is of image {annotation['image_id']!r}")
             rles.append(to_rle(annotation.get("segmentation"), hw))
         return rles[0] if len(rles) == 1 else union(rles, hw)
 
@@ -214,7 +214,7 @@ def in_split(split: str, published: str) -> bool:
 class _Chosen(NamedTuple):
     """The refs of a split and the refs and sentences left out, by image id.
 
-    lost: number in the index, and what is wrong, of refs that name no picture.
+    lost: number in the index, and what is wrong, of refs that name no image.
     """
 
     refs: defaultdict[int, list[Ref]]
@@ -235,7 +235,7 @@ def _choose(records: Iterable[Any], split: str, generalised: bool) -> _Chosen:
         refs, problems = chosen.refs[image_id], chosen.problems[image_id]
         try:
             ref = _ref(record, generalised, problems)
-        except Damaged as reason:
+        except DamagedError as reason:
             problems.append(f"ref {number} of the index: {reason}")
             continue
         if ref.sentences:
@@ -249,22 +249,22 @@ def _ref(record: dict[Any, Any], generalised: bool, problems: list[str]) -> Ref:
     ann_id: Any = record.get("ann_id")
     ann_ids = ann_id if generalised and isinstance(ann_id, list) else [ann_id]
     if not ann_ids or any(type(number) is not int for number in (ref_id, *ann_ids)):
-        raise Damaged(f"ref_id {reprlib.repr(ref_id)}, ann_id {reprlib.repr(ann_id)}")
+        raise DamagedError(f"ref_id {reprlib.repr(ref_id)}, ann_id {reprlib.repr(ann_id)}")
     published = record.get("sentences")
     if not isinstance(published, list) or not published:
-        raise Damaged("no sentences")
+        raise DamagedError("no sentences")
     sentences = []
     for sentence in published:
         try:
             sentences.append(_sentence(sentence))
-        except Damaged as reason:
+        except DamagedError as reason:
             problems.append(f"ref {ref_id}: {reason}")
     return Ref(ref_id, tuple(ann_ids), tuple(sentences))
 
 
 def _sentence(sentence: Any) -> tuple[int, str]:
     if not isinstance(sentence, dict) or type(sentence.get("sent_id")) is not int:
-        raise Damaged("a sentence without sent_id")
+        raise DamagedError("a sentence without sent_id")
     return sentence["sent_id"], check_text(sentence.get("sent"), "sentence")
 
 

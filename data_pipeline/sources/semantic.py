@@ -1,6 +1,6 @@
 """Semantic sets: ADE20K, COCO-Stuff and Mapillary Vistas 2.0, a class number for every pixel.
 
-Layout and numbers: docs/reference_notes.md 1.5. Every class in a picture is a target, in
+Layout and numbers: docs/reference_notes.md 1.5. Every class in a image is a target, in
 ascending order of class numbers; ignored pixels are void.
 """
 
@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.damage import AbsentError, Damaged
+from data_pipeline.errors import AbsentError, DamagedError
 from data_pipeline.example import Example, Target
 from data_pipeline.formats.json_items import items
 from data_pipeline.formats.label_map import read_label_map
 from data_pipeline.formats.masks import encode
-from data_pipeline.reading import Reading, check_split, check_text, read_picture
+from data_pipeline.reading import Reading, check_split, check_text, read_image_file
 from pixellm_jax.errors import InputError
 
 IGNORED = 255
@@ -38,14 +38,14 @@ COCOSTUFF_CLASSES = _published("cocostuff_classes.json")
 
 
 class SemanticEntry(NamedTuple):
-    """A picture, its label map, and what the values of the map mean: class -> name.
+    """A image, its label map, and what the values of the map mean: class -> name.
 
     `ignored`: classes whose pixels are void.
     """
 
     key: str
     split: str
-    picture: Path
+    image_path: Path
     labels: Path
     names: tuple[str, ...]
     ignored: frozenset[int] = frozenset()
@@ -61,10 +61,10 @@ class Ade20k:
     def entries(self, root: Path, split: str) -> Sequence[SemanticEntry]:
         check_split(self, split)
         part = {"train": "training", "val": "validation"}[split]
-        pictures = root / "ade20k" / "images" / part
+        image_folder = root / "ade20k" / "images" / part
         labels = root / "ade20k" / "annotations" / part
-        stems = _stems(labels, "png") | _stems(pictures, "jpg")
-        return _entries(split, stems, pictures, labels, ADE20K_CLASSES)
+        stems = _stems(labels, "png") | _stems(image_folder, "jpg")
+        return _entries(split, stems, image_folder, labels, ADE20K_CLASSES)
 
     def read(self, entry: SemanticEntry) -> Reading:
         return _read(self.dataset, entry, first=1)
@@ -85,9 +85,9 @@ class CocoStuff:
         part = {"train": "train2017", "val": "val2017"}[split]
         labels = root / "cocostuff" / part
         ignored = frozenset(i for i, name in enumerate(COCOSTUFF_CLASSES) if "-" in name)
-        pictures = root / "coco" / part
+        image_folder = root / "coco" / part
         stems = _stems(labels, "png")
-        return _entries(split, stems, pictures, labels, COCOSTUFF_CLASSES, ignored)
+        return _entries(split, stems, image_folder, labels, COCOSTUFF_CLASSES, ignored)
 
     def read(self, entry: SemanticEntry) -> Reading:
         return _read(self.dataset, entry)
@@ -112,11 +112,11 @@ class Mapillary:
         folder = root / "mapillary"
         full, readable = _mapillary_names(folder / "config_v2.0.json")
         void = frozenset(i for i, name in enumerate(full) if name.startswith("void--"))
-        pictures = folder / part / "images"
+        image_folder = folder / part / "images"
         labels = folder / part / "v2.0" / "labels"
-        stems = _stems(labels, "png") | _stems(pictures, "jpg")
+        stems = _stems(labels, "png") | _stems(image_folder, "jpg")
         ignored = frozenset() if self.void_is_target else void
-        return _entries(split, stems, pictures, labels, readable, ignored)
+        return _entries(split, stems, image_folder, labels, readable, ignored)
 
     def read(self, entry: SemanticEntry) -> Reading:
         return _read(self.dataset, entry)
@@ -131,7 +131,7 @@ def _mapillary_names(config: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
         for key, names in (("name", full), ("readable", readable)):
             try:
                 names.append(check_text(label.get(key), f"{key} of label {number}"))
-            except Damaged as reason:
+            except DamagedError as reason:
                 raise InputError(f"'{config}': {reason}; download the file again") from None
     if not 0 < len(full) <= IGNORED:
         raise InputError(
@@ -155,14 +155,16 @@ def _stems(folder: Path, ending: str) -> set[str]:
 def _entries(
     split: str,
     stems: Iterable[str],
-    pictures: Path,
+    image_folder: Path,
     labels: Path,
     names: tuple[str, ...],
     ignored: frozenset[int] = frozenset(),
 ) -> list[SemanticEntry]:
     """Entries in the order of the files' names, endings included: "a-b.jpg", "a.jpg"."""
     return [
-        SemanticEntry(stem, split, pictures / f"{stem}.jpg", labels / f"{stem}.png", names, ignored)
+        SemanticEntry(
+            stem, split, image_folder / f"{stem}.jpg", labels / f"{stem}.png", names, ignored
+        )
         for stem in sorted(stems, key=lambda stem: f"{stem}.")
     ]
 
@@ -174,7 +176,7 @@ def _read(dataset: str, entry: SemanticEntry, first: int = 0) -> Reading:
                                                    1 1 3   ->   void    0 0 1
                                                                         0 0 1
     """
-    image, hw = read_picture([entry.picture])
+    image, hw = read_image_file([entry.image_path])
     values = read_label_map(entry.labels, hw)
     meaning = np.full(256, -1)
     meaning[[0] * first + [IGNORED]] = IGNORED
@@ -184,11 +186,11 @@ def _read(dataset: str, entry: SemanticEntry, first: int = 0) -> Reading:
     found = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
     if (meaning[found] < 0).any():
         unknown = found[meaning[found] < 0].tolist()
-        raise Damaged(f"label map {entry.labels.name!r} has values {unknown}: no such classes")
+        raise DamagedError(f"label map {entry.labels.name!r} has values {unknown}: no such classes")
     classes = meaning.astype(np.uint8)[values]
     present = [i for i in meaning[found].tolist() if i != IGNORED]
     if not present:
-        raise Damaged(f"label map {entry.labels.name!r} has no class, all of it is ignored")
+        raise DamagedError(f"label map {entry.labels.name!r} has no class, all of it is ignored")
     void = classes == IGNORED
     example = Example(
         key=entry.key,

@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
-from data_pipeline.damage import AbsentError
+from data_pipeline.errors import AbsentError
 from data_pipeline.reading import Source
 from data_pipeline.storage.shards import (
     Plan,

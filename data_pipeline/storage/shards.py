@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.reading import Source
 from data_pipeline.storage.stored import VERSION, to_record
 from pixellm_jax import __version__
@@ -147,7 +147,7 @@ def working_folder(plan: Plan, entries: Sequence[Any]) -> Iterator[None]:
 
 
 def _fingerprint(plan: Plan, entries: Sequence[Any]) -> str:
-    """Of all that decides the shards, but for the pictures themselves."""
+    """Of all that decides the shards, but for the images themselves."""
     digest = hashlib.sha256(repr((VERSION, __version__, plan._replace(folder=Path()))).encode())
     for entry in entries:
         digest.update(repr(entry).encode("utf-8", "surrogatepass"))
@@ -171,7 +171,7 @@ def _write_run(plan: Plan, job: tuple[int, Sequence[Any]]) -> Report:
             try:
                 example, problems = plan.source.read(entry)
                 _decode(example.image)
-            except Damaged as reason:
+            except DamagedError as reason:
                 skips.append(Skip(entry.key, True, " ".join(str(reason).split())))
                 continue
             skips += (Skip(example.key, False, " ".join(p.split())) for p in problems)
@@ -185,12 +185,12 @@ def _write_run(plan: Plan, job: tuple[int, Sequence[Any]]) -> Report:
 
 
 def _decode(image: bytes) -> None:
-    """Decodes the picture once: the readers look at its header only."""
+    """Decodes the image once: the readers look at its header only."""
     try:
         with Image.open(io.BytesIO(image)) as opened:
             read_image(opened, upright=False)
     except InputError as error:
-        raise Damaged(f"the picture is damaged ({error})") from None
+        raise DamagedError(f"the picture is damaged ({error})") from None
 
 
 @contextlib.contextmanager

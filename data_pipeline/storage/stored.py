@@ -33,7 +33,7 @@ _DEPTH = 3  # dataset / split / version
 
 
 def features() -> tfds.features.FeaturesDict:
-    """What a record holds, for TFDS: the encoded picture, its key, and all else as JSON."""
+    """What a record holds, for TFDS: the encoded image, its key, and all else as JSON."""
     text = tfds.features.Text
     return tfds.features.FeaturesDict(
         {"image": tfds.features.Image(), "key": text(), "record": text()}

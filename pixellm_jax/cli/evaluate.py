@@ -16,10 +16,10 @@ from data_pipeline.benchmarks import (
     BENCHMARKS,
     Benchmark,
     find_benchmark,
-    list_pictures,
+    list_images,
     read_questions,
 )
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from pixellm_jax import __version__
 from pixellm_jax.benchmark_question import GENERATED, GIVEN, BenchmarkQuestion
 from pixellm_jax.cli.console import format_table
@@ -133,7 +133,7 @@ def run(options: argparse.Namespace) -> None:
     if options.distributed:
         initialize_distributed()
     root = options.data or Path()
-    entries = list_pictures(benchmark, root, split)[: options.limit]
+    entries = list_images(benchmark, root, split)[: options.limit]
     share = Share(benchmark, split, root, entries, jax.process_index(), jax.process_count())
     given = options.mode == GIVEN
     settings = {
@@ -247,7 +247,7 @@ def _questions(
         with watch("io"):
             try:
                 found = read_questions(share.benchmark, share.root, share.split, entry)
-            except Damaged as reason:
+            except DamagedError as reason:
                 left_out[entry.key] = str(reason)
                 bar.update()
                 continue

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from data_pipeline.damage import AbsentError
+from data_pipeline.errors import AbsentError
 from data_pipeline.reading import Source
 from data_pipeline.sources import SOURCES, Known
 from data_pipeline.sources.coco import Coco

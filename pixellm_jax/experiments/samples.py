@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_pipeline.collate import make_sample
 from data_pipeline.config import DataConfig
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.example import Example
 from data_pipeline.formats.masks import decode
 from data_pipeline.loader import draw
@@ -66,7 +66,7 @@ class SampleViewer:
             is_answered = all(all(one.messages) for one in composed)
             if self.vocabulary and composed and is_answered:
                 return self._view_packed(example, composed, self.vocabulary, title, caption)
-        except Damaged as reason:
+        except DamagedError as reason:
             composed = ()
             caption = f"{caption}, cannot be used: {reason}"
         return self._view_plain(example, composed, title, caption)

@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from data_pipeline.draws import Draws
 from data_pipeline.example import SEG
-from data_pipeline.sources.shapes.dataset import Drawn, Shapes
+from data_pipeline.sampling import PhiloxSampler
+from data_pipeline.sources.shapes.dataset import GeneratedExample, Shapes
 from data_pipeline.sources.shapes.questions import Question
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluation.matching import NOBODY, match
@@ -159,12 +159,12 @@ def select_scenes(shapes: Shapes, count: int, *, seed: int, min_objects: int) ->
     Raises:
         InputError: the split has fewer such scenes.
     """
-    order = Draws(seed=seed, epoch=0, index=0).permutation(len(shapes))
-    candidates = dict[int, Drawn]()
+    order = PhiloxSampler(seed=seed, epoch=0, index=0).permutation(len(shapes))
+    candidates = dict[int, GeneratedExample]()
     for tried, index in enumerate(order):
         if tried >= CANDIDATES * count and len(candidates) >= count:
             break
-        drawn = shapes.draw(index)
+        drawn = shapes.generate(index)
         if len(drawn.scene.things) >= min_objects:
             candidates[index] = drawn
     if len(candidates) < count:
@@ -238,7 +238,7 @@ def split_at_markers(text: str, markers: Sequence[Sequence[int]]) -> list[str]:
     return [text[start:stop] for start, stop in zip(cuts[::2], cuts[1::2], strict=True)]
 
 
-def _make_scene(index: int, drawn: Drawn) -> Scene:
+def _make_scene(index: int, drawn: GeneratedExample) -> Scene:
     image = np.asarray(Image.open(io.BytesIO(drawn.image)).convert("RGB"))
     return Scene(index, image, drawn.scene.masks(), drawn.questions)
 

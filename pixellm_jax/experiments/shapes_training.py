@@ -146,7 +146,7 @@ def _score_constant_mask(constant: Bool[np.ndarray, "y x"], batches: Sequence[Ba
 def _target_masks() -> Bool[np.ndarray, "m y x"]:
     """Return the masks of all targets of the first training scenes."""
     shapes = Shapes(split="train", level=DEMO_LEVEL, questions=DEMO_QUESTIONS)
-    scenes = map(shapes.draw, range(BASELINE_SCENES))
+    scenes = map(shapes.generate, range(BASELINE_SCENES))
     return np.concatenate(
         [
             scene.scene.masks()[list(question.targets)]

@@ -144,7 +144,7 @@ def test_scenes_are_varied_and_fixed():
     assert [scene.number for scene in select_scenes(shapes, 6, seed=0, min_objects=4)] == numbers
     assert [scene.number for scene in select_scenes(shapes, 6, seed=1, min_objects=4)] != numbers
     scene = scenes[0]
-    drawn = shapes.draw(scene.number)
+    drawn = shapes.generate(scene.number)
     assert scene.questions == drawn.questions
     np.testing.assert_array_equal(scene.masks, drawn.scene.masks())
     assert scene.image.shape == (96, 96, 3)
@@ -239,7 +239,7 @@ def refuse(tmp_path, capfd):
 def test_more_scenes_than_there_are_is_refused(tmp_path, refuse):
     shapes = Shapes(split="test")
     fit = sum(
-        len(shapes.draw(i).scene.things) >= shapes_demo.MIN_OBJECTS for i in range(len(shapes))
+        len(shapes.generate(i).scene.things) >= shapes_demo.MIN_OBJECTS for i in range(len(shapes))
     )
     assert f"900 scenes are more than the {fit} there are" in refuse(
         "--out", tmp_path / "out", "--scenes", 900

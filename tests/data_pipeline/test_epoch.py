@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from data_pipeline.config import PAPER_MIXTURE, DataConfig, FamilyConfig
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.loader import Loader
 from data_pipeline.sources import SOURCES
 from data_pipeline.transforms import ComposeSettings
@@ -32,7 +32,7 @@ def read_all(name, root):
     for entry in source.entries(root, split):
         try:
             examples.append(source.read(entry).example)
-        except Damaged:
+        except DamagedError:
             continue
     return examples
 

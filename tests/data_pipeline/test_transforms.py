@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.damage import Damaged
-from data_pipeline.draws import Draws
+from data_pipeline.errors import DamagedError
 from data_pipeline.example import Example, Target, Turn
+from data_pipeline.sampling import PhiloxSampler
 from data_pipeline.templates import choices
 from data_pipeline.transforms import Composed, ComposeSettings, compose, compose_evaluation
 from pixellm_jax.errors import InputError
@@ -110,7 +110,7 @@ def test_more_candidates_than_room():
 
 @pytest.mark.parametrize("count", [1, 8, 9, 10])
 def test_candidates_are_drawn_where_there_are_enough(count):
-    class Counting(Draws):
+    class Counting(PhiloxSampler):
         subsets = 0
 
         def subset(self, n: int, size: int) -> list[int]:
@@ -238,7 +238,7 @@ def test_as_they_are():
 
 @pytest.mark.parametrize("kind", ["names", "short", "long", "muse", "instruct", "ready"])
 def test_nothing_to_ask(kind):
-    draws = Draws(seed=0, epoch=0, index=0)
+    draws = PhiloxSampler(seed=0, epoch=0, index=0)
     assert compose(example(kind), draws, ComposeSettings(), group_text=SEG) == ()
     assert compose_evaluation(example(kind), group_text=SEG) == ()
 
@@ -259,8 +259,8 @@ def test_nothing_to_ask(kind):
     ],
 )
 def test_damaged(given, message):
-    with pytest.raises(Damaged, match=message):
-        compose(given, Draws(seed=0, epoch=0, index=0), ComposeSettings(), group_text=SEG)
+    with pytest.raises(DamagedError, match=message):
+        compose(given, PhiloxSampler(seed=0, epoch=0, index=0), ComposeSettings(), group_text=SEG)
 
 
 def test_unknown_kind():
@@ -339,7 +339,9 @@ def test_evaluation_of_muse():
     )
 
 
-keys = st.builds(Draws, seed=st.integers(0, 9), epoch=st.just(0), index=st.integers(0, 2**64 - 1))
+keys = st.builds(
+    PhiloxSampler, seed=st.integers(0, 9), epoch=st.just(0), index=st.integers(0, 2**64 - 1)
+)
 sizes = st.integers(1, 4)
 
 
@@ -376,7 +378,7 @@ def test_renumbered_masks_give_renumbered_masks(index, order):
 
     def composed(masks: Sequence[int]) -> tuple[Composed, ...]:
         given = example("names", targets=targets(*"abcdef", masks=masks))
-        draws = Draws(seed=0, epoch=0, index=index)
+        draws = PhiloxSampler(seed=0, epoch=0, index=index)
         return compose(given, draws, ComposeSettings(), group_text=SEG)
 
     plain, moved = composed(range(6)), composed(order)
@@ -395,7 +397,7 @@ KINDS = [
 @pytest.mark.parametrize("given", KINDS, ids=lambda e: e.kind)
 def test_same_key_same_conversations(given):
     def composed(**key: int) -> tuple[Composed, ...]:
-        draws = Draws(**{"seed": 3, "epoch": 5, "index": 7, **key})
+        draws = PhiloxSampler(**{"seed": 3, "epoch": 5, "index": 7, **key})
         return compose(given, draws, ComposeSettings(explanatory=0.4), group_text=SEG)
 
     assert composed() == composed()
@@ -407,7 +409,7 @@ def test_modes_come_as_often_as_asked_for():
     given = reasoning("long", EXPLAINED[:1])
     counts = {"alone": 0, "with": 0, "without": 0}
     for index in range(3000):
-        draws = Draws(seed=0, epoch=0, index=index)
+        draws = PhiloxSampler(seed=0, epoch=0, index=index)
         (only,) = compose(given, draws, ComposeSettings(explanatory=0.4), group_text=SEG)
         answer = only.messages[1]
         counts["alone" if answer == WHY else "with" if WHY in answer else "without"] += 1
@@ -418,6 +420,6 @@ def test_modes_come_as_often_as_asked_for():
 
 def test_another_group_text():
     given = example("names", targets=targets("a", "b"))
-    draws = Draws(seed=0, epoch=0, index=0)
+    draws = PhiloxSampler(seed=0, epoch=0, index=0)
     composed = compose(given, draws, ComposeSettings(), group_text="[SEG]")
     assert [c.messages[1].count("[SEG]") for c in composed] == [1, 1]

@@ -16,10 +16,10 @@ from PIL import Image
 from data_pipeline.benchmarks import (
     BENCHMARKS,
     find_benchmark,
-    list_pictures,
+    list_images,
     read_questions,
 )
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from pixellm_jax.benchmark_question import BenchmarkQuestion
 from pixellm_jax.cli.evaluate import Share, evaluate
 from pixellm_jax.cli.main import main
@@ -81,10 +81,10 @@ def people(tmp_path: Path) -> Path:
 def questions(name: str, split: str, root: Path) -> tuple[BenchmarkQuestion, ...]:
     benchmark, split = find_benchmark(name, split)
     found = list[BenchmarkQuestion]()
-    for entry in list_pictures(benchmark, root, split)[:PICTURES]:
+    for entry in list_images(benchmark, root, split)[:PICTURES]:
         try:
             found += read_questions(benchmark, root, split, entry).questions
-        except Damaged:  # items of MUSE without questions, and what `people` spoils
+        except DamagedError:  # items of MUSE without questions, and what `people` spoils
             assert name in ("muse", "jsonl")
     return tuple(found)
 
@@ -118,7 +118,7 @@ def asking(answer: Callable[[BenchmarkQuestion], Answered]):
 
 def share(name: str, root: Path, host: int = 0, hosts: int = 1) -> Share:
     benchmark, split = find_benchmark(name)
-    entries = list_pictures(benchmark, root, split)[:PICTURES]
+    entries = list_images(benchmark, root, split)[:PICTURES]
     return Share(benchmark, split, root, entries, host, hosts)
 
 
@@ -387,7 +387,7 @@ def test_command(name, mode, tiny, data_root, people, tmp_path, capfd):
 def test_text_scores_of_answers_in_words(data_root, tmp_path):
     """Right answers, but for one that says nothing of the expected and points at a target."""
     benchmark, split = find_benchmark("llava")
-    entries = list_pictures(benchmark, data_root, split)[:2]
+    entries = list_images(benchmark, data_root, split)[:2]
     log = QuestionLog(tmp_path, settings() | {"benchmark": "llava", "split": split})
     first: list[str] = []
 
@@ -458,7 +458,7 @@ def test_empty_split_says_where_there_is_something(tiny, people, tmp_path, capfd
 def test_sequence_of_kinds_is_that_of_the_conversations():
     """Scenes of shapes: a group for each question."""
     benchmark, split = find_benchmark("shapes")
-    entries: Sequence = list_pictures(benchmark, Path(), split)[:3]
+    entries: Sequence = list_images(benchmark, Path(), split)[:3]
     for entry in entries:
         found = read_questions(benchmark, Path(), split, entry).questions
         assert all(len(q.groups) == 1 and q.groups[0].startswith("kind: ") for q in found)

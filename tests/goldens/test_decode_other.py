@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.example import Example
 from data_pipeline.formats.masks import area, decode
 from data_pipeline.reading import Source
@@ -135,7 +135,7 @@ def test_parts(dataset, golden, data_root):
     for row in rows:
         entry = entries[f"train/{row['image_id']}"]
         if not row["objects"]:
-            with pytest.raises(Damaged, match="no annotation"):
+            with pytest.raises(DamagedError, match="no annotation"):
                 source.read(entry)
             continue
         example, problems = source.read(entry)

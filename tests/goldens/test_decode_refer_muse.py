@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.example import SEG, Example
 from data_pipeline.formats import json_items, masks
 from data_pipeline.reading import Reading, Source
@@ -173,7 +173,7 @@ def test_what_the_reference_drops_whole(golden, data_root):
             continue
         published = json_items.fetch(entry.path, entry.span)["questions"]
         if not published:
-            with pytest.raises(Damaged, match="no questions"):
+            with pytest.raises(DamagedError, match="no questions"):
                 source.read(entry)
             continue
         example, problems = source.read(entry)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.example import Example
 from data_pipeline.formats.masks import decode_many
 from data_pipeline.reading import Source
@@ -125,7 +125,7 @@ def examples(source: Source, root: Path) -> list[Example | None]:
     for entry in source.entries(root, "train"):
         try:
             found.append(source.read(entry).example)
-        except Damaged:
+        except DamagedError:
             found.append(None)
     return found
 

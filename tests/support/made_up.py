@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.example import Example, from_json, to_json
 from data_pipeline.formats.masks import decode
 from data_pipeline.reading import Reading, Source
@@ -52,7 +52,7 @@ def read_all(source: Source, root: Path, split: str) -> tuple[dict[str, Reading]
         try:
             readings[entry.key] = source.read(entry)
             assert readings[entry.key].example.key == entry.key
-        except Damaged as reason:
+        except DamagedError as reason:
             assert "\n" not in str(reason)
             damaged[entry.key] = str(reason)
     return readings, damaged

@@ -13,9 +13,9 @@ from pathlib import Path
 import jax
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from data_pipeline.benchmarks import BENCHMARKS, list_pictures, read_questions
+from data_pipeline.benchmarks import BENCHMARKS, list_images, read_questions
 from data_pipeline.config import DataConfig, FamilyConfig
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.example import Example
 from data_pipeline.formats.masks import decode_many
 from data_pipeline.loader import Loader
@@ -52,7 +52,7 @@ def read_photos(root: Path, count: int) -> list[Example]:
         for entry in source.entries(root, split):
             try:
                 example = source.read(entry).example
-            except Damaged:
+            except DamagedError:
                 continue
             y, x = example.hw
             shares = decode_many(example.masks).reshape(len(example.masks), -1).sum(1) / (y * x)
@@ -147,7 +147,7 @@ def answer_photos(root: Path, run: Path, *, photos: int) -> Summary:
     asked = [
         question
         for split in SPLITS
-        for entry in list_pictures(BENCHMARKS[MUSE], root, split)
+        for entry in list_images(BENCHMARKS[MUSE], root, split)
         if (split, entry.key) in wanted
         for question in read_questions(BENCHMARKS[MUSE], root, split, entry).questions
     ]

@@ -18,9 +18,9 @@ from typing import NamedTuple, SupportsIndex
 import numpy as np
 from PIL import Image
 
-from data_pipeline.draws import Draws
 from data_pipeline.example import Example, Target, Turn
 from data_pipeline.formats.masks import encode
+from data_pipeline.sampling import PhiloxSampler
 from data_pipeline.sources.shapes.questions import (
     KINDS,
     MOST_TARGETS,
@@ -28,11 +28,11 @@ from data_pipeline.sources.shapes.questions import (
     Question,
     ask,
 )
-from data_pipeline.sources.shapes.scene import Scene, SceneSettings, draw_scene, paint
+from data_pipeline.sources.shapes.scene import Scene, SceneSettings, render, sample_scene
 from pixellm_jax.errors import InputError
 
 SPLITS = {"train": 1 << 20, "val": 1000, "test": 1000}
-"""Names and lengths; the pictures of a split are drawn from a seed of its own."""
+"""Names and lengths; the images of a split are drawn from a seed of its own."""
 
 DATASETS = {"shapes": "full", "shapes_simple": "simple"}
 """Level of each dataset's name."""
@@ -42,7 +42,7 @@ _MOST = {"simple": 3, "full": MOST_TARGETS}
 _SMALLEST = 64
 
 
-class Drawn(NamedTuple):
+class GeneratedExample(NamedTuple):
     """What an example is made of. `image`: an encoded PNG."""
 
     scene: Scene
@@ -54,8 +54,8 @@ class Drawn(NamedTuple):
 class Shapes(Sequence[Example]):
     """The examples of a split, each a pure function of (split, level, index); kind "ready".
 
-    `level`: "simple" or "full". `side`: of the pictures, in pixels. `questions`: conversations of
-    one question each, about every picture.
+    `level`: "simple" or "full". `side`: of the images, in pixels. `questions`: conversations of
+    one question each, about every image.
 
     Raises:
         InputError: an unknown split or level, a side below 64, or not 1 to 8 questions.
@@ -84,7 +84,7 @@ class Shapes(Sequence[Example]):
 
     def __getitem__(self, index: SupportsIndex) -> Example:  # type: ignore[override]
         number = self._number(index)
-        scene, questions, image = self.draw(number)
+        scene, questions, image = self.generate(number)
         return Example(
             key=str(number),
             dataset=self.dataset,
@@ -97,29 +97,29 @@ class Shapes(Sequence[Example]):
             conversations=tuple((Turn(q.question, q.answer, q.targets),) for q in questions),
         )
 
-    def draw(self, index: SupportsIndex) -> Drawn:
-        """The scene of an example, its picture, and its questions with their kinds."""
+    def generate(self, index: SupportsIndex) -> GeneratedExample:
+        """The scene of an example, its image, and its questions with their kinds."""
         number = self._number(index)
         seed, level = list(SPLITS).index(self.split), list(_SCENES).index(self.level)
-        draws = Draws(seed=seed, epoch=level, index=number)
-        scene = draw_scene(draws, _SCENES[self.level], self.side)
+        sampler = PhiloxSampler(seed=seed, epoch=level, index=number)
+        scene = sample_scene(sampler, _SCENES[self.level], self.side)
         key, counter = np.array([seed, level], np.uint64), np.array([0, 0, 1, number], np.uint64)
-        image = paint(scene, draws, np.random.Philox(key=key, counter=counter))
+        image = render(scene, sampler, np.random.Philox(key=key, counter=counter))
         kinds = TRAINED_KINDS if self.split == "train" else KINDS
         questions = ask(
             scene,
-            draws,
+            sampler,
             self.questions,
             kinds={"names": 1} if self.level == "simple" else kinds,
             most=_MOST[self.level],
         )
         stream = io.BytesIO()
         Image.fromarray(image).save(stream, "PNG", compress_level=1)
-        return Drawn(scene, questions, stream.getvalue())
+        return GeneratedExample(scene, questions, stream.getvalue())
 
     def kinds(self, index: SupportsIndex) -> tuple[str, ...]:
         """The kind of each conversation, of `shapes_questions.KINDS`."""
-        return tuple(question.kind for question in self.draw(index).questions)
+        return tuple(question.kind for question in self.generate(index).questions)
 
     def _number(self, index: SupportsIndex) -> int:
         number = operator.index(index)

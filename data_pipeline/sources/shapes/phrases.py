@@ -80,14 +80,14 @@ SIDES = {
     "down": ("below", "lower than"),
 }
 HALVES = {"left": "left", "right": "right", "up": "top", "down": "bottom"}
-"""The same sides of the picture itself."""
+"""The same sides of the image itself."""
 
 PLACES = (
     ("at the top left", "at the top", "at the top right"),
     ("at the left", "in the middle", "at the right"),
     ("at the bottom left", "at the bottom", "at the bottom right"),
 )
-"""Rows of the ninths of the picture: where a thing is, by its centre."""
+"""Rows of the ninths of the image: where a thing is, by its centre."""
 
 SUPERLATIVES = {
     "left": ("leftmost",),

@@ -1,7 +1,7 @@
 """Scenes of coloured shapes: what is in them, where, and their pixels.
 
-Drawn without smoothing: a pixel belongs to the topmost shape that covers its centre, so picture and
-masks agree exactly. Lengths are in pixels of a picture of `UNIT` pixels and grow with its side.
+Drawn without smoothing: a pixel belongs to the topmost shape that covers its centre, so image and
+masks agree exactly. Lengths are in pixels of a image of `UNIT` pixels and grow with its side.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from data_pipeline.draws import Decisions
+from data_pipeline.sampling import Sampler
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -34,7 +34,7 @@ know that a shape is the same wherever it lies: off the grid, or turned, or of a
 guesses shapes after what is here enough to tell them."""
 
 UNIT = 96
-"""Side of the picture that lengths are given for."""
+"""Side of the image that lengths are given for."""
 
 JITTER, NOISE = 12, 8
 """How far a colour may lie from its name's, and grey values of the grain, of 255."""
@@ -47,6 +47,15 @@ GAP = 1.5
 
 TRIES = 24
 """Places that are tried for a thing before the scene does without it."""
+
+MARGIN = 16.0
+"""By how much centres must differ along an axis to be compared, in pixels of `UNIT`."""
+
+NEAR = 4.0
+"""By how much centres must lie inside a ninth of the image that is asked about."""
+
+RATIO = 1.25
+"""By how much radii and areas must differ to be compared."""
 
 _Window = tuple[slice, slice]
 
@@ -74,7 +83,7 @@ class SceneSettings:
 class Thing(NamedTuple):
     """A shape of a scene; no other of the scene has its colour and shape.
 
-    x, y: centre in pixels from the top left corner of the picture. area: pixels that it covers,
+    x, y: centre in pixels from the top left corner of the image. area: pixels that it covers,
     hidden ones too. visible: pixels that show. box: x and y of the first visible pixels, then of
     the last ones + 1.
     """
@@ -116,7 +125,7 @@ class _Place(NamedTuple):
     y: float
 
     def covers(self, side: int, *, grow: float = 0.0) -> tuple[_Window, Bool[np.ndarray, "..."]]:
-        """Its pixels inside a window of the picture; grown by `grow` pixels of radius."""
+        """Its pixels inside a window of the image; grown by `grow` pixels of radius."""
         radius = self.radius + grow
         reach = REACH[self.shape] * radius
         rows, columns = (
@@ -128,24 +137,26 @@ class _Place(NamedTuple):
         return (rows, columns), _inside(self.shape, *np.broadcast_arrays(x, y))
 
 
-def draw_scene(draws: Decisions, settings: SceneSettings, side: int) -> Scene:
-    """Draws a scene of side x side pixels.
+def sample_scene(sampler: Sampler, settings: SceneSettings, side: int) -> Scene:
+    """Sample a scene of side x side pixels.
 
     The things share a few colours and shapes. Every thing shows at least 1 - `HIDDEN` of its
     pixels, and those of one colour never touch. Where there is no room, a scene has fewer things.
     """
-    wanted = settings.fewest + draws.index(settings.most - settings.fewest + 1)
-    colours = draws.subset(len(COLOURS), 3 + draws.index(4))
-    shapes = draws.subset(len(SHAPES), 2 + draws.index(3))
+    wanted = settings.fewest + sampler.index(settings.most - settings.fewest + 1)
+    colours = sampler.subset(len(COLOURS), 3 + sampler.index(4))
+    shapes = sampler.subset(len(SHAPES), 2 + sampler.index(3))
     owner = np.zeros((side, side), np.uint8)
     places: list[_Place] = []
     areas: list[int] = []
-    for pair in draws.permutation(len(colours) * len(shapes)):
+    for pair in sampler.permutation(len(colours) * len(shapes)):
         colour = list(COLOURS)[colours[pair // len(shapes)]]
         shape = SHAPES[shapes[pair % len(shapes)]]
-        size = "large" if draws.coin() else "small"
+        size = "large" if sampler.coin() else "small"
         for trial in range(TRIES):
-            place = _draw_place(draws, colour, shape, size if trial < TRIES // 2 else "small", side)
+            place = _sample_place(
+                sampler, colour, shape, size if trial < TRIES // 2 else "small", side
+            )
             window, pixels = place.covers(side)
             if _fits(place, window, pixels, places, areas, owner, settings.overlap):
                 places.append(place)
@@ -157,24 +168,24 @@ def draw_scene(draws: Decisions, settings: SceneSettings, side: int) -> Scene:
     return Scene(tuple(_thing(i, places[i], areas[i], owner) for i in range(len(places))), owner)
 
 
-def paint(scene: Scene, draws: Decisions, grain: np.random.Philox) -> UInt8[np.ndarray, "y x 3"]:
+def render(scene: Scene, sampler: Sampler, grain: np.random.Philox) -> UInt8[np.ndarray, "y x 3"]:
     """Red, green and blue of the scene, on grey with a slight tint, all of it slightly grainy."""
-    shade = 150 + draws.index(66)
+    shade = 150 + sampler.index(66)
     colours = [(shade, shade, shade), *(COLOURS[thing.colour] for thing in scene.things)]
-    palette = [[c - JITTER + draws.index(2 * JITTER + 1) for c in colour] for colour in colours]
+    palette = [[c - JITTER + sampler.index(2 * JITTER + 1) for c in colour] for colour in colours]
     pixels = np.asarray(palette, np.uint8)[scene.owner]
     words = grain.random_raw(-(-scene.owner.size // 8)).astype("<u8")
     noise = words.view(np.uint8)[: scene.owner.size].reshape(scene.owner.shape) % NOISE
     return pixels + noise[..., None] - np.uint8(NOISE // 2)
 
 
-def _draw_place(draws: Decisions, colour: str, shape: str, size: str, side: int) -> _Place:
+def _sample_place(sampler: Sampler, colour: str, shape: str, size: str, side: int) -> _Place:
     scale = side / UNIT
     radius, step = SIZES[size] * scale, GRID * scale
     edge = REACH[shape] * radius + 1
     first = math.ceil(edge / step)
     count = math.floor((side - edge) / step) - first + 1
-    x, y = ((first + draws.index(count)) * step for _ in range(2))
+    x, y = ((first + sampler.index(count)) * step for _ in range(2))
     return _Place(colour, shape, size, radius, x, y)
 
 
@@ -237,3 +248,46 @@ def _inside_lines(
         angle = math.radians(degrees)
         inside &= math.cos(angle) * x + math.sin(angle) * y <= distance
     return inside
+
+
+def depth(centre: float, third: int, side: int) -> float:
+    """How far a centre is inside a third of the image, along an axis; below 0 outside."""
+    low = centre - third * side / 3 if third > 0 else math.inf
+    high = (third + 1) * side / 3 - centre if third < 2 else math.inf
+    return min(low, high)
+
+
+def cell(scene: Scene, thing: Thing) -> tuple[int, int]:
+    """Row and column of the ninth of the image that the centre of a thing lies in."""
+    side = len(scene.owner)
+    return int(3 * thing.y / side), int(3 * thing.x / side)
+
+
+def along(direction: str, thing: Thing) -> float:
+    """How far a thing is in a direction of `SUPERLATIVES`: what is larger is farther."""
+    match direction:
+        case "left":
+            return -thing.x
+        case "right":
+            return thing.x
+        case "up":
+            return -thing.y
+        case "down":
+            return thing.y
+        case "large":
+            return thing.radius
+    return -thing.radius
+
+
+def exceeds(direction: str, first: Thing, other: Thing, scale: float) -> bool:
+    """Whether nobody would doubt that `first` is farther: by its centre and by what shows."""
+    if direction in ("large", "small"):
+        big, little = (first, other) if direction == "large" else (other, first)
+        return all(
+            getattr(big, size) >= RATIO * getattr(little, size)
+            for size in ("radius", "area", "visible")
+        )
+    edge = {"left": 0, "up": 1, "right": 2, "down": 3}[direction]
+    sign = 1 if direction in ("right", "down") else -1
+    beyond = sign * (first.box[edge] - other.box[edge]) > 0
+    return beyond and along(direction, first) - along(direction, other) >= MARGIN * scale

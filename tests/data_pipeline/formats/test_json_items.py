@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.formats import json_items
 from data_pipeline.formats.json_items import Item, Span, fetch, items
 from pixellm_jax.errors import InputError
@@ -108,10 +108,10 @@ def test_a_file_that_changed(tmp_path):
     path.write_bytes(b'["abcdef"]')
     (item,) = items(path)
     path.write_bytes(b'["abc"]')
-    with pytest.raises(Damaged, match="item at byte 1"):
+    with pytest.raises(DamagedError, match="item at byte 1"):
         fetch(path, item.span)
     path.unlink()
-    with pytest.raises(Damaged, match="item at byte 1"):
+    with pytest.raises(DamagedError, match="item at byte 1"):
         fetch(path, item.span)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.formats import masks
 from tests.support.mutation import mutate
 
@@ -128,7 +128,7 @@ DAMAGED = {
 @pytest.mark.parametrize("case", DAMAGED)
 def test_damaged(case):
     segmentation, message = DAMAGED[case]
-    with pytest.raises(Damaged, match=message) as error:
+    with pytest.raises(DamagedError, match=message) as error:
         masks.to_rle(segmentation, HW)
     assert len(str(error.value)) < 200
 
@@ -136,9 +136,9 @@ def test_damaged(case):
 def test_damaged_by_a_list_in_itself():
     loop: list = [1, 2, 3, 4]
     loop[0] = loop
-    with pytest.raises(Damaged):
+    with pytest.raises(DamagedError):
         masks.to_rle([loop], HW)
-    with pytest.raises(Damaged):
+    with pytest.raises(DamagedError):
         masks.to_rle(loop, HW)
 
 
@@ -146,7 +146,7 @@ def test_damaged_by_a_list_in_itself():
     "hw", [(0, 5), (5, -1), (True, 5), (5.0, 5), ("5", 5), (None, 5), (10**6, 10**6), (10**30, 1)]
 )
 def test_sizes_that_no_mask_can_have(hw):
-    with pytest.raises(Damaged, match="size"):
+    with pytest.raises(DamagedError, match="size"):
         masks.check_size(*hw)
 
 
@@ -195,9 +195,9 @@ def test_of_no_mask():
 
 def test_masks_of_different_sizes_do_not_mix():
     rles = [masks.encode(np.zeros(hw, np.uint8)) for hw in ((5, 7), (7, 5))]
-    with pytest.raises(Damaged, match="7 x 5 in a picture of 5 x 7"):
+    with pytest.raises(DamagedError, match="7 x 5 in a picture of 5 x 7"):
         masks.decode_many(rles)
-    with pytest.raises(Damaged, match="7 x 5 in a picture of 5 x 7"):
+    with pytest.raises(DamagedError, match="7 x 5 in a picture of 5 x 7"):
         masks.union(rles, HW)
 
 
@@ -212,13 +212,13 @@ def test_polygons_are_those_of_pycocotools(polygon):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_fuzz(seed):
-    """20 x 25 mutated masks: each is a mask of the size or `Damaged`, and can be decoded."""
+    """20 x 25 mutated masks: each is a mask of the size or `DamagedError`, and can be decoded."""
     rng = random.Random(seed)
     for _ in range(25):
         segmentation = mutate(rng.choice(list(FORMS.values())), rng)
         try:
             rle = masks.to_rle(segmentation, HW)
-        except Damaged:
+        except DamagedError:
             continue
         assert masks.decode(rle).shape == HW
         assert masks.area(masks.union([rle, rle], HW)) == masks.area(rle)
@@ -229,5 +229,5 @@ def test_fuzz(seed):
 def test_fuzz_compressed(counts):
     """Also in the alphabet of the encoding, where damage is likelier to be taken for a mask."""
     for text in (counts, bytes(48 + byte % 64 for byte in counts)):
-        with contextlib.suppress(Damaged):
+        with contextlib.suppress(DamagedError):
             masks.decode(masks.to_rle({"size": list(HW), "counts": text}, HW))

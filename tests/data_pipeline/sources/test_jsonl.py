@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.draws import Draws
 from data_pipeline.example import Turn
+from data_pipeline.sampling import PhiloxSampler
 from data_pipeline.sources.jsonl import LINE_KEYS, Jsonl
 from data_pipeline.transforms import ComposeSettings, compose
 from pixellm_jax.errors import InputError
@@ -216,7 +216,7 @@ def test_the_guide_is_true(tmp_path, monkeypatch):
     for split in ("train", "val"):
         for example, problems in read_all(Jsonl(), root, split)[0].values():
             assert problems == ()
-            draws = Draws(seed=0, epoch=0, index=0)
+            draws = PhiloxSampler(seed=0, epoch=0, index=0)
             assert compose(example, draws, ComposeSettings(), group_text="[SEG]")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.example import Target, Turn, from_json, to_json
 from data_pipeline.formats import masks
 from data_pipeline.reading import Entry, Reading, Source
@@ -246,7 +246,7 @@ DAMAGED = {
 @pytest.mark.parametrize("case", DAMAGED)
 def test_damaged(root, case):
     item, reason = DAMAGED[case]
-    with pytest.raises(Damaged) as error:
+    with pytest.raises(DamagedError) as error:
         read(root, item)
     assert reason in str(error.value) and "\n" not in str(error.value)
 
@@ -255,12 +255,12 @@ def test_damaged_pictures(root):
     path = root / "refer_seg/images/mscoco/images/train2017/000000000030.jpg"
     for data in (b"", b"hello", path.read_bytes()[:20]):
         path.write_bytes(data)
-        with pytest.raises(Damaged, match="no readable header"):
+        with pytest.raises(DamagedError, match="no readable header"):
             read(root, ITEM)
 
 
 def test_damaged_items_leave_the_others(root):
-    with pytest.raises(Damaged):
+    with pytest.raises(DamagedError):
         read(root, None, ITEM)
     entries = Muse().entries(root, "train")
     assert [entry.key for entry in entries] == ["train/0", "train/1"]
@@ -279,7 +279,7 @@ def test_wrong_files(root):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_fuzz(root, seed):
-    """10 x 40 mutated files: examples, `Damaged` or `InputError`."""
+    """10 x 40 mutated files: examples, `DamagedError` or `InputError`."""
     rng = random.Random(seed)
     path = root / "muse_train.json"
     for _ in range(40):
@@ -291,7 +291,7 @@ def test_fuzz(root, seed):
         for entry in entries:
             try:
                 example, _ = Muse().read(entry)
-            except Damaged:
+            except DamagedError:
                 continue
             assert from_json(to_json(example), example.image) == example
             to_json(example).encode("utf-8")

@@ -10,9 +10,10 @@ import random
 import numpy as np
 import pytest
 
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.example import Turn
-from data_pipeline.sources.reason import TARGET, VOID, ReasonSeg, Shape, rasterise
+from data_pipeline.formats.raster import Shape, rasterise
+from data_pipeline.sources.reason import TARGET, VOID, ReasonSeg
 from pixellm_jax.errors import InputError
 from tests.support.made_up import (
     HW,
@@ -209,7 +210,7 @@ def test_lines_are_drawn_and_holes_stay():
 def test_shapes_outside_leave_nothing():
     for corners in ([(-9, -9), (-2, -9), (-2, 20)], [(7, 0), (9, 4)], [(0, 5), (6, 5)], [(8, -3)]):
         assert drawn((corners, 1)) == [[0] * 7] * 5
-    with pytest.raises(Damaged, match="size"):
+    with pytest.raises(DamagedError, match="size"):
         rasterise([], (0, 3))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.damage import Damaged
+from data_pipeline.errors import DamagedError
 from data_pipeline.example import Target, from_json, to_json
 from data_pipeline.formats import masks
 from data_pipeline.reading import Entry, Reading, Source
@@ -250,7 +250,7 @@ def test_a_broken_ref_goes_alone(root, case):
     ((example, problems),) = read(root, [broken, GOOD])
     assert example.targets == (Target(("cup",), 0, (1, 5, 10)),)
     assert len(problems) == 1 and reason in problems[0]
-    with pytest.raises(Damaged, match="no usable sentence: ") as error:
+    with pytest.raises(DamagedError, match="no usable sentence: ") as error:
         read(root, [broken])
     assert reason in str(error.value)
 
@@ -276,7 +276,7 @@ def test_refs_of_no_picture(root, lost):
     good, bad = REFCOCO.entries(root, "train")
     assert REFCOCO.read(good).problems == ()
     assert bad.key == "train/ref 1"
-    with pytest.raises(Damaged, match="ref 1 of the index has no split or image_id"):
+    with pytest.raises(DamagedError, match="ref 1 of the index has no split or image_id"):
         REFCOCO.read(bad)
 
 
@@ -297,7 +297,7 @@ DAMAGED = {
 @pytest.mark.parametrize("case", DAMAGED)
 def test_damaged(root, case):
     instances, reason = DAMAGED[case]
-    with pytest.raises(Damaged) as error:
+    with pytest.raises(DamagedError) as error:
         read(root, [GOOD], instances=instances)
     assert reason in str(error.value)
 
@@ -330,7 +330,7 @@ def test_the_index_holds_no_polygons(root):
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("source", [REFCLEF, GREFCOCO], ids=lambda source: source.dataset)
 def test_fuzz(root, source, seed):
-    """2 x 10 x 20 mutated indices: examples, `Damaged` or `InputError`."""
+    """2 x 10 x 20 mutated indices: examples, `DamagedError` or `InputError`."""
     rng = random.Random(seed)
     refs = GREFS if source.generalised else REFS
     for _ in range(20):
@@ -348,7 +348,7 @@ def test_fuzz(root, source, seed):
         for entry in entries:
             try:
                 example, _ = source.read(entry)
-            except Damaged:
+            except DamagedError:
                 continue
             assert from_json(to_json(example), example.image) == example
             to_json(example).encode("utf-8")

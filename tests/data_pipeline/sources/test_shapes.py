@@ -59,7 +59,7 @@ def vocabulary():
 
 @cache
 def draw_many(level, split="train", scenes=SCENES):
-    return [Shapes(level=level, split=split).draw(i) for i in range(scenes)]
+    return [Shapes(level=level, split=split).generate(i) for i in range(scenes)]
 
 
 @pytest.fixture(params=["full", "simple"])
@@ -242,7 +242,7 @@ def test_shares_of_kinds_and_numbers_of_targets(split, kinds):
         assert 0.6 * share < drawn[kind] / len(questions) < 1.3 * share, kind
     counts = Counter(len(q.targets) for q in questions)
     assert set(counts) == set(range(7)) and min(counts.values()) > len(questions) / 100
-    assert shapes.kinds(3) == tuple(q.kind for q in shapes.draw(3).questions)
+    assert shapes.kinds(3) == tuple(q.kind for q in shapes.generate(3).questions)
 
 
 def test_simple_questions_name_up_to_three():

@@ -21,7 +21,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from data_pipeline.damage import AbsentError, Damaged
+from data_pipeline.errors import AbsentError, DamagedError
 from data_pipeline.reading import Reading
 from data_pipeline.sources import SOURCES
 from data_pipeline.sources.jsonl import Jsonl
@@ -92,7 +92,7 @@ def test_what_the_readers_read_is_what_is_stored(everything, data_root):
         for entry in source.entries(data_root, split):
             try:
                 read.append(source.read(entry).example)
-            except Damaged:
+            except DamagedError:
                 assert skipped.pop(0) == entry.key
         assert list(stored) == read
         assert not skipped
@@ -420,7 +420,7 @@ class Deadly:
     def read(self, entry: Number) -> Reading:
         if entry.key == "c":
             os.kill(os.getpid(), signal.SIGKILL)
-        raise Damaged("made up")
+        raise DamagedError("made up")
 
 
 def test_worker_is_killed(tmp_path):

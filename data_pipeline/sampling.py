@@ -14,8 +14,8 @@ _WORD = 1 << 64
 
 
 @runtime_checkable
-class Decisions(Protocol):
-    """What a transform may ask: the five ways in which it decides. `Draws` answers by chance."""
+class Sampler(Protocol):
+    """Source of the random decisions of a transform; `PhiloxSampler` implements it."""
 
     def index(self, n: int) -> int:
         """One of 0, ..., n - 1."""
@@ -38,12 +38,12 @@ class Decisions(Protocol):
         ...
 
 
-class Draws:
-    """Decisions by a counter-based generator, each uniform over what is possible.
+class PhiloxSampler:
+    """Sampler by a counter-based generator, each uniform over what is possible.
 
     The generator is Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
     2011). Key words (seed, epoch), counter words (i, 0, 0, index) for i = 1, 2, ...: blocks of four
-    64-bit words r, in streams that never meet. Decisions are made of them here:
+    64-bit words r, in streams that never meet. Sampler are made of them here:
 
         index(n)   floor(r n / 2^64)
         coin       index(2) == 1

@@ -23,7 +23,7 @@ from data_pipeline.sources.shapes.phrases import words
 from data_pipeline.sources.shapes.scene import COLOURS, SHAPES
 from pixellm_jax.text.prompt import PLAIN
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "tokenizer_files"
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -50,3 +50,7 @@ def write(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(
         json.dumps(config, indent=2) + "\n", encoding="utf-8"
     )
+
+
+if __name__ == "__main__":
+    write(FOLDER)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.draws import Draws
+from data_pipeline.sampling import PhiloxSampler
 
 WORD = 1 << 64
 KEYS = st.integers(0, WORD - 1)
@@ -41,14 +41,14 @@ def test_published_values_of_the_generator():
 @given(KEYS, KEYS, KEYS)
 @settings(max_examples=50, deadline=None)
 def test_words_are_philox(seed, epoch, index):
-    draws = Draws(seed=seed, epoch=epoch, index=index)
+    draws = PhiloxSampler(seed=seed, epoch=epoch, index=index)
     expected = [word >> 11 for word in words(seed, epoch, index, 9)]
     assert [draws.uniform() * 2**53 for _ in range(9)] == expected
 
 
 PINNED = """
-from data_pipeline.draws import Draws
-d = Draws(seed=1, epoch=2, index=3)
+from data_pipeline.sampling import PhiloxSampler
+d = PhiloxSampler(seed=1, epoch=2, index=3)
 print([d.index(n) for n in (1, 2, 10, 1000, 10**18)], d.permutation(7), d.subset(10, 4))
 print([d.coin() for _ in range(8)], [d.uniform() for _ in range(3)], d.subset(5, 0))
 """
@@ -71,7 +71,7 @@ def test_values_are_pinned_in_every_process(capsys):
 
 def test_every_word_of_the_key_counts():
     keys = itertools.product((0, 1, WORD - 1), repeat=3)
-    firsts = [Draws(seed=s, epoch=e, index=i).uniform() for s, e, i in keys]
+    firsts = [PhiloxSampler(seed=s, epoch=e, index=i).uniform() for s, e, i in keys]
     assert len(set(firsts)) == 27
 
 
@@ -79,17 +79,17 @@ def test_every_word_of_the_key_counts():
 @settings(max_examples=100, deadline=None)
 def test_subset_and_permutation(seed, n, data):
     size = data.draw(st.integers(0, n))
-    numbers = Draws(seed=seed, epoch=0, index=0).subset(n, size)
+    numbers = PhiloxSampler(seed=seed, epoch=0, index=0).subset(n, size)
     assert len(set(numbers)) == len(numbers) == size
     assert set(numbers) <= set(range(n))
-    everything = Draws(seed=seed, epoch=0, index=0).permutation(n)
+    everything = PhiloxSampler(seed=seed, epoch=0, index=0).permutation(n)
     assert sorted(everything) == list(range(n))
     assert everything[:size] == numbers
 
 
 def test_draws_of_neighbours_are_uniform():
     """First draws of successive examples: 24 orders of 4 things, 12 pairs, chi-square at 1e-4."""
-    keys = [Draws(seed=0, epoch=e, index=i) for e in range(3) for i in range(2000)]
+    keys = [PhiloxSampler(seed=0, epoch=e, index=i) for e in range(3) for i in range(2000)]
     for draw, kinds, limit in (
         (lambda d: tuple(d.permutation(4)), 24, 58.6),
         (lambda d: tuple(d.subset(4, 2)), 12, 37.4),
@@ -105,11 +105,11 @@ def test_draws_of_neighbours_are_uniform():
 @pytest.mark.parametrize("value", [-1, WORD])
 def test_refuses_keys(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}, expected 0 <= {name} < 2"):
-        Draws(**{"seed": 0, "epoch": 0, "index": 0, name: value})
+        PhiloxSampler(**{"seed": 0, "epoch": 0, "index": 0, name: value})
 
 
 def test_refuses_the_impossible():
-    draws = Draws(seed=0, epoch=0, index=0)
+    draws = PhiloxSampler(seed=0, epoch=0, index=0)
     with pytest.raises(ValueError, match="one of 0"):
         draws.index(0)
     for n, size in ((2, 3), (2, -1)):

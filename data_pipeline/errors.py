@@ -5,7 +5,7 @@ from __future__ import annotations
 from pixellm_jax.errors import InputError
 
 
-class Damaged(Exception):  # noqa: N818 - a verdict on an example, not a fault of the program
+class DamagedError(Exception):
     """One example is damaged: skip it, count it and list it with its reason.
 
     The message is the reason: one line that names what was found and what was expected. A file that

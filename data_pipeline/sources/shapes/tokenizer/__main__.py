@@ -1,5 +1,0 @@
-"""Writes the files of the tokenizer anew."""
-
-from data_pipeline.sources.shapes.tokenizer import FOLDER, write
-
-write(FOLDER)
