@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     data = DataConfig()
     parser = commands.add_parser(
         "data-view",
-        help="write a page of samples as the model receives them",
+        help="a page of samples as the model receives them",
         description="Write an HTML page of samples with their conversations and masks.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

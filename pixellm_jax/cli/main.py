@@ -51,7 +51,7 @@ COMMANDS = {
         "pixellm_jax.cli.data_stats", "statistics of prepared data: a table and a figure"
     ),
     "data-view": Command(
-        "pixellm_jax.cli.data_view", "a page of samples as the model will see them"
+        "pixellm_jax.cli.data_view", "a page of samples as the model receives them"
     ),
     "segment": Command("pixellm_jax.cli.segment", "ask about photos: text and one mask per target"),
     "train": Command("pixellm_jax.cli.train", "train a model by a recipe"),
