@@ -31,22 +31,21 @@ __all__ = [
     "load_model",
 ]
 
-_ORIGIN = {
-    "Answer": ("pixellm_jax.inference.answer", "Answer"),
-    "ChatSession": ("pixellm_jax.inference.predictor", "ChatSession"),
-    "InputError": ("pixellm_jax.errors", "InputError"),
-    "ModelConfig": ("pixellm_jax.config", "ModelConfig"),
-    "Predictor": ("pixellm_jax.inference.predictor", "Predictor"),
-    "load_model": ("pixellm_jax.weights.checkpoint", "load_model"),
+_MODULES = {
+    "Answer": "pixellm_jax.inference.answer",
+    "ChatSession": "pixellm_jax.inference.predictor",
+    "InputError": "pixellm_jax.errors",
+    "ModelConfig": "pixellm_jax.config",
+    "Predictor": "pixellm_jax.inference.predictor",
+    "load_model": "pixellm_jax.weights.checkpoint",
 }
-"""Public name -> module that defines it and its name there (PEP 562)."""
+"""Public name -> module that defines it (PEP 562)."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ORIGIN:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _ORIGIN[name]
-    value = getattr(import_module(module), attribute)
+    value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""The config is built in one place, and says what is wrong with it."""
+"""Configs are built in one place, with errors that name the field."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def recipe(path: Path) -> ml_collections.ConfigDict:
     return load_file(path).get_config()
 
 
-def test_there_are_recipes():
+def test_released_sizes_have_recipes():
     assert {path.stem for path in RECIPES} >= {"pixellm_7b", "pixellm_13b"}
 
 
@@ -49,11 +49,11 @@ def test_recipe_takes_an_override_of_every_kind(path):
 
 
 @pytest.mark.parametrize("config", [*SIZES.values(), ModelConfig()], ids=[*SIZES, "default"])
-def test_mapping_of_a_config_builds_it_again(config):
+def test_config_survives_a_round_trip_through_a_mapping(config):
     assert from_mapping(ModelConfig, dataclasses.asdict(config)) == config
 
 
-def test_released_sizes_differ_where_the_papers_do():
+def test_released_sizes_differ_as_in_the_papers():
     small, large = SIZES["7b"].language, SIZES["13b"].language
     assert (small.width, small.layers, small.mlp) == (4096, 32, 11008)
     assert (large.width, large.layers, large.mlp) == (5120, 40, 13824)
@@ -88,13 +88,13 @@ def test_released_sizes_differ_where_the_papers_do():
         ({"pixel_mean": "123"}, "config.pixel_mean: expected a list, found '123'"),
     ],
 )
-def test_wrong_key_or_type_is_named_with_its_place(values, line):
+def test_wrong_key_or_type_is_named_with_its_path(values, line):
     with pytest.raises(InputError) as caught:
         from_mapping(ModelConfig, values)
     assert str(caught.value) == line
 
 
-def test_message_begins_where_the_values_come_from():
+def test_message_starts_with_the_origin_of_the_values():
     with pytest.raises(InputError, match=r"^model/config\.json\.codebook: unknown key 'n'"):
         from_mapping(ModelConfig, {"codebook": {"n": 3}}, "model/config.json")
 
@@ -121,7 +121,7 @@ def test_message_begins_where_the_values_come_from():
         ({"dtype": "float16"}, ["dtype='float16'", "bfloat16"]),
     ],
 )
-def test_fields_that_contradict_each_other_are_named(values, named):
+def test_contradicting_fields_are_named(values, named):
     with pytest.raises(InputError) as caught:
         from_mapping(ModelConfig, values)
     for part in named:

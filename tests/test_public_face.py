@@ -35,23 +35,23 @@ def run_python(code: str, *arguments: str) -> str:
 
 
 def test_every_public_name_is_the_one_of_its_module():
-    assert set(pixellm_jax._ORIGIN) == set(pixellm_jax.__all__) - {"__version__"}
-    for name, (module, attribute) in pixellm_jax._ORIGIN.items():
-        assert getattr(pixellm_jax, name) is getattr(import_module(module), attribute)
+    assert set(pixellm_jax._MODULES) == set(pixellm_jax.__all__) - {"__version__"}
+    for name, module in pixellm_jax._MODULES.items():
+        assert getattr(pixellm_jax, name) is getattr(import_module(module), name)
     assert set(pixellm_jax.__all__) <= set(dir(pixellm_jax))
 
 
-def test_type_checkers_see_the_same_origins():
+def test_type_checkers_see_the_same_modules():
     tree = ast.parse((ROOT / "pixellm_jax" / "__init__.py").read_text(encoding="utf-8"))
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     assert isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
     declared = {
-        alias.asname or alias.name: (node.module, alias.name)
+        alias.name: node.module
         for node in block.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert declared == pixellm_jax._ORIGIN
+    assert declared == pixellm_jax._MODULES
 
 
 def test_unknown_name_is_an_attribute_error():

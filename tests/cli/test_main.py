@@ -1,4 +1,4 @@
-"""The command line: whole results, one line for bad input, and nothing left lying about."""
+"""The command line: complete results, one line for bad input, no partial output left behind."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ QUESTION = "Please segment the dog."
 
 
 def run_outside(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs Python as a person would, in another process and folder."""
+    """Run Python as a user would, in another process and folder."""
     environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", *environment)}
     return subprocess.run(
@@ -50,7 +50,7 @@ def run_outside(*arguments: object, folder: Path) -> subprocess.CompletedProcess
 
 @pytest.fixture
 def refuse(tmp_path, capfd):
-    """Runs a command that must fail as bad input does; returns its one line."""
+    """Run a command that must fail as bad input does; return its one line."""
 
     def refuse(*arguments: object) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -85,7 +85,7 @@ def noise(height: int = 20, width: int = 30) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
 
 
-# What a person gets
+# Results
 
 
 def test_segment_writes_answer_masks_and_overlay(tiny, photo, tmp_path, capfd):
@@ -174,7 +174,7 @@ def test_answer_without_targets_is_written(tmp_path):
         assert image.mode == "RGB"
 
 
-def test_image_whose_name_is_no_text_is_answered_about(tiny, tmp_path, capfd):
+def test_image_with_an_undecodable_name(tiny, tmp_path, capfd):
     image = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
     Image.fromarray(noise()).save(os.fsencode(image), format="PNG")
     assert main(["segment", *segment_options(tiny, image, tmp_path / "answer")]) == 0
@@ -183,7 +183,7 @@ def test_image_whose_name_is_no_text_is_answered_about(tiny, tmp_path, capfd):
     assert record["image"].endswith("caf?.png")
 
 
-def test_segment_replaces_its_own_answer_only(tiny, tmp_path, capfd, refuse):
+def test_segment_replaces_only_an_earlier_answer(tiny, tmp_path, capfd, refuse):
     image = tmp_path / "picture.png"
     Image.fromarray(noise()).save(image)
     out = tmp_path / "answer"
@@ -203,11 +203,11 @@ def test_segment_replaces_its_own_answer_only(tiny, tmp_path, capfd, refuse):
     assert f"{tmp_path}: there is already a folder" in line
 
 
-def test_convert_and_export_say_what_came_out(tiny, tmp_path, capfd):
+def test_convert_and_export_print_their_result(tiny, tmp_path, capfd):
     options = convert_options(tiny.hf, tiny.clip, tmp_path / "jax")
     assert main(["convert", *options]) == 0
     out, err = capfd.readouterr()
-    assert err == ""  # no terminal, no bar
+    assert err == ""  # no progress bar without a terminal
     assert out == (
         f"{tmp_path / 'jax'}: 2 layers of width 64, 428 ids, 3 codebook tokens at 2 scales, "
         "pictures of 112 pixels, float32, template llava_v1, position table released\n"
@@ -245,7 +245,7 @@ def test_wrong_usage_is_exit_code_2(arguments, capsys):
     assert "usage: pixellm" in capsys.readouterr().err
 
 
-def test_summaries_are_those_of_the_parsers():
+def test_summaries_match_the_parsers():
     for name, command in COMMAND_TABLE.items():
         commands = argparse.ArgumentParser().add_subparsers()
         import_module(command.module).add_parser(commands)
@@ -288,7 +288,7 @@ def folder_image(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("make", "found", "remedy"),
+    ("make", "problem", "remedy"),
     [
         (no_image, "no such file", "check the path"),
         (truncated_image, "damaged", "fetch it again"),
@@ -299,14 +299,14 @@ def folder_image(folder: Path) -> Path:
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_bad_image_is_one_line(tiny, tmp_path, refuse, make, found, remedy):
+def test_bad_image_is_one_line(tiny, tmp_path, refuse, make, problem, remedy):
     image = make(tmp_path)
     line = refuse("segment", *segment_options(tiny, image, tmp_path / "new" / "answer"))
-    assert found in line and remedy in line
+    assert problem in line and remedy in line
     assert str(image) in line or make is elongated_image
 
 
-def test_bad_image_leaves_the_earlier_answer(tiny, tmp_path, refuse):
+def test_bad_image_keeps_the_earlier_answer(tiny, tmp_path, refuse):
     out = tmp_path / "answer"
     out.mkdir()
     (out / "answer.json").write_text("an earlier one")
@@ -321,7 +321,7 @@ def test_empty_question_is_one_line(tiny, tmp_path, refuse):
 
 
 def shards(folder: Path) -> list[Path]:
-    """Splits the weights of a folder over three files with an index."""
+    """Split the weights of a folder into three files with an index."""
     tensors = read_tensors(folder)
     names = sorted(tensors)
     files, index = [], {}
@@ -341,7 +341,7 @@ def shards(folder: Path) -> list[Path]:
 
 
 def edit_index(folder: Path, shard: str) -> None:
-    """Lets the index say that a tensor lies somewhere else."""
+    """Point the index entry of one tensor to another file."""
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     index["weight_map"]["model.norm.weight"] = shard
@@ -444,7 +444,7 @@ def tokens_that_are_no_json(model: Path, clip: Path) -> list[str]:
 
 
 class Payload:
-    """Makes a file when it is unpickled by someone who does not look."""
+    """Creates a file when it is unpickled without restrictions."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -496,14 +496,14 @@ def test_bad_source_is_one_line(copied, tmp_path, refuse, spoil):
     assert not (model / "hacked").exists()
 
 
-def test_sharded_weights_of_these_tests_are_sound(copied, tiny, tmp_path):
-    """Or else the refusals above would prove nothing."""
+def test_sharded_weights_without_damage_convert(copied, tiny, tmp_path):
+    """Otherwise the refusals above would prove nothing."""
     model = copied("hf")
     assert len(shards(model)) == 3
     assert main(["convert", *convert_options(model, tiny.clip, tmp_path / "jax")]) == 0
 
 
-def test_folder_that_is_not_there_is_one_line(tiny, tmp_path, refuse):
+def test_missing_folder_is_one_line(tiny, tmp_path, refuse):
     gone = tmp_path / "gone"
     for hf, vision in ((gone, tiny.clip), (tiny.hf, gone)):
         assert str(gone) in refuse("convert", *convert_options(hf, vision, tmp_path / "jax"))
@@ -513,7 +513,7 @@ def test_folder_that_is_not_there_is_one_line(tiny, tmp_path, refuse):
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("place", ["taken", "below a file", "name too long"])
-def test_place_that_cannot_be_written_is_one_line(tiny, tmp_path, refuse, command, place):
+def test_unwritable_output_is_one_line(tiny, tmp_path, refuse, command, place):
     Image.fromarray(noise()).save(tmp_path / "a.png")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "taken").mkdir()
@@ -549,15 +549,15 @@ def test_unreadable_checkpoint_is_one_line(tiny, copied, tmp_path, refuse, comma
     assert "not a complete Orbax checkpoint" in line and "convert" in line
 
 
-def test_pytorch_folder_for_a_checkpoint_calls_for_convert(tiny, tmp_path, refuse):
+def test_pytorch_folder_as_checkpoint_suggests_convert(tiny, tmp_path, refuse):
     Image.fromarray(noise()).save(tmp_path / "a.png")
     wrong = tiny._replace(jax=tiny.hf)
     line = refuse("segment", *segment_options(wrong, tmp_path / "a.png", tmp_path / "out"))
     assert f"pixellm convert --hf {tiny.hf}" in line
 
 
-def test_numbers_that_are_no_numbers_pass(copied, tiny, tmp_path):
-    """Weights are carried bit for bit: NaN and infinity are not looked for."""
+def test_nan_weights_pass_unchanged(copied, tiny, tmp_path):
+    """Weights are copied bit for bit, without a check for NaN or infinity."""
     model = copied("hf")
     tensors = read_tensors(model)
     tensors["lm_head.weight"][0] = np.nan
@@ -593,7 +593,7 @@ def assert_one_line(done: subprocess.CompletedProcess[str]) -> None:
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
 
 
-def test_every_way_to_start_refuses_alike(tmp_path):
+def test_entry_points_refuse_alike(tmp_path):
     options = ["--checkpoint", "gone", "--image", "no.jpg", "--question", "?", "--out", "answer"]
     package = run_outside("-m", "pixellm_jax", "segment", *options, folder=tmp_path)
     module = run_outside("-m", "pixellm_jax.cli.main", "segment", *options, folder=tmp_path)

@@ -1,4 +1,4 @@
-"""`pixellm demo`: what is asked, how it is judged, and what a person gets."""
+"""The shapes demo: scene selection, scoring, the page, the command and its training."""
 
 from __future__ import annotations
 
@@ -62,17 +62,17 @@ BOTH = Question("names", "Where are a < b?", "Here are a {seg} and b {seg}.", (0
 NONE = Question("absent", "Where is c?", "There is no such object.", ())
 
 
-def half_wrong() -> Reply:
-    """The second target first, exactly; a quarter of the first; and something that nobody asked."""
+def partly_wrong() -> Reply:
+    """The second target first, exactly; a quarter of the first; and a mask of no target."""
     masks = boxes((10, 10, 18, 18), (0, 0, 2, 2), (15, 0, 20, 5))
     return score_answer(SCENE, BOTH, made_answer("here b [SEG] and a [SEG] [SEG].", masks))
 
 
-# Judging
+# Scoring
 
 
-def test_targets_are_brought_together_in_any_order():
-    reply = half_wrong()
+def test_targets_are_matched_in_any_order():
+    reply = partly_wrong()
     np.testing.assert_array_equal(reply.predicted, reply.answer.masks)
     np.testing.assert_array_equal(reply.truth[:2], THINGS[[2, 0]])
     assert not reply.truth[2].any()
@@ -95,7 +95,7 @@ def test_missed_targets_come_last():
 
 
 @pytest.mark.parametrize(("count", "giou"), [(0, 1), (1, 0)])
-def test_where_there_is_none_no_mask_is_right(count, giou):
+def test_question_without_targets_scores_one_without_masks(count, giou):
     answer = made_answer("There is" + " [SEG]" * count, THINGS[:count])
     reply = score_answer(SCENE, NONE, answer)
     assert reply.giou == giou
@@ -103,7 +103,7 @@ def test_where_there_is_none_no_mask_is_right(count, giou):
     assert len(reply.target_scores) == count
 
 
-def test_words_are_compared_without_capitals_and_gaps():
+def test_words_are_compared_without_case_and_punctuation():
     texts = {
         "here are a [SEG] and b [SEG].": True,
         "Here are a [SEG], and b [SEG]": True,
@@ -119,7 +119,7 @@ def test_words_are_compared_without_capitals_and_gaps():
 def test_summary_counts():
     right = score_answer(SCENE, NONE, made_answer("none", THINGS[:0]))
     wrong = score_answer(SCENE, NONE, made_answer("a [SEG]", THINGS[:1]))
-    summary = summarise([half_wrong(), right, wrong])
+    summary = summarise([partly_wrong(), right, wrong])
     assert summary.scores.giou == pytest.approx(1.25 / 4)
     assert summary.scores.ciou == pytest.approx((64 + 4) / (64 + 16 + 25 + 16))
     assert summary[1:] == (3, 1, 2, 1)
@@ -134,7 +134,7 @@ def test_text_between_markers():
 # Scenes
 
 
-def test_scenes_are_varied_and_fixed():
+def test_selected_scenes_are_varied_and_deterministic():
     shapes = Shapes(split="test")
     scenes = select_scenes(shapes, 6, seed=0, min_objects=4)
     numbers = [scene.number for scene in scenes]
@@ -153,15 +153,15 @@ def test_scenes_are_varied_and_fixed():
 # The page
 
 
-def test_page_shows_answers_beside_the_truth():
-    replies = [half_wrong(), score_answer(SCENE, NONE, made_answer("none", THINGS[:0]))]
+def test_page_shows_answers_next_to_the_truth():
+    replies = [partly_wrong(), score_answer(SCENE, NONE, made_answer("none", THINGS[:0]))]
     chart = render_curves("loss", [Curve([(0.0, 1.0), (5.0, 0.5)], "red")], x_label="step")
     tiles = [Tile("0.5", "score")]
     scenes = [(SCENE, replies)]
     page = Page(render_demo("A & B", "lead", tiles, scenes, plots=[chart], footer="end"))
     assert page.tags.count("article") == 1 and page.tags.count("section") == 2
     assert not {"script", "link", "iframe"} & set(page.tags)
-    assert len(page.links) == 3  # the scene, and answer and truth of what has targets
+    assert len(page.links) == 3  # the scene, and answer and truth of the question with targets
     assert all(link.startswith("data:image/") for link in page.links)
     for text in (
         "A & B",
@@ -174,17 +174,17 @@ def test_page_shows_answers_beside_the_truth():
     assert page.text.count("one too many") == 1 and "right: there is none" in page.text
 
 
-def test_a_number_has_the_colour_of_its_mask():
-    text = render_demo("", "", [], [(SCENE, [half_wrong()])])
+def test_a_chip_has_the_colour_of_its_mask():
+    text = render_demo("", "", [], [(SCENE, [partly_wrong()])])
     chips = re.findall(r"background:rgb\((\d+),(\d+),(\d+)\);color:#\w+\">(\d)<", text)
     shown = {int(number): tuple(map(int, rgb)) for *rgb, number in chips}
     assert shown == {i + 1: tuple(colour) for i, colour in enumerate(colours(3).tolist())}
 
 
-# The training's comparison
+# The baseline of the training
 
 
-def test_constant_mask_is_the_best_of_the_shares():
+def test_constant_mask_is_the_best_candidate():
     masks = boxes((0, 0, 10, 10), (0, 0, 10, 10), (0, 0, 10, 20))
     best = shapes_training.fit_constant_mask(masks)
     np.testing.assert_array_equal(best, masks[0])
@@ -246,20 +246,20 @@ def test_more_scenes_than_there_are_is_refused(tmp_path, refuse):
     )
 
 
-def test_the_shipped_model_speaks_the_words_of_shapes():
-    """It is small enough to ship, and has the tokenizer that questions are made for."""
+def test_shipped_model_has_the_shapes_tokenizer():
+    """The checkpoint is also small enough to ship."""
     files = [path for path in checkpoint.SHAPES_MODEL.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 10 << 20
-    own, wanted = (
+    shipped, expected = (
         json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
         for folder in (checkpoint.SHAPES_MODEL / "tokenizer", FOLDER)
     )
-    assert own == wanted
+    assert shipped == expected
 
 
 @pytest.mark.slow
-def test_the_shipped_model_answers_as_well_as_its_recipe_says(tmp_path, capfd):
-    """In less processor time than two cores have in a minute."""
+def test_shipped_model_reaches_the_scores_of_its_recipe(tmp_path, capfd):
+    """Within two minutes of processor time."""
     begin = time.process_time()
     assert main(["demo", "--out", str(tmp_path / "out"), "--scenes", "24"]) == 0
     assert time.process_time() - begin < 120
@@ -270,7 +270,7 @@ def test_the_shipped_model_answers_as_well_as_its_recipe_says(tmp_path, capfd):
     capfd.readouterr()
 
 
-def test_absent_model_is_named(tmp_path, monkeypatch, refuse):
+def test_missing_model_is_named(tmp_path, monkeypatch, refuse):
     monkeypatch.setattr(shapes_demo, "SHAPES_MODEL", tmp_path / "no_model")
     line = refuse("--out", tmp_path / "out")
     assert f"{tmp_path / 'no_model'}: the shipped model is not there" in line
@@ -278,7 +278,7 @@ def test_absent_model_is_named(tmp_path, monkeypatch, refuse):
     assert "no such folder" in refuse("--out", tmp_path / "out", "--checkpoint", tmp_path / "no")
 
 
-def test_folder_of_something_else_is_kept(tmp_path, refuse):
+def test_unrelated_folder_is_kept(tmp_path, refuse):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "index.html").write_text("mine")
     assert "there is already a folder" in refuse("--out", tmp_path / "site")
@@ -287,15 +287,15 @@ def test_folder_of_something_else_is_kept(tmp_path, refuse):
 
 
 @pytest.mark.parametrize(
-    ("options", "found"),
+    ("options", "message"),
     [
         (["--scenes", 0], "--scenes must be at least 1"),
         (["--seed", -1], "--seed at least 0"),
         (["--train", "--checkpoint", "x"], "--train starts from scratch"),
     ],
 )
-def test_options_that_make_no_sense(tmp_path, refuse, options, found):
-    assert found in refuse("--out", tmp_path / "out", *options)
+def test_options_that_make_no_sense(tmp_path, refuse, options, message):
+    assert message in refuse("--out", tmp_path / "out", *options)
 
 
 @pytest.mark.slow

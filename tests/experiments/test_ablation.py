@@ -1,4 +1,4 @@
-"""The ablation: what its settings change, that a grid goes on where it was, its table and plot."""
+"""The ablation: changes of its settings, resuming a grid, the table, the plot, the command."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def blueprint(base: Recipe, name: str) -> Blueprint:
     return make_blueprint(recipe.model, recipe.train)
 
 
-def test_grid_has_every_switch(base):
+def test_grid_has_every_setting(base):
     assert list(make_grid(base.model)) == [
         BASE,
         "tokens-1",
@@ -67,7 +67,7 @@ def test_grid_has_every_switch(base):
     ]
 
 
-def test_base_is_the_method_whole(base):
+def test_base_is_the_full_method(base):
     recipe = apply_changes(base, {}, seed=0)
     assert recipe == base
     assert recipe.model.codebook.tokens_per_scale == recipe.model.codebook.scales == 2
@@ -91,17 +91,18 @@ def test_every_setting_has_the_same_budget(base):
 @pytest.mark.parametrize("count", [1, 3])
 def test_tokens_per_scale(base, count):
     name = f"tokens-{count}"
-    found, recipe = blueprint(base, name), apply_changes(base, make_grid(base.model)[name], seed=0)
-    assert found.shapes["codebook.token_fusion"].shape == (2, count)
+    changed = blueprint(base, name)
+    recipe = apply_changes(base, make_grid(base.model)[name], seed=0)
+    assert changed.shapes["codebook.token_fusion"].shape == (2, count)
     rows, width = blueprint(base, BASE).shapes["language_model.embedding"].shape
     added = 2 * (count - 2)
-    assert found.shapes["language_model.embedding"].shape == (rows + added, width)
+    assert changed.shapes["language_model.embedding"].shape == (rows + added, width)
     assert recipe.vocabulary(None).tokens_per_scale == count
     assert recipe.vocabulary(None).size == recipe.model.language.vocabulary
     for data, old in ((recipe.data, base.data), (recipe.validation, base.validation)):
         assert data.length == old.length + added * old.targets
-    # Beside rows of the embedding and of the head, only the fusion weights are more or fewer.
-    more = ablation_run.count_parameters(found) - ablation_run.count_parameters(
+    # Apart from rows of the embedding and of the head, only the fusion weights are more or fewer.
+    more = ablation_run.count_parameters(changed) - ablation_run.count_parameters(
         blueprint(base, BASE)
     )
     assert more == added * (2 * width + 1)
@@ -109,17 +110,17 @@ def test_tokens_per_scale(base, count):
 
 @pytest.mark.parametrize(("count", "taps"), [(1, (-2,)), (3, (-2, -3, -4))])
 def test_scales(base, count, taps):
-    found = blueprint(base, f"scales-{count}")
-    assert found.config.codebook.scales == count
-    assert found.config.vision.taps == taps
-    assert found.shapes["codebook.mask_fusion"].shape == (count,)
+    changed = blueprint(base, f"scales-{count}")
+    assert changed.config.codebook.scales == count
+    assert changed.config.vision.taps == taps
+    assert changed.shapes["codebook.mask_fusion"].shape == (count,)
     transformers = {
         name.split(".")[2]
-        for name in found.shapes
+        for name in changed.shapes
         if name.startswith("pixel_decoder.transformers.")
     }
     assert transformers == set(map(str, range(count)))
-    more = ablation_run.count_parameters(found) - ablation_run.count_parameters(
+    more = ablation_run.count_parameters(changed) - ablation_run.count_parameters(
         blueprint(base, BASE)
     )
     assert (more > 0) == (count > 2)
@@ -127,9 +128,9 @@ def test_scales(base, count, taps):
 
 @pytest.mark.parametrize("tap", [-2, -4])
 def test_early_tap(base, tap):
-    found = blueprint(base, f"early-tap{tap}")
-    assert found.config.vision.taps == (-2, tap) != base.model.vision.taps
-    assert ablation_run.count_parameters(found) == ablation_run.count_parameters(
+    changed = blueprint(base, f"early-tap{tap}")
+    assert changed.config.vision.taps == (-2, tap) != base.model.vision.taps
+    assert ablation_run.count_parameters(changed) == ablation_run.count_parameters(
         blueprint(base, BASE)
     )
 
@@ -143,10 +144,11 @@ def test_plain_bce(base):
 
 
 def test_constant_fusion(base):
-    whole, found = blueprint(base, BASE), blueprint(base, "constant-fusion")
-    assert whole.trainable - found.trainable == {"codebook.token_fusion", "codebook.mask_fusion"}
-    assert found.trainable < whole.trainable
-    assert found.shapes == whole.shapes
+    whole = blueprint(base, BASE)
+    changed = blueprint(base, "constant-fusion")
+    assert whole.trainable - changed.trainable == {"codebook.token_fusion", "codebook.mask_fusion"}
+    assert changed.trainable < whole.trainable
+    assert changed.shapes == whole.shapes
 
 
 def test_full_level_has_its_own_scenes_and_budgets(base):
@@ -177,7 +179,7 @@ def test_every_conversation_fits(level):
 
 @pytest.fixture
 def tiny() -> Recipe:
-    """Two steps of four scenes."""
+    """Recipe of two steps of four scenes."""
     data, model = small_data(), small_model()
     held_out = (FamilyConfig(weight=1.0, datasets=("shapes_simple/val",)),)
     return apply_changes(
@@ -202,7 +204,7 @@ RUNS = [(BASE, 0), ("plain-bce", 0), (BASE, 1), ("plain-bce", 1)]
 
 
 def check_results(out: Path) -> list[Result]:
-    """Of two steps each, in a folder that has nothing else in it."""
+    """Check results of two steps each, and that the folder has no other files."""
     results = read_results(out)
     for result in results:
         assert result.steps == 2 and result.left_out == 0
@@ -217,7 +219,7 @@ def check_results(out: Path) -> list[Result]:
 
 
 @pytest.mark.slow
-def test_grid_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys, quick_compilation):
+def test_grid_resumes(tiny, tmp_path, monkeypatch, capsys, quick_compilation):
     out = tmp_path / "new" / "ablations"
     grid = select_settings(make_grid(tiny.model), ["plain-bce", BASE])
     ablation_run.run_grid(tiny, select_settings(grid, ["plain-bce"]), [0], out)
@@ -247,7 +249,7 @@ def test_grid_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys, quick_co
 
 @pytest.mark.long
 def test_grid_is_trained(tiny, tmp_path, quick_compilation):
-    """Its short form, with one run that is trained, is the test before."""
+    """The test before is its short form, which trains one run."""
     grid = select_settings(make_grid(tiny.model), ["plain-bce", BASE])
     ablation_run.run_grid(tiny, grid, [0, 1], tmp_path)
     results = check_results(tmp_path)
@@ -256,7 +258,7 @@ def test_grid_is_trained(tiny, tmp_path, quick_compilation):
     assert (tmp_path / TABLE).read_text().count(" ± ") == 2 * 3
 
 
-def test_a_folder_is_of_one_recipe(tiny, tmp_path):
+def test_a_folder_belongs_to_one_recipe(tiny, tmp_path):
     ablation_run.run_grid(tiny, {}, [0], tmp_path)
     longer = dataclasses.replace(tiny, train=small_steps(40))
     with pytest.raises(InputError, match=r"train\.steps=2, now 40.*another --out"):
@@ -269,7 +271,7 @@ def test_runs_are_shared_with_another_process(tiny, tmp_path, monkeypatch, capsy
     def train(base, name, changes, seed, folder):
         folder.mkdir()
         seen.append((name, seed))
-        if len(seen) == 1:  # while this run is in hand, another process begins
+        if len(seen) == 1:  # another process starts during this run
             ablation_run.run_grid(base, grid, [0], tmp_path)
         return made_result(name=name, seed=seed)
 
@@ -298,7 +300,7 @@ RESULTS_BY_HAND = [
 ]
 
 
-def test_results_come_back(tmp_path):
+def test_results_are_read_back(tmp_path):
     assert read_results(tmp_path) == []
     for result in RESULTS_BY_HAND:
         append_result(tmp_path, result)
@@ -318,8 +320,8 @@ def test_table():
     assert lines[2] == f"{good} 0.250 | 0, 1 |"
     bad = "| bad | `model.vision.taps=-2,-4` | 1,234,567 | 0.100 | 0.500 | 0.500 | 10 |"
     assert lines[3:] == [f"{bad} 0.250 | 0 |"]
-    lost = group_results([*RESULTS_BY_HAND, made_result(name="bad", seed=1, left_out=3)])
-    assert "never trained on: bad 3." in format_groups(lost)
+    incomplete = group_results([*RESULTS_BY_HAND, made_result(name="bad", seed=1, left_out=3)])
+    assert "never trained on: bad 3." in format_groups(incomplete)
 
 
 def test_plot_has_every_seed_and_the_best_on_top():
@@ -344,18 +346,18 @@ def test_estimate_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("options", "found"),
+    ("options", "message"),
     [
         (["--only", "base", "tokens-7"], "no setting tokens-7; choose from base, tokens-1"),
         (["--seeds", "0", "-1"], "--seeds: -1 must not be negative"),
         (["--steps", "0"], "steps=0 must be at least 1"),
     ],
 )
-def test_options_that_make_no_sense(tmp_path, capsys, options, found):
+def test_options_that_make_no_sense(tmp_path, capsys, options, message):
     out = tmp_path / "out"
     assert main(["ablate", *options, "--out", str(out)]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and err.startswith("pixellm ablate: ") and found in err
+    assert err.count("\n") == 1 and err.startswith("pixellm ablate: ") and message in err
     assert not out.exists()
 
 
