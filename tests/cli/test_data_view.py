@@ -46,7 +46,7 @@ def images(page: Page) -> list[np.ndarray]:
     return [decode_image(link) for link in page.links]
 
 
-def test_page_stands_alone(view):
+def test_page_is_self_contained(view):
     page = view("--count", 9)
     assert page.tags.count("article") == 9
     assert "script" not in page.tags and "link" not in page.tags
@@ -60,7 +60,7 @@ def test_same_seed_same_page(view):
     assert view("--count", 5, "--seed", 4).text != first.text
 
 
-def test_everything_once(view, prepared):
+def test_every_example_is_shown_once(view, prepared):
     page = view("--dataset", "ReasonSeg", "--count", 100)
     stored = find_splits(prepared, dataset="ReasonSeg")[0]
     assert page.tags.count("article") == len(stored)
@@ -80,7 +80,7 @@ def test_padding_is_hatched_and_masks_are_drawn(view, prepared):
         )
 
 
-def test_tokens_are_those_of_the_batch(view, prepared, tiny):
+def test_tokens_equal_the_batch(view, prepared, tiny):
     arguments = ("--dataset", "muse", "--count", 40, "--seed", 5, "--checkpoint", tiny.jax)
     page = view(*arguments, "--length", 2048)
     config = checkpoint.read_config(tiny.jax)
@@ -89,8 +89,8 @@ def test_tokens_are_those_of_the_batch(view, prepared, tiny):
     (stored,) = find_splits(prepared, dataset="muse")
     draw = Draw(vocabulary, data, config)
     rows = {example.key: draw.map_with_index(i, example).row for i, example in enumerate(stored)}
-    found = re.findall(r"the sequence: (\d+) of 2048 positions; (\d+) supervised", page.text)
-    assert sorted((int(a), int(b)) for a, b in found) == sorted(
+    counts = re.findall(r"the sequence: (\d+) of 2048 positions; (\d+) supervised", page.text)
+    assert sorted((int(a), int(b)) for a, b in counts) == sorted(
         (int((row.segment >= 0).sum()), int(row.loss_mask.sum())) for row in rows.values()
     )
     names = {index: token.replace("▁", " ") for token, index in vocabulary.ids.items()}
@@ -108,7 +108,7 @@ def test_tokens_are_those_of_the_batch(view, prepared, tiny):
     assert learnt == sum(int(row.loss_mask.sum()) for row in rows.values())
 
 
-def test_over_budget(view, tiny):
+def test_conversations_over_budget_are_marked(view, tiny):
     arguments = ("--dataset", "muse", "--count", 40, "--checkpoint", tiny.jax)
     assert "over budget" not in view(*arguments, "--length", 4096, "--targets", 100).text
     page = view(*arguments, "--length", 600, "--targets", 3)
@@ -116,7 +116,7 @@ def test_over_budget(view, tiny):
     assert any(kind == "talk dropped" for kind in page.classes)
 
 
-def test_evaluation(view, tiny):
+def test_evaluation_leaves_the_answer_open(view, tiny):
     for more in ((), ("--checkpoint", tiny.jax)):
         page = view("--dataset", "muse", "--evaluation", "--count", 40, *more)
         assert "the model answers" in page.text and "to be found: " in page.text
@@ -133,7 +133,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(b) for b, _ in BAD])
-def test_refuses(arguments, message, prepared, tmp_path, capsys):
+def test_bad_options_are_refused(arguments, message, prepared, tmp_path, capsys):
     out = tmp_path / "page.html"
     assert main(["data-view", "--data", str(prepared), "--out", str(out), *arguments]) == 2
     printed = capsys.readouterr()
@@ -141,7 +141,7 @@ def test_refuses(arguments, message, prepared, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_no_place_for_the_page(prepared, tmp_path, capsys):
+def test_unwritable_page_is_refused(prepared, tmp_path, capsys):
     out = tmp_path / "no" / "page.html"
     assert main(["data-view", "--data", str(prepared), "--out", str(out), "--count", "1"]) == 2
     assert "cannot write here" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def test_bars_are_as_high_as_their_counts():
     assert svg.get("aria-label") == "a < b"
 
 
-def test_grid_adds_up_what_is_above_its_end():
+def test_grid_merges_counts_above_its_maximum():
     counts = {(1, 1): 5, (9, 30): 2, (30, 9): 3, (9, 9): 1}
     svg = parse(render_grid("counts", counts, max_value=9, x_label="true", y_label="written"))
     titles = [title.text for title in svg.iter("title")]

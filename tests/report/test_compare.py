@@ -25,18 +25,19 @@ def runs(tmp_path, first, second, **settings):
 def test_rows_have_the_scores_of_both_runs(tmp_path):
     first, second = random_questions(41, 1, quality=0.3), random_questions(41, 2, quality=1.0)
     comparison = compare(*runs(tmp_path, first, second))
-    found = {(row.group, row.score): row for row in comparison.rows}
-    assert {part for part, _ in found} == {"all", "few", "many"}
-    for part in ("all", "few", "many"):
-        own = [
-            [r for r in records if part == "all" or part in r.groups] for records in (first, second)
+    rows = {(row.group, row.score): row for row in comparison.rows}
+    assert {group for group, _ in rows} == {"all", "few", "many"}
+    for group in ("all", "few", "many"):
+        members = [
+            [r for r in records if group == "all" or group in r.groups]
+            for records in (first, second)
         ]
-        row = found[part, "giou"]
-        assert (row.first, row.second) == tuple(summarise(records).giou for records in own)
-        sums = [[tally_record(record) for record in records] for records in own]
+        row = rows[group, "giou"]
+        assert (row.first, row.second) == tuple(summarise(records).giou for records in members)
+        sums = [[tally_record(record) for record in records] for records in members]
         assert row.difference == paired_intervals(*sums).giou
-    assert found["all", "giou"].significant
-    assert found["all", "giou"].difference.low > 0
+    assert rows["all", "giou"].significant
+    assert rows["all", "giou"].difference.low > 0
 
 
 def test_order_of_the_records_changes_nothing(tmp_path):

@@ -23,8 +23,9 @@ def near(pixels: np.ndarray, colour: tuple[int, int, int]) -> float:
 
 
 def test_figures_show_hits_misses_and_extras():
-    true, found = box(4, 4, 24, 24), box(4, 16, 24, 24)
-    record = question(0, [(found, true)], extra=[box(32, 4, 12, 12)], picture="")
+    true = box(4, 4, 24, 24)
+    predicted = box(4, 16, 24, 24)
+    record = question(0, [(predicted, true)], extra=[box(32, 4, 12, 12)], picture="")
     (truth, prediction, difference), problem = render_figures(record, image_reader(None))
     assert [f.caption for f in (truth, prediction, difference)] == [
         "truth",

@@ -47,7 +47,7 @@ def test_restricted_page_runs_its_script_only():
 
 
 def test_style_sheets_are_installed():
-    patterns = re.search(r'package_data=\{"": \[([^]]*)\]', (ROOT / "setup.py").read_text())
+    patterns = re.search(r'package_data=\{\s*"": \[([^]]*)\]', (ROOT / "setup.py").read_text())
     assert patterns is not None
     known = re.findall(r'"([^"]+)"', patterns.group(1))
     files = [path.name for path in SHEETS.iterdir() if path.is_file() and path.suffix != ".py"]

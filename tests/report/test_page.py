@@ -30,9 +30,9 @@ def records():
 
 def test_report_has_the_numbers_of_the_records(tmp_path, records):
     write_report(write_run(tmp_path, records))
-    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    groups = {"all": (found["scores"], records)}
-    for name, numbers in found["groups"].items():
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    groups = {"all": (report["scores"], records)}
+    for name, numbers in report["groups"].items():
         groups[name] = (numbers, [record for record in records if name in record.groups])
     assert groups.keys() == {"all", "few", "many"}
     for numbers, members in groups.values():
@@ -43,8 +43,8 @@ def test_report_has_the_numbers_of_the_records(tmp_path, records):
         bounds = intervals([tally_record(record) for record in members])
         assert numbers["intervals"]["giou"] == [bounds.giou.low, bounds.giou.high]
         assert numbers["intervals"]["ciou"] == [bounds.ciou.low, bounds.ciou.high]
-    assert (found["benchmark"], found["split"], found["mode"]) == ("muse", "val", "generated")
-    assert found["judged"] is None
+    assert (report["benchmark"], report["split"], report["mode"]) == ("muse", "val", "generated")
+    assert report["judged"] is None
 
 
 def test_page_and_markdown_have_the_numbers_of_the_report(tmp_path, records):
@@ -69,13 +69,13 @@ def test_judged_rows_count_rejected_targets_as_missed(tmp_path):
     good, bad = question(0, [(mask, mask)]), question(1, [(mask, mask)])
     records = [judged(good, [9]), judged(bad, [3]), question(2, [(mask, mask)])]
     text = write_report(write_run(tmp_path, records))
-    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert found["scores"]["giou"] == 1
-    assert found["judged"]["judge"] == "made-up judge"
-    assert found["judged"]["scores"]["questions"] == 2
-    assert found["judged"]["scores"]["giou"] == found["judged"]["scores"]["ciou"] == 0.5
-    assert found["judged"]["scores"]["right_count"] is None  # is no matter of the judge
-    assert found["judged"]["questions_without_scores"] == 1
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["scores"]["giou"] == 1
+    assert report["judged"]["judge"] == "made-up judge"
+    assert report["judged"]["scores"]["questions"] == 2
+    assert report["judged"]["scores"]["giou"] == report["judged"]["scores"]["ciou"] == 0.5
+    assert report["judged"]["scores"]["right_count"] is None  # does not depend on the judge
+    assert report["judged"]["questions_without_scores"] == 1
     assert "1 of 3 questions have no scores of the judge" in text
     assert re.search(r"\| all \| generated \| made-up judge \| 2 \| 2 \| 0\.5000 ", text)
     (tmp_path / "judge.json").write_text('{"threshold": 3}')
@@ -109,21 +109,21 @@ def test_page_says_which_questions_it_shows(tmp_path, monkeypatch, records):
     monkeypatch.setattr(page_module, "WORST", 5)
     monkeypatch.setattr(page_module, "SAMPLE", 7)
     write_report(write_run(tmp_path, records))
-    found = read_page(tmp_path)
-    assert "the 5 worst and 7 taken evenly from the rest of 37 questions" in found.text
-    articles = found.all("article")
+    page = read_page(tmp_path)
+    assert "the 5 worst and 7 taken evenly from the rest of 37 questions" in page.text
+    articles = page.all("article")
     assert len(articles) == 12
-    buttons = {button["data-targets"] for button in found.all("button")}
+    buttons = {button["data-targets"] for button in page.all("button")}
     assert buttons == {"all"} | {article["data-targets"] for article in articles}
 
 
 def test_page_loads_nothing(tmp_path, records):
     write_report(write_run(tmp_path, records[:5]))
-    found = read_page(tmp_path)
-    assert not found.all("link") and not found.all("iframe")
-    assert all(image["src"].startswith("data:image/webp;base64,") for image in found.all("img"))
-    assert [script for script in found.all("script") if script] == []
-    (policy,) = [m["content"] for m in found.all("meta") if m.get("http-equiv")]
+    page = read_page(tmp_path)
+    assert not page.all("link") and not page.all("iframe")
+    assert all(image["src"].startswith("data:image/webp;base64,") for image in page.all("img"))
+    assert [script for script in page.all("script") if script] == []
+    (policy,) = [m["content"] for m in page.all("meta") if m.get("http-equiv")]
     assert policy.startswith("default-src 'none'; img-src data:;")
 
 
@@ -144,11 +144,11 @@ def test_nothing_in_the_records_becomes_markup(tmp_path):
     )
     run = write_run(tmp_path, [record], checkpoint=EVIL, data=EVIL)
     write_report(run, image_reader(tmp_path))
-    found = read_page(tmp_path)
-    assert len(found.all("script")) == 1
-    assert not any(name.startswith("on") for _, tags in found.elements for name in tags)
-    assert all(image["src"].startswith("data:") for image in found.all("img"))
-    assert found.text.count("alert(1)") >= 8  # it is there, as text
+    page = read_page(tmp_path)
+    assert len(page.all("script")) == 1
+    assert not any(name.startswith("on") for _, tags in page.elements for name in tags)
+    assert all(image["src"].startswith("data:") for image in page.all("img"))
+    assert page.text.count("alert(1)") >= 8  # it is there, as text
     plain = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert EVIL not in plain and html.escape(EVIL) in plain
 
@@ -172,5 +172,5 @@ def test_published_scores_of_the_same_mode_are_compared(tmp_path):
     assert "| PixelLM |" not in other and "PixelLM" in other
     part = write_report(write_run(tmp_path / "c", records, mode="given", limit=9, **settings))
     assert "This run is of a part of the split" in part
-    own = write_report(write_run(tmp_path / "d", records, benchmark="shapes", split="test"))
-    assert "Published" not in own
+    unpublished = write_report(write_run(tmp_path / "d", records, benchmark="shapes", split="test"))
+    assert "Published" not in unpublished

@@ -7,7 +7,7 @@ import re
 from pixellm_jax.report.published import find_published, read_published
 
 
-def test_published_scores_are_whole():
+def test_published_scores_are_complete():
     rows = read_published()
     keys = [(r.system, r.benchmark, r.split, r.group, r.source) for r in rows]
     assert len(set(keys)) == len(keys) > 100

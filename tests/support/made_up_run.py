@@ -1,4 +1,4 @@
-"""Folders like those of `pixellm evaluate`, with known masks and no model."""
+"""Folders like the ones of `pixellm evaluate`, with known masks and without a model."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def box(top: int, left: int, height: int, width: int) -> np.ndarray:
 
 def question(
     number: int,
-    found: Sequence[tuple[np.ndarray | None, np.ndarray]] = (),
+    matched: Sequence[tuple[np.ndarray | None, np.ndarray]] = (),
     missed: Sequence[np.ndarray] = (),
     extra: Sequence[np.ndarray] = (),
     **others: Any,
 ) -> QuestionRecord:
-    """A record of a question: predicted (None if missed) and true masks, and what is extra."""
+    """Return a record: pairs of a predicted (None if missed) and a true mask, and extra masks."""
     predicted, truth, pairs = [], [], []
-    for mask, true in [*found, *((None, true) for true in missed)]:
+    for mask, true in [*matched, *((None, true) for true in missed)]:
         if mask is None:
             pairs.append((None, len(truth), 0, int(true.sum())))
         else:
@@ -70,26 +70,28 @@ def question(
 
 
 def random_questions(count: int, seed: int, quality: float = 0.7) -> list[QuestionRecord]:
-    """Questions of 0 to 5 true boxes; `seed` and `quality` change the predictions alone."""
-    asked, answered = np.random.default_rng(0), np.random.default_rng(seed)
+    """Return questions with 0 to 5 true boxes; `seed` and `quality` change predictions only."""
+    truth_rng = np.random.default_rng(0)
+    prediction_rng = np.random.default_rng(seed)
     records = []
     for number in range(count):
-        found, extra = [], []
-        for _ in range(asked.integers(0, 6)):
-            top, left = asked.integers(0, 30, 2)
-            true = box(top, left, *asked.integers(8, 16, 2))
-            moved = np.roll(true, tuple(answered.integers(0, 5, 2)), (0, 1))
-            found.append((moved if answered.uniform() < quality else None, true))
-        if answered.uniform() < 0.2:
-            extra.append(box(*answered.integers(0, 30, 2), 7, 5))
-        records.append(question(number, found, extra=extra))
+        matched = []
+        extra = []
+        for _ in range(truth_rng.integers(0, 6)):
+            top, left = truth_rng.integers(0, 30, 2)
+            true = box(top, left, *truth_rng.integers(8, 16, 2))
+            moved = np.roll(true, tuple(prediction_rng.integers(0, 5, 2)), (0, 1))
+            matched.append((moved if prediction_rng.uniform() < quality else None, true))
+        if prediction_rng.uniform() < 0.2:
+            extra.append(box(*prediction_rng.integers(0, 30, 2), 7, 5))
+        records.append(question(number, matched, extra=extra))
     return records
 
 
 def judged(
     record: QuestionRecord, scores: Sequence[int], name: str = "made-up judge"
 ) -> QuestionRecord:
-    """With scores for the matched targets, in the order of the true masks."""
+    """Return the record with scores of its matched targets, in the order of the true masks."""
     left = iter(scores)
     owners = {truth for predicted, truth, _, _ in record.pairs if predicted is not None}
     row = [next(left) if truth in owners else None for truth in range(len(record.truth))]
@@ -97,7 +99,7 @@ def judged(
 
 
 def write_run(out: Path, records: Sequence[QuestionRecord], **settings: Any) -> Path:
-    """Writes the folder; returns it."""
+    """Write the folder of a run and return it."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "settings.json").write_text(json.dumps(SETTINGS | settings), encoding="utf-8")
     text = "".join(record.to_json() + "\n" for record in records)
