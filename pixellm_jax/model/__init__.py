@@ -1,1 +1,1 @@
-"""The boxes of the paper's figure, and their composition."""
+"""The modules of the paper's figure, and their composition."""

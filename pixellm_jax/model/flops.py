@@ -1,9 +1,9 @@
-"""Operations of a forward pass and of a training step, and what this device can do at most.
+"""Model FLOPs of a forward pass and of a training step, and the peak of this device.
 
-A multiplication and an addition are two operations. Counted are the matrix products of the model
-(its convolutions are such products too), attention over whole sequences; not what is done element
-by element, not the resizing of masks, and nothing that is done twice to save memory. Low-rank pairs
-are left out: at rank 8 they are a thousandth of the projections beside them.
+A multiplication and an addition are two operations. The count includes the matrix products of the
+model (convolutions among them) and attention over whole sequences. It excludes elementwise
+operations, the resizing of masks and recomputation to save memory. LoRA pairs are left out: at rank
+8 they are a thousandth of the projections they are added to.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxtyping import Array
 from pixellm_jax.config import ModelConfig
 
 OTHER_TOKENS = 2
-"""Tokens of the pixel decoder beside its mask tokens: the score token and the query."""
+"""Tokens of the pixel decoder besides its mask tokens: the score token and the query."""
 
 SOURCES: dict[str, tuple[str, ...]] = {
     "taps": ("vision_encoder",),
@@ -37,14 +37,18 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "queries": ("states", "codebook"),
     "decoded": ("features", "queries", "pixel_decoder"),
 }
-"""Activations, in the order they are made: the modules and activations that each depends on."""
+"""Activations in order of computation, with the modules and activations they depend on."""
 
 
 class Parts(NamedTuple):
-    """Operations of the parts of the model.
+    """Operations by part of the model.
 
-    `image_features`: projectors, neck and upsampling, what else depends on the image alone.
-    `pixel_decoder`: with the projection of its queries, the text projection.
+    Attributes:
+        vision_encoder: CLIP.
+        image_features: projectors, neck and upsampling, which also depend on the image only.
+        language_model: the layers.
+        head: logits of the next token.
+        pixel_decoder: including the projection of its queries.
     """
 
     vision_encoder: float
@@ -55,7 +59,7 @@ class Parts(NamedTuple):
 
 
 class Product(NamedTuple):
-    """Matrix products of an activation with a module's weights, or with another activation."""
+    """Matrix products of an activation (`left`) with a module's weights or another activation."""
 
     operations: float
     left: str
@@ -63,35 +67,38 @@ class Product(NamedTuple):
 
 
 def forward_flops(config: ModelConfig, *, images: int, length: int, targets: int) -> Parts:
-    """Of one forward pass; `length`, `targets`: per image, padding included."""
+    """Return the operations of a forward pass; `length`, `targets`: per image, with padding."""
     return _count(config, frozenset(), images, length, targets)
 
 
 def train_flops_of_parts(
     config: ModelConfig, trainable: frozenset[str], *, images: int, length: int, targets: int
 ) -> Parts:
-    """Of forward and backward, `trainable` being the dotted names of the trained parameters.
+    """Return the operations of forward and backward passes, by part.
 
     A product costs its forward operations once more for each of its two factors that needs a
-    gradient: so a frozen weight costs only the gradient of what it is multiplied with, and that
-    only where something before it is trained.
+    gradient. So a frozen weight costs only the gradient of the activation it is multiplied with,
+    and only if something before it is trained. `trainable`: dotted names of parameters.
     """
-    return _count(config, _moving(trainable), images, length, targets)
+    return _count(config, _needs_grad(trainable), images, length, targets)
 
 
 def train_flops(
     config: ModelConfig, trainable: frozenset[str], *, images: int, length: int, targets: int
 ) -> float:
-    """The sum of `train_flops_of_parts`."""
-    return sum(_count(config, _moving(trainable), images, length, targets))
+    """Return the sum of `train_flops_of_parts`."""
+    return sum(_count(config, _needs_grad(trainable), images, length, targets))
 
 
 def _count(
-    config: ModelConfig, moving: frozenset[str], images: int, length: int, targets: int
+    config: ModelConfig, needs_grad: frozenset[str], images: int, length: int, targets: int
 ) -> Parts:
     def total(products: Iterator[Product]) -> float:
         return images * float(
-            sum(p.operations * (1 + (p.left in moving) + (p.right in moving)) for p in products)
+            sum(
+                p.operations * (1 + (p.left in needs_grad) + (p.right in needs_grad))
+                for p in products
+            )
         )
 
     return Parts(
@@ -103,19 +110,19 @@ def _count(
     )
 
 
-def _moving(trainable: frozenset[str]) -> frozenset[str]:
-    """What needs a gradient: the modules that are trained, wholly or in part, and activations."""
-    moving = set[str]()
+def _needs_grad(trainable: frozenset[str]) -> frozenset[str]:
+    """Return what needs a gradient: modules trained at least in part, and activations."""
+    needs_grad = set[str]()
     for name in trainable:
         parts = name.split(".")
-        if "lora" in parts:  # moves the states, not the weights beside it
-            moving.add("states")
+        if "lora" in parts:  # the states need a gradient, the weights do not
+            needs_grad.add("states")
         else:
-            moving.update(".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+            needs_grad.update(".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
     for activation, sources in SOURCES.items():
-        if any(source in moving for source in sources):
-            moving.add(activation)
-    return frozenset(moving)
+        if any(source in needs_grad for source in sources):
+            needs_grad.add(activation)
+    return frozenset(needs_grad)
 
 
 def _vision_encoder(config: ModelConfig) -> Iterator[Product]:
@@ -139,7 +146,7 @@ def _image_features(config: ModelConfig) -> Iterator[Product]:
     c = config.decoder.width
     yield Product(2 * rows * d * c, "projected", "pixel_decoder.neck")
     yield Product(2 * rows * 9 * c * c, "features", "pixel_decoder.neck")
-    upsampled = rows - config.vision.grid**2  # the first scale is not
+    upsampled = rows - config.vision.grid**2  # scale 0 is not upsampled
     yield Product(2 * upsampled * 4 * c * c, "features", "pixel_decoder.upsamples")
 
 
@@ -166,8 +173,8 @@ def _pixel_decoder(config: ModelConfig, targets: int) -> Iterator[Product]:
     yield Product(2 * codes * d * c, "queries", "codebook.projection")
 
     tokens = decoder.mask_tokens + OTHER_TOKENS
-    pixels = patches * (1 + 4 * (scales - 1))  # of all scales
-    crossings = 2 * decoder.depth + 1  # each with four products beside the tokens, two at pixels
+    pixels = patches * (1 + 4 * (scales - 1))  # summed over scales
+    crossings = 2 * decoder.depth + 1  # cross-attentions: four products of tokens, two of pixels
     weights = decoder.depth * (4 * c * c + 2 * c * decoder.mlp) + crossings * 4 * c * decoder.inner
     count = targets * scales * tokens
     yield Product(2 * count * weights, "decoded", "pixel_decoder.transformers")
@@ -178,16 +185,16 @@ def _pixel_decoder(config: ModelConfig, targets: int) -> Iterator[Product]:
     out = 4 * decoder.upscaled
     yield Product(2 * targets * pixels * c * out, "decoded", "pixel_decoder.output")
     hyper = 2 * c * c + c * decoder.upscaled
-    # Of all tokens only one is asked for its mask.
+    # Only one of the tokens is turned into a mask.
     yield Product(2 * targets * scales * hyper, "decoded", "pixel_decoder.hypernetwork")
     yield Product(2 * targets * pixels * out, "decoded", "decoded")
 
 
 @functools.cache
 def matmul_peak(dtype: str) -> float:
-    """Operations per second of one device in large matrix products, measured in about 0.3 s.
+    """Measure the operations per second of one device in large matrix products (about 0.3 s).
 
-    As JAX multiplies by default: float32 on an accelerator may lose bits for speed.
+    JAX's default precision: on an accelerator, float32 products may be less precise and faster.
     """
     side, products = (1024, 1) if jax.default_backend() == "cpu" else (8192, 4)
     values = np.random.default_rng(0).uniform(-1, 1, (256, 256)) * (3 / side) ** 0.5
@@ -204,9 +211,9 @@ def matmul_peak(dtype: str) -> float:
 
 @functools.cache
 def copy_bandwidth() -> float:
-    """Bytes per second that one device reads and writes, measured in about 0.3 s.
+    """Measure the bytes per second that one device reads and writes (about 0.3 s).
 
-    In place, in a buffer larger than caches are: every byte is read once and written once.
+    In place, in a buffer larger than any cache: every byte is read once and written once.
     """
     count = (64 << 20) if jax.default_backend() == "cpu" else (256 << 20)
     x = jnp.zeros(count, jnp.float32)
@@ -214,9 +221,10 @@ def copy_bandwidth() -> float:
 
 
 def _fastest(function: Callable[[Array], Array], x: Array, *, chain: bool = False) -> float:
-    """Seconds of the fastest of many calls; `chain` gives each the result of the last."""
+    """Return the seconds of the fastest of many calls; `chain` passes each result to the next."""
     y = jax.block_until_ready(function(x))  # compiles
-    best, end = float("inf"), time.perf_counter() + 0.3
+    best = float("inf")
+    end = time.perf_counter() + 0.3
     while best == float("inf") or time.perf_counter() < end:
         begin = time.perf_counter()
         y = jax.block_until_ready(function(y if chain else x))

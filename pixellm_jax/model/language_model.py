@@ -1,4 +1,4 @@
-"""Language model: LLaMA, stacked and scanned, with its key/value cache as a value."""
+"""Language model: LLaMA with stacked, scanned layers and a functional key/value cache."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ WIDTH = "batch sequence embed"
 
 
 class Cache(NamedTuple):
-    """Keys (rotated) and values of a fixed number of positions, one array per layer.
+    """Key/value cache: rotated keys and values of a fixed number of positions, per layer.
 
-    Decoding writes a few positions of an array in place. Heads stand before positions, so that
-    attention reads each head's positions in one stretch.
+    Decoding writes a few positions of an array in place. Heads come before positions, so that
+    attention reads each head's positions contiguously.
     """
 
     key: tuple[Float[Array, "b g u h"], ...]
@@ -28,7 +28,7 @@ class Cache(NamedTuple):
 
 
 class LanguageBlock(nnx.Module):
-    """RMSNorm, rotary attention with grouped key/value heads, SwiGLU."""
+    """Transformer layer: RMSNorm, rotary grouped-query attention, SwiGLU."""
 
     def __init__(self, key: Key[Array, ""], config: LanguageConfig) -> None:
         self.theta = config.rope_theta
@@ -50,7 +50,7 @@ class LanguageBlock(nnx.Module):
         position: Int[Array, "b t"],
         dropout: Key[Array, ""] | None = None,
     ) -> tuple[Array, ...]:
-        """Rotated queries and keys, and values, of the normed input."""
+        """Return rotated queries, rotated keys and values of the normalised input."""
         y = self.attention_norm(x)
         keys = _keys(dropout, 0, 3)
         query, key, value = (
@@ -65,7 +65,7 @@ class LanguageBlock(nnx.Module):
         attended: Float[Array, "b t n h"],
         dropout: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Adds what attention found, then the MLP."""
+        """Add the projected output of attention, then the MLP."""
         keys = _keys(dropout, 3, 4)
         x = constrain(x + self.out(attended, keys[0]), WIDTH)
         y = self.mlp_norm(x)
@@ -74,7 +74,7 @@ class LanguageBlock(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """Token embeddings, the layers, the final norm and the head (untied)."""
+    """LLaMA: token embeddings, layers, final norm and untied head."""
 
     def __init__(self, key: Key[Array, ""], config: LanguageConfig, *, remat: bool = True) -> None:
         self.config, self.remat = config, remat
@@ -86,11 +86,11 @@ class LanguageModel(nnx.Module):
         self.head = normal(next(keys), (v, d), "vocab embed", scale=d**-0.5)
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        """Embeddings of ids in the parameter's dtype; negative ids (image positions) give row 0."""
+        """Look up embeddings, in the stored dtype; negative ids (image positions) get row 0."""
         return self.embedding[...][jnp.maximum(tokens, 0)]
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
-        """Float32 logits of the next token."""
+        """Return float32 logits of the next token."""
         head = self.head[...].astype(hidden.dtype)
         logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
         return constrain(logits, "batch sequence vocab")
@@ -102,22 +102,25 @@ class LanguageModel(nnx.Module):
         visible: Bool[Array, "b t u"],
         dropout: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Final-norm states of a whole sequence (u = t). `dropout`: of LoRA pairs, in training."""
+        """Return the states after the final norm of whole sequences (u = t).
+
+        `visible[t, u]`: position t attends to u. `dropout` samples that of LoRA pairs, in training.
+        """
 
         def run(x: Array, step: tuple[LanguageBlock, Array | None]) -> tuple[Array, None]:
-            layer, own = step
-            query, key, value = layer.qkv(x, position, own)
-            return layer.finish(x, attend(query, key, value, visible), own), None
+            layer, layer_key = step
+            query, key, value = layer.qkv(x, position, layer_key)
+            return layer.finish(x, attend(query, key, value, visible), layer_key), None
 
         keys = None if dropout is None else jax.random.split(dropout, self.config.layers)
         run = jax.checkpoint(run) if self.remat else run
         steps = (self.layers, keys)
-        # What a scan keeps for the way back it copies; small models, without remat, need not scan.
+        # A scan copies what the backward pass needs; small models, without remat, are unrolled.
         x, _ = jax.lax.scan(run, constrain(x, WIDTH), steps, unroll=not self.remat)
         return self.norm(x)
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
-        """A cache of zeros for sequences of up to `length` positions."""
+        """Return a cache of zeros for sequences of up to `length` positions."""
         config = self.config
         shape = (batch, config.kv_heads, length, config.head)
         key, value = (
@@ -133,14 +136,20 @@ class LanguageModel(nnx.Module):
         cache: Cache,
         place: Int[Array, "b t"],
     ) -> tuple[Float[Array, "b t d"], Cache]:
-        """Final-norm states of t new positions per row, and the cache with them written.
+        """Run t new positions per row; return their states after the final norm, and the cache.
 
-        place: where in the cache each of them is written; one outside of it is written nowhere.
-        visible: who sees whom in the whole cache, the new positions included. Equal to the same
-        rows of the full forward pass. Layers are unrolled and each has arrays of its own, so that
-        nothing but the new positions is copied.
+        The states equal the full forward pass. Layers are unrolled and each has its own
+        cache arrays, so that only the new positions are copied.
+
+        Args:
+            x: embeddings of the new positions.
+            position: rotary positions.
+            visible: which positions of the whole cache, including new ones, each may attend to.
+            cache: keys and values so far.
+            place: index in the cache of each new position; one out of range is not written.
         """
-        keys, values = list[Array](), list[Array]()
+        keys: list[Array] = []
+        values: list[Array] = []
         for layer, old_key, old_value in zip(self.blocks(), cache.key, cache.value, strict=True):
             query, key, value = layer.qkv(x, position)
             keys.append(_write(old_key, key, place))
@@ -150,9 +159,9 @@ class LanguageModel(nnx.Module):
         return self.norm(x), Cache(tuple(keys), tuple(values))
 
     def blocks(self, *, consume: bool = False) -> list[LanguageBlock]:
-        """The layers one by one. Slices of stacked layers are copies: `unstack` a model once.
+        """Return the layers one by one. Slices of stacked layers are copies: `unstack` once.
 
-        `consume`: stacked layers are used up (see `unstack`).
+        `consume`: delete the stacked layers (see `unstack`).
         """
         if isinstance(self.layers, nnx.List):
             return list(self.layers)
@@ -162,13 +171,13 @@ class LanguageModel(nnx.Module):
 def _write(
     cached: Float[Array, "b g u h"], new: Float[Array, "b t g h"], place: Int[Array, "b t"]
 ) -> Float[Array, "b g u h"]:
-    """`cached` with `new` at `place`; a place outside of it is dropped."""
+    """Return `cached` with `new` written at `place`; places out of range are dropped."""
     rows, heads = jnp.arange(new.shape[0])[:, None, None], jnp.arange(new.shape[2])[:, None]
     written = cached.at[rows, heads, place[:, None]].set(jnp.swapaxes(new, 1, 2), mode="drop")
     return constrain(written, "batch kv_heads keys head")
 
 
 def _keys(key: Key[Array, ""] | None, start: int, count: int) -> list[Array | None]:
-    """Keys number `start` to `start + count` of one layer."""
+    """Return the keys number `start` to `start + count` - 1 of one layer."""
     numbers = range(start, start + count)
     return [None if key is None else jax.random.fold_in(key, number) for number in numbers]

@@ -1,6 +1,6 @@
-"""What the boxes are made of: parameters with named axes, projections, norms, rotary, attention.
+"""Building blocks: parameters with named axes, projections, norms, rotary embedding, attention.
 
-Activations carry the compute dtype; weights are cast to it where they are used. Norms, softmax and
+Activations have the compute dtype; weights are cast to it where they are used. Norms, softmax and
 positional codes are float32.
 """
 
@@ -27,9 +27,9 @@ class Constant(nnx.Variable):
 def normal(
     key: Key[Array, ""], shape: tuple[int, ...], axes: str, *, scale: float | None = None
 ) -> nnx.Param:
-    """A float32 parameter drawn from a normal distribution; one axis name per axis.
+    """Initialise a float32 parameter from a normal distribution; one axis name per axis.
 
-    `scale` is the standard deviation; without it, 1 / sqrt(product of all axes but the last).
+    `scale` is the standard deviation; the default is 1 / sqrt(product of all axes but the last).
     """
     if scale is None:
         scale = float(np.prod(shape[:-1])) ** -0.5
@@ -37,15 +37,15 @@ def normal(
 
 
 def constant(value: float, shape: tuple[int, ...], axes: str) -> nnx.Param:
-    """A float32 parameter that starts with every entry equal to `value`."""
+    """Initialise a float32 parameter with every entry equal to `value`."""
     return parameter(jnp.full(shape, value, jnp.float32), axes)
 
 
 def parameter(value: Array, axes: str) -> nnx.Param:
-    """A parameter that starts at `value`; one axis name per axis.
+    """Initialise a parameter at `value`; one axis name per axis.
 
     Raises:
-        ValueError: another number of names, or a name that is not in the legend.
+        ValueError: the number of names differs, or a name is not in the legend.
     """
     if len(logical_axes(axes)) != value.ndim:
         raise ValueError(f"axes {axes!r} do not name the {value.ndim} axes of {value.shape}")
@@ -55,7 +55,7 @@ def parameter(value: Array, axes: str) -> nnx.Param:
 def stack(
     build: Callable[[Key[Array, ""]], Module], key: Key[Array, ""], count: int, axis: str = "layer"
 ) -> Module:
-    """`count` modules as one, with a leading axis on every parameter, for `jax.lax.scan`."""
+    """Build `count` modules as one, with a leading axis on every parameter, for `jax.lax.scan`."""
     stacked = jax.vmap(build)(jax.random.split(key, count))
     for _, variable in nnx.to_flat_state(nnx.state(stacked)):
         variable.set_metadata(axes=f"{axis} {variable.get_metadata()['axes']}")
@@ -63,20 +63,22 @@ def stack(
 
 
 def unstack(stacked: Module, count: int, *, consume: bool = False) -> list[Module]:
-    """The `count` modules that `stack` made one of.
+    """Split a module built by `stack` into its `count` modules.
 
-    `consume`: each of its arrays is deleted when it has been cut, so that memory never holds all of
+    `consume`: delete each stacked array after it has been sliced, so that memory never holds all of
     them twice.
     """
     graph, state = nnx.split(stacked)
     leaves, tree = jax.tree.flatten(state)
-    slices = list[list[Array]]()
+    slices: list[list[Array]] = []
     for leaf in leaves:
         slices.append([leaf[i] for i in range(count)])
         if consume:
             jax.block_until_ready(slices[-1])
             leaf.delete()
-    modules = [nnx.merge(graph, jax.tree.unflatten(tree, own)) for own in zip(*slices, strict=True)]
+    modules = [
+        nnx.merge(graph, jax.tree.unflatten(tree, layer)) for layer in zip(*slices, strict=True)
+    ]
     for module in modules:
         for _, variable in nnx.to_flat_state(nnx.state(module)):
             axes = variable.get_metadata()["axes"].split()
@@ -85,13 +87,21 @@ def unstack(stacked: Module, count: int, *, consume: bool = False) -> list[Modul
 
 
 class Projection(nnx.Module):
-    """y = x w + b over the last `inputs` axes of x.
+    """Linear layer y = x w + b over the last `inputs` axes of x.
 
-    `shape` and `axes` list the input axes, then the output axes, so that heads keep an axis of
-    their own: ("embed", "heads", "head") takes d to n h, ("heads", "head", "embed") with `inputs=2`
-    takes n h to d.
-    `gain`: of the initial weights, which keep the variance of x at 1. `lora`: a low-rank pair that
-    is added (see `lora.add_lora`).
+    Heads keep an axis of their own: axes ("embed", "heads", "head") map d to n h, and ("heads",
+    "head", "embed") with `inputs=2` map n h to d.
+
+    Args:
+        key: of the initial weights.
+        shape: sizes of the input axes, then of the output axes.
+        axes: their names.
+        inputs: number of input axes.
+        bias: add b, initialised to zero.
+        gain: standard deviation of y for inputs of standard deviation 1, at initialisation.
+
+    Attributes:
+        lora: a LoRA pair whose output is added (see `lora.add_lora`), or None.
     """
 
     def __init__(
@@ -114,7 +124,7 @@ class Projection(nnx.Module):
     def __call__(
         self, x: Float[Array, "..."], key: Key[Array, ""] | None = None
     ) -> Float[Array, "..."]:
-        """`key` draws the dropout of the low-rank pair, in training."""
+        """Project x; `key` samples the dropout of the LoRA pair, in training."""
         y = jnp.tensordot(x, self.weight[...].astype(x.dtype), self.inputs)
         if self.lora is not None:
             y = y + self.lora(x, key)
@@ -122,7 +132,7 @@ class Projection(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis, in float32."""
+    """Layer norm (x - mean) / sqrt(var + eps) * weight + bias over the last axis, in float32."""
 
     def __init__(self, width: int, axis: str, eps: float) -> None:
         self.eps = eps
@@ -137,7 +147,7 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 (LLaMA)."""
+    """RMS norm x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 (LLaMA)."""
 
     def __init__(self, width: int, axis: str, eps: float) -> None:
         self.eps = eps
@@ -153,7 +163,7 @@ class MLP(nnx.Module):
     """Projections with an activation between them (none after the last).
 
     `widths` and `axes` run from input to output, e.g. (1024, 8192, 4096), "vision mlp embed". The
-    initial weights make up for the half of the variance that ReLU and its like take away.
+    initial weights compensate for the half of the variance that ReLU-like activations remove.
     """
 
     def __init__(
@@ -185,9 +195,9 @@ class MLP(nnx.Module):
 
 
 class UpConvolution(nnx.Module):
-    """Transposed convolution with kernel 2 and stride 2: every pixel becomes its own 2x2 block.
+    """Transposed convolution with kernel 2 and stride 2: every pixel becomes a 2x2 block.
 
-    Kernels do not overlap, so it is one matrix product. `weight` is [in, row, column, out].
+    Kernels do not overlap, so this is one matrix product. `weight` is [in, row, column, out].
     """
 
     def __init__(self, key: Key[Array, ""], inputs: int, outputs: int) -> None:
@@ -203,33 +213,33 @@ class UpConvolution(nnx.Module):
         return interleave(self.blocks(x))
 
     def blocks(self, x: Float[Array, "... y x c"]) -> Float[Array, "... y x w z o"]:
-        """The blocks by themselves, which is what the matrix product gives."""
+        """Return the block of every pixel on axes of its own: the matrix product itself."""
         blocks = jnp.tensordot(x, self.weight[...].astype(x.dtype), 1)
         return blocks + self.bias[...].astype(x.dtype)
 
 
 def interleave(blocks: Float[Array, "... y x w z o"]) -> Float[Array, "... Y X o"]:
-    """Lays the block of every pixel at its place: Y = y w, X = x z."""
+    """Arrange the blocks of all pixels in one grid: Y = y w, X = x z."""
     *lead, y, x, w, z, o = blocks.shape
     return jnp.swapaxes(blocks, -4, -3).reshape(*lead, y * w, x * z, o)
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The exact (erf) GELU."""
+    """Return the exact (erf) GELU."""
     return jax.nn.gelu(x, approximate=False)
 
 
 def rotary(
     x: Float[Array, "b t n h"], position: Int[Array, "b t"], theta: float
 ) -> Float[Array, "b t n h"]:
-    """Rotates the two halves of each head by position * theta^(-2i/h) (LLaMA, half-split pairs)."""
+    """Rotary position embedding: rotate pairs (i, i + h/2) by position * theta^(-2i/h) (LLaMA)."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = position.astype(jnp.float32)[..., None, None] * frequency
     cosine, sine = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = (first * cosine - second * sine, second * cosine + first * sine)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    rotated = (first * cosine - second * sine, second * cosine + first * sine)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def attend(
@@ -238,35 +248,36 @@ def attend(
     value: Float[Array, "... u g h"],
     visible: Bool[Array, "... t u"] | None = None,
 ) -> Float[Array, "... t n h"]:
-    """softmax(q k^T / sqrt(h)) v with grouped key/value heads (n a multiple of g), softmax float32.
+    """Grouped-query attention softmax(q k^T / sqrt(h)) v, with a float32 softmax.
 
-    `visible[t, u]`: position t sees position u. A row that sees nothing gets finite nonsense.
-    On a GPU long sequences in half precision go to cuDNN, all else to XLA.
+    n is a multiple of g. `visible[t, u]`: position t attends to position u; the result for a row
+    without any is finite but meaningless. On a GPU, long sequences in half precision use cuDNN's
+    fused attention, everything else XLA.
     """
     if _suits_cudnn(query, key):
         mask = None if visible is None else visible[:, None]
         return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
     *lead, t, n, h = query.shape
     g = key.shape[-2]
-    # Heads before positions: each head is then one plain matrix product.
+    # With heads before positions, each head is one matrix product.
     heads = jnp.swapaxes(query * h**-0.5, -2, -3).reshape(*lead, g, n // g, t, h)
     key, value = jnp.swapaxes(key, -2, -3), jnp.swapaxes(value, -2, -3)
     scores = jnp.einsum("...gath,...guh->...gatu", heads, key, preferred_element_type=jnp.float32)
     if visible is not None:
         scores = jnp.where(visible[..., None, None, :, :], scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    found = jnp.einsum(
+    attended = jnp.einsum(
         "...gatu,...guh->...gath",
         weights.astype(value.dtype),
         value,
         preferred_element_type=jnp.float32,
     )
-    found = (found / weights.sum(-1)[..., None]).astype(query.dtype)
-    return jnp.swapaxes(found.reshape(*lead, n, t, h), -2, -3)
+    attended = (attended / weights.sum(-1)[..., None]).astype(query.dtype)
+    return jnp.swapaxes(attended.reshape(*lead, n, t, h), -2, -3)
 
 
 def _suits_cudnn(query: Float[Array, "... t n h"], key: Float[Array, "... u g h"]) -> bool:
-    """What its fused attention takes, with gradients too; few queries are as fast without it."""
+    """Return whether cuDNN supports the inputs (gradients included) and is faster than XLA."""
     *lead, t, _, h = query.shape
     return (
         jax.default_backend() == "gpu"
@@ -279,6 +290,6 @@ def _suits_cudnn(query: Float[Array, "... t n h"], key: Float[Array, "... u g h"
 
 
 def resize_bilinear(x: Float[Array, "... y x c"], rows: int, columns: int) -> Array:
-    """Bilinear resize with half-pixel centres and no antialias (torch align_corners=False)."""
+    """Resize bilinearly, with half-pixel centres and no antialias (torch align_corners=False)."""
     shape = (*x.shape[:-3], rows, columns, x.shape[-1])
     return jax.image.resize(x, shape, "bilinear", antialias=False)

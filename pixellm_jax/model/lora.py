@@ -1,4 +1,4 @@
-"""LoRA: a trained low-rank pair beside a frozen projection.
+"""LoRA: a trainable low-rank pair added to a frozen projection.
 
 See Hu et al. (2021) and docs/reference_notes.md 4.3.
 """
@@ -20,17 +20,20 @@ LORA = "lora"
 
 
 class LowRank(nnx.Module):
-    """alpha / r * dropout(x) down up, which the projection that holds it adds to its output.
+    """Low-rank pair: alpha / r * dropout(x) down up, which the projection adds to its output.
 
-    `down` has the input axes of the projection and then the rank, `up` the rank and then its output
-    axes, after the axis of stacked layers in both. `up` starts at zero, so that the model starts as
-    it was; `down` is uniform within 1 / sqrt(inputs), as in the reference.
+    `down` (A in the paper) has the input axes of the projection and then the rank, `up` (B) the
+    rank and then the output axes; both have the axis of stacked layers in front. `up` is
+    initialised to zero, so that the model is unchanged at first; `down` is uniform within
+    1 / sqrt(inputs), as in the reference.
     """
 
     def __init__(self, key: Key[Array, ""], stacked: Projection, config: LoraConfig) -> None:
-        self.scale, self.dropout = config.alpha / config.rank, config.dropout
+        self.scale = config.alpha / config.rank
+        self.dropout = config.dropout
         self.inputs = stacked.inputs
-        axes, shape = stacked.weight.get_metadata()["axes"].split(), stacked.weight.shape
+        axes = stacked.weight.get_metadata()["axes"].split()
+        shape = stacked.weight.shape
         split = 1 + stacked.inputs
         bound = float(np.prod(shape[1:split])) ** -0.5
         down = jax.random.uniform(key, (*shape[:split], config.rank), minval=-bound, maxval=bound)
@@ -39,38 +42,39 @@ class LowRank(nnx.Module):
         self.up = parameter(up, " ".join([axes[0], "rank", *axes[split:]]))
 
     def __call__(self, x: Float[Array, "..."], key: Key[Array, ""] | None) -> Float[Array, "..."]:
-        """The term to be added, of one layer. `key` draws the dropout; None leaves it out."""
+        """Return the term to be added in one layer. `key` samples the dropout; None disables it."""
         if key is not None and self.dropout:
-            kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-            x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
+            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
         inner = jnp.tensordot(x, self.down[...].astype(x.dtype), self.inputs)
         return self.scale * jnp.tensordot(inner, self.up[...].astype(x.dtype), 1)
 
     def product(self) -> Float[Array, "l ..."]:
-        """What the pairs of all layers add to the stacked weights, in float32."""
+        """Return the term that the pairs of all layers add to the stacked weights, in float32."""
         down, up = (array[...].astype(jnp.float32) for array in (self.down, self.up))
         return self.scale * jax.vmap(lambda down, up: jnp.tensordot(down, up, 1))(down, up)
 
 
 def add_lora(layers: nnx.Module, config: LoraConfig, key: Key[Array, ""]) -> None:
-    """Gives the named projections of stacked layers a low-rank pair each, in place.
+    """Add a LoRA pair to each of the configured projections of stacked layers, in place.
 
     Raises:
-        InputError: a name is no projection of these layers.
+        InputError: a name is not a projection of these layers.
     """
     for name in config.projections:
         projection = getattr(layers, name, None)
         if not isinstance(projection, Projection):
             known = sorted(n for n, v in vars(layers).items() if isinstance(v, Projection))
             raise InputError(
-                f"train.lora.projections: {name!r} is no projection of a layer; choose from {known}"
+                f"train.lora.projections: {name!r} is not a projection of a layer; "
+                f"choose from {known}"
             )
-        key, own = jax.random.split(key)
-        projection.lora = LowRank(own, projection, config)
+        key, pair_key = jax.random.split(key)
+        projection.lora = LowRank(pair_key, projection, config)
 
 
 def merge_lora(layers: nnx.Module) -> None:
-    """Adds every pair to the weight beside it and takes it away, in place."""
+    """Merge every pair into the weight of its projection, in place."""
     for projection in vars(layers).values():
         if isinstance(projection, Projection) and isinstance(projection.lora, LowRank):
             weight = projection.weight

@@ -1,4 +1,8 @@
-"""Pixel decoder: neck, Fourier positions, one two-way transformer per scale, hypernetwork masks."""
+"""Pixel decoder: a mask decoder as in Segment Anything, one two-way transformer per scale.
+
+Neck and upsampling depend on the image only; Fourier positions, transformers and the hypernetwork
+that turns a token into mask weights run per target.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +37,12 @@ TOKEN_EPS = 1e-5
 """Epsilon of the norms over channels of a feature map, and over tokens."""
 
 TOKEN_SCALE = 0.02
-"""Deviation of the tokens that are the same for all targets, at the start of a training. (The
-reference starts at 1, which leaves little of the query after the first attention and its norm.)"""
+"""Initial standard deviation of the tokens that all targets share. (The reference uses 1, which
+leaves little of the query after the first attention and its norm.)"""
 
 
 class Neck(nnx.Module):
-    """1x1 convolution, norm, 3x3 convolution (zero padding 1), norm; no biases."""
+    """Feature neck: 1x1 convolution, norm, 3x3 convolution (zero padding 1), norm; no biases."""
 
     def __init__(self, key: Key[Array, ""], inputs: int, width: int) -> None:
         first, second = jax.random.split(key)
@@ -65,13 +69,13 @@ class Neck(nnx.Module):
 
 
 class FourierPositions(nnx.Module):
-    """Random Fourier features of pixel centres; the matrix is imported, never redrawn."""
+    """Random Fourier features of pixel centres; the matrix is stored with the weights."""
 
     def __init__(self, key: Key[Array, ""], width: int) -> None:
         self.matrix = Constant(jax.random.normal(key, (2, width // 2)), axes="coordinate frequency")
 
     def __call__(self, rows: int, columns: int) -> Float[Array, "p c"]:
-        """Codes of a grid, row by row: sin, cos of 2 pi (x, y) M, centres in [-1, 1], float32."""
+        """Return the float32 codes of a grid, row-major: sin, cos of 2 pi (x, y) M in [-1, 1]^2."""
         y, x = ((2 * jnp.arange(size) + 1) / size - 1 for size in (rows, columns))
         centres = jnp.stack(jnp.broadcast_arrays(x[None, :], y[:, None]), axis=-1)
         turns = jnp.matmul(centres.reshape(-1, 2), self.matrix[...], precision="highest")
@@ -82,9 +86,9 @@ class FourierPositions(nnx.Module):
 class DecoderAttention(nnx.Module):
     """Multi-head attention with its own inner width.
 
-    Between tokens and pixels there are a few tokens and thousands of pixels, so `read` and `write`
-    take the projections of the pixels over to the tokens: q . (W x) = (W^T q) . x, and the sum of
-    w (W x) = W (sum of w x). The pixels themselves are never projected.
+    Cross-attention has a few tokens and thousands of pixels, so `read` and `write` move the
+    projections of the pixels to the tokens: q . (W x) = (W^T q) . x, and the sum of w (W x) =
+    W (sum of w x). Pixels are never projected.
     """
 
     def __init__(self, key: Key[Array, ""], config: DecoderConfig, inner: int) -> None:
@@ -109,15 +113,15 @@ class DecoderAttention(nnx.Module):
         coded: Float[Array, "b m p c"],
         pixels: Float[Array, "b m p c"],
     ) -> Float[Array, "b m t c"]:
-        """What tokens find among pixels: tokens are queries, `coded` the keys, `pixels` the values.
+        """Attend from tokens (queries) to pixels: `coded` are the keys, `pixels` the values.
 
-        The bias of the keys adds the same to all of a token's scores: it changes no softmax.
+        The bias of the keys adds a constant to all scores of a token, which a softmax ignores.
         """
         query = self.query(tokens)
-        asked = jnp.einsum("bmtnh,cnh->bmntc", query, self.key.weight[...].astype(query.dtype))
-        weights = jax.nn.softmax(_scores(asked, coded, query.shape[-1]), axis=-1)
-        found = jnp.einsum("bmntp,bmpc->bmntc", weights.astype(pixels.dtype), pixels)
-        value = jnp.einsum("bmntc,cnh->bmtnh", found, self.value.weight[...].astype(found.dtype))
+        projected = jnp.einsum("bmtnh,cnh->bmntc", query, self.key.weight[...].astype(query.dtype))
+        weights = jax.nn.softmax(_scores(projected, coded, query.shape[-1]), axis=-1)
+        mean = jnp.einsum("bmntp,bmpc->bmntc", weights.astype(pixels.dtype), pixels)
+        value = jnp.einsum("bmntc,cnh->bmtnh", mean, self.value.weight[...].astype(mean.dtype))
         return self.out(value + _bias(self.value, value.dtype))
 
     def write(
@@ -126,15 +130,15 @@ class DecoderAttention(nnx.Module):
         keys: Float[Array, "b m t c"],
         tokens: Float[Array, "b m t c"],
     ) -> Float[Array, "b m p c"]:
-        """What pixels find among tokens: `coded` are queries, `keys` keys, `tokens` values."""
+        """Attend from pixels (`coded` are the queries) to tokens: `keys` and `tokens` as values."""
         key, value = self.key(keys), self.value(tokens)
-        asked = jnp.einsum("bmtnh,cnh->bmntc", key, self.query.weight[...].astype(key.dtype))
-        own = jnp.einsum("bmtnh,nh->bmnt", key, _bias(self.query, key.dtype))
-        scores = _scores(asked, coded, key.shape[-1], own)
-        told = jnp.einsum("bmtnh,nhc->bmntc", value, self.out.weight[...].astype(value.dtype))
-        weights = jax.nn.softmax(scores, axis=-2).astype(told.dtype)
-        written = jnp.einsum("bmntp,bmntc->bmpc", weights, told)
-        return written + _bias(self.out, written.dtype)
+        projected = jnp.einsum("bmtnh,cnh->bmntc", key, self.query.weight[...].astype(key.dtype))
+        bias = jnp.einsum("bmtnh,nh->bmnt", key, _bias(self.query, key.dtype))
+        scores = _scores(projected, coded, key.shape[-1], bias)
+        output = jnp.einsum("bmtnh,nhc->bmntc", value, self.out.weight[...].astype(value.dtype))
+        weights = jax.nn.softmax(scores, axis=-2).astype(output.dtype)
+        attended = jnp.einsum("bmntp,bmntc->bmpc", weights, output)
+        return attended + _bias(self.out, attended.dtype)
 
 
 def _bias(projection: Projection, dtype: jnp.dtype) -> Float[Array, "..."]:
@@ -143,20 +147,20 @@ def _bias(projection: Projection, dtype: jnp.dtype) -> Float[Array, "..."]:
 
 
 def _scores(
-    asked: Float[Array, "b m n t c"],
+    projected: Float[Array, "b m n t c"],
     coded: Float[Array, "b m p c"],
     head: int,
-    own: Float[Array, "b m n t"] | None = None,
+    bias: Float[Array, "b m n t"] | None = None,
 ) -> Float[Array, "b m n t p"]:
-    """Float32 scores of every token at every pixel; `own` is added to those of a token."""
-    scores = jnp.einsum("bmntc,bmpc->bmntp", asked, coded, preferred_element_type=jnp.float32)
-    if own is not None:
-        scores = scores + own[..., None]
+    """Return float32 scores of every token at every pixel; `bias` is added per token."""
+    scores = jnp.einsum("bmntc,bmpc->bmntp", projected, coded, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores = scores + bias[..., None]
     return scores * head**-0.5
 
 
 class TwoWayLayer(nnx.Module):
-    """Tokens attend to themselves, then to the image, then the image to the tokens (post-norm)."""
+    """Two-way layer (post-norm): tokens to tokens, tokens to image, MLP, image to tokens."""
 
     def __init__(self, key: Key[Array, ""], config: DecoderConfig, *, first: bool) -> None:
         self.first = first
@@ -178,7 +182,7 @@ class TwoWayLayer(nnx.Module):
         token_code: Float[Array, "b m t c"],
         image_code: Float[Array, "p c"],
     ) -> tuple[Float[Array, "b m t c"], Float[Array, "b m p c"]]:
-        if self.first:  # the first layer adds neither codes nor a residual
+        if self.first:  # the first layer has neither codes nor a residual
             tokens = self.token_attention(tokens, tokens, tokens)
         else:
             coded = tokens + token_code
@@ -193,7 +197,7 @@ class TwoWayLayer(nnx.Module):
 
 
 class TwoWayTransformer(nnx.Module):
-    """The layers and a last reading of the image by the tokens."""
+    """Two-way layers, then a last attention of the tokens to the image."""
 
     def __init__(self, key: Key[Array, ""], config: DecoderConfig) -> None:
         *keys, last = jax.random.split(key, config.depth + 1)
@@ -215,7 +219,7 @@ class TwoWayTransformer(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Transposed convolution, norm over channels, GELU: twice the grid."""
+    """Upsampling by 2: transposed convolution, norm over channels, GELU."""
 
     def __init__(self, key: Key[Array, ""], inputs: int, outputs: int) -> None:
         self.convolution = UpConvolution(key, inputs, outputs)
@@ -225,15 +229,15 @@ class Upsample(nnx.Module):
         return interleave(self.blocks(x))
 
     def blocks(self, x: Float[Array, "... y x c"]) -> Float[Array, "... y x w z o"]:
-        """The block of every pixel by itself."""
+        """Return the 2x2 block of every pixel on axes of its own."""
         return gelu(self.norm(self.convolution.blocks(x)))
 
 
 class PixelDecoder(nnx.Module):
-    """Image features and one query per target and scale -> mask logits, scale after scale.
+    """Decoder of image features and one query per target and scale to mask logits per scale.
 
     Scale 0 works on the patch grid. Every further scale works on the grid upsampled 2x by its own
-    transposed convolution, each pixel multiplied by 1 + sigmoid of the mask before it.
+    transposed convolution, each pixel multiplied by 1 + sigmoid(mask of the previous scale).
     """
 
     def __init__(self, key: Key[Array, ""], config: ModelConfig) -> None:
@@ -259,14 +263,14 @@ class PixelDecoder(nnx.Module):
         )
 
     def features(self, projected: Float[Array, "b s y x d"]) -> tuple[Array, ...]:
-        """What depends on the image alone: [b y x c] per scale, further scales upsampled."""
+        """Return the features that depend on the image only: [b y x c] per scale, 1.. upsampled."""
         first, *rest = (self.neck(projected[:, s]) for s in range(projected.shape[1]))
         return (first, *(up(x) for up, x in zip(self.upsamples, rest, strict=True)))
 
     def __call__(
         self, features: tuple[Array, ...], queries: Float[Array, "b m s c"]
     ) -> Float[Array, "s b m Y X"]:
-        """Float32 mask logits of all targets at once, each scale at 4x the patch grid."""
+        """Return float32 mask logits of all targets, each scale at 4x the patch grid."""
         grid = 4 * features[0].shape[1]
         masks: list[Array] = []
         previous = None
@@ -295,7 +299,7 @@ class PixelDecoder(nnx.Module):
         gain = jnp.ones((b, m, y, x), dtype)
         if previous is not None:
             gain = 1 + jax.nn.sigmoid(_resize_masks(previous, y)).astype(dtype)
-        # As an einsum, because its gradient, a sum over targets, is then a fast one on CPU too.
+        # An einsum, because its gradient, a sum over targets, is then fast on a CPU too.
         pixels = jnp.einsum("bmyx,byxc->bmyxc", gain, image) + self.dense[...].astype(dtype)
         pixels = constrain(pixels.reshape(b, m, y * x, c), PIXELS)
         code = self.positions[scale](y, x).astype(dtype)

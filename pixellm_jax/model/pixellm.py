@@ -1,4 +1,4 @@
-"""The composition: image and text in, states, next tokens and masks out."""
+"""PixelLM: image and text in, states, next-token logits and masks out."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ SCALES = "batch scale patch embed"
 
 
 class ImageFeatures(NamedTuple):
-    """All that is ever needed of an image: computed once, used by every question and target.
+    """Features of an image, computed once and used by every question and target.
 
-    tokens: what the language model sees; token_valid: not padding of the canvas.
-    maps: the pixel decoder's [b y x c], scale by scale.
+    Attributes:
+        tokens: image tokens for the language model.
+        token_valid: the token is not padding of the canvas.
+        maps: feature maps for the pixel decoder, by scale.
     """
 
     tokens: Float[Array, "b i d"]
@@ -34,7 +36,7 @@ class ImageFeatures(NamedTuple):
 
 
 class PixelLM(nnx.Module):
-    """Vision encoder, projectors, language model, segmentation codebook, pixel decoder."""
+    """PixelLM: vision encoder, projectors, language model, segmentation codebook, pixel decoder."""
 
     def __init__(self, key: Key[Array, ""], config: ModelConfig) -> None:
         self.config = config
@@ -49,9 +51,9 @@ class PixelLM(nnx.Module):
         self.pixel_decoder = PixelDecoder(next(keys), config)
 
     def __call__(self, batch: Batch, dropout: Key[Array, ""] | None = None) -> Prediction:
-        """Teacher-forced pass over packed sequences: one vision and one language pass per image.
+        """Run the teacher-forced forward pass over packed sequences: one pass per image.
 
-        `dropout`: draws that of LoRA pairs, in training.
+        `dropout` samples the dropout of LoRA pairs, in training.
         """
         image = self.encode_image(batch.image, batch.image_hw)
         x = self.embed(batch.tokens, image.tokens)
@@ -66,24 +68,24 @@ class PixelLM(nnx.Module):
     def encode_image(
         self, image: Num[Array, "b y x 3"], image_hw: Int[Array, "b 2"]
     ) -> ImageFeatures:
-        """Runs the vision encoder and everything else that depends on the image alone."""
+        """Run the vision encoder and everything else that depends on the image only."""
         config = self.config
         grid, side = config.vision.grid, config.image_grid
         valid = patch_valid(image_hw, config.vision)
         taps = self.vision_encoder(self.normalise(image, image_hw), valid)
         b, _, e = taps[0].shape
-        seen = resize_bilinear(taps[0].reshape(b, grid, grid, e), side, side)
+        resized = resize_bilinear(taps[0].reshape(b, grid, grid, e), side, side)
         projected = constrain(self.mask_projector(jnp.stack(taps, axis=1)), SCALES)
         return ImageFeatures(
-            tokens=self.image_projector(seen.reshape(b, side**2, e)),
+            tokens=self.image_projector(resized.reshape(b, side**2, e)),
             token_valid=image_token_valid(valid, side),
             maps=self.pixel_decoder.features(projected.reshape(b, len(taps), grid, grid, -1)),
         )
 
     def normalise(self, image: Num[Array, "b y x 3"], image_hw: Int[Array, "b 2"]) -> Array:
-        """u8 RGB to the compute dtype: (x - mean) / std on 0..255, zero outside the picture.
+        """Normalise u8 RGB: (x - mean) / std on 0..255 in the compute dtype, zero in the padding.
 
-        Padding is zero *after* normalisation (the mean colour). Float images pass as they are.
+        Padding is zero *after* normalisation (the mean colour). Float images are only cast.
         """
         dtype = jnp.dtype(self.config.dtype)
         if image.dtype != jnp.uint8:
@@ -99,46 +101,47 @@ class PixelLM(nnx.Module):
     def embed(
         self, tokens: Int[Array, "b t"], image_tokens: Float[Array, "b i d"]
     ) -> Float[Array, "b t d"]:
-        """Embeddings of ids; the image positions (negative ids) take the image tokens in order."""
+        """Embed ids; the image positions (negative ids) take the image tokens in order."""
         text = self.language_model.embed(tokens).astype(image_tokens.dtype)
-        seen = jnp.take_along_axis(image_tokens, _image_rank(tokens, image_tokens)[..., None], 1)
-        return jnp.where((tokens < 0)[..., None], seen, text)
+        image = jnp.take_along_axis(image_tokens, _image_rank(tokens, image_tokens)[..., None], 1)
+        return jnp.where((tokens < 0)[..., None], image, text)
 
     def token_valid(
         self, tokens: Int[Array, "b t"], image_valid: Bool[Array, "b i"]
     ) -> Bool[Array, "b t"]:
-        """Positions that may be attended to: all text, and image positions inside the picture."""
+        """Return the positions that may be attended to: all text, and valid image positions."""
         rank = _image_rank(tokens, image_valid)
         return (tokens >= 0) | jnp.take_along_axis(image_valid, rank, axis=1)
 
     def decode_masks(
         self, states: Float[Array, "b m s k d"], maps: tuple[Float[Array, "b ... c"], ...]
     ) -> Float[Array, "b m Y X"]:
-        """States before the codebook tokens of each target -> fused mask logits, all at once."""
+        """Decode the states before the codebook tokens of each target to fused mask logits."""
         queries = self.codebook.fuse_tokens(states)
         return self.codebook.fuse_masks(self.pixel_decoder(maps, queries))
 
 
 def visibility(segment: Int[Array, "b t"], valid: Bool[Array, "b t"]) -> Bool[Array, "b t u"]:
-    """Who sees whom in a packed sequence: earlier valid positions of the prefix and one's own part.
+    """Return the attention mask of packed sequences, [b t u]: position t attends to u.
 
-    Padding (segment -1) is seen by nobody; it sees the prefix, so that its softmax is finite.
+    A token attends to earlier valid positions of the prefix and of its own conversation. Nothing
+    attends to padding (segment -1); padding attends to the prefix, so that its softmax is finite.
     """
     length = segment.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
-    own = segment[:, :, None] == segment[:, None, :]
+    same = segment[:, :, None] == segment[:, None, :]
     prefix = (segment == 0)[:, None, :]
-    seen = (valid & (segment >= 0))[:, None, :]
-    return causal & (own | prefix) & seen
+    not_padding = (valid & (segment >= 0))[:, None, :]
+    return causal & (same | prefix) & not_padding
 
 
 def gather_states(
     hidden: Float[Array, "b t d"], index: Int[Array, "b m s k"]
 ) -> Float[Array, "b m s k d"]:
-    """The states at the given sequence positions.
+    """Gather the states at the given sequence positions.
 
-    Indices of empty target slots may be anything: outside the sequence they take its first or last
-    state, because the NaN that JAX would put there ruins the gradient of every other target.
+    Empty target slots may have any index. One out of range is clipped: the NaN that JAX would
+    return by default would spoil the gradient of every other target.
     """
     index_in_row = index.reshape(index.shape[0], -1, 1)
     flat = jnp.take_along_axis(hidden, index_in_row, axis=1, mode="clip")
@@ -146,5 +149,5 @@ def gather_states(
 
 
 def _image_rank(tokens: Int[Array, "b t"], image: Array) -> Array:
-    """For image positions, which of the image's tokens stands there."""
+    """Return, for image positions, the index of the image token at each."""
     return jnp.clip(jnp.cumsum(tokens < 0, axis=1) - 1, 0, image.shape[1] - 1)

@@ -1,7 +1,7 @@
-"""Weights as small integers: each has the bytes of its integer, and few scales beside.
+"""Weight-only quantisation to 8 or 4 bits: integers with one scale per group of inputs.
 
-Only weights are rounded; what is computed with them stays in the compute dtype. In decoding every
-weight is read once per pass, so fewer bytes are less time where memory is the limit.
+Only weights are rounded; activations keep the compute dtype. Decoding reads every weight once per
+step, so fewer bytes save time where memory bandwidth is the limit.
 """
 
 from __future__ import annotations
@@ -19,27 +19,30 @@ from pixellm_jax.model.layers import Projection, parameter
 Bits = Literal[8, 4]
 
 GROUP = 64
-"""Inputs that share a scale in 4 bits; in 8 bits all inputs of an output do."""
+"""Number of inputs that share a scale with 4 bits; with 8 bits all inputs of an output do."""
 
 
 class QuantizedProjection(nnx.Module):
-    """A projection without bias whose weight is `values * scale`, symmetric around zero.
+    """Projection without bias whose weight is `values * scale`, symmetric around zero.
 
-    scale: the largest size of a group over 127 (8 bits) or 7 (4 bits); its first axis counts groups
-    of inputs, the others are the outputs.
+    Attributes:
+        values: integers, in the shape of the weight.
+        scale: the largest magnitude of a group, over 127 (8 bits) or 7 (4 bits); its first axis
+            counts groups of inputs, the others are the outputs.
     """
 
     def __init__(self, projection: Projection, bits: Bits) -> None:
         if projection.bias is not None or projection.lora is not None:
             raise InputError("only projections without bias, and with LoRA merged, are quantized")
-        weight, names = projection.weight[...], projection.weight.get_metadata()["axes"].split()
+        weight = projection.weight[...]
+        names = projection.weight.get_metadata()["axes"].split()
         self.inputs = projection.inputs
         outputs = weight.shape[self.inputs :]
         size = weight[..., *([0] * len(outputs))].size
         groups = size // GROUP if bits == 4 and size % GROUP == 0 else 1
         flat = weight.astype(jnp.float32).reshape(groups, size // groups, *outputs)
-        most = 2 ** (bits - 1) - 1
-        scale = jnp.maximum(jnp.abs(flat).max(axis=1), 1e-30) / most
+        max_value = 2 ** (bits - 1) - 1
+        scale = jnp.maximum(jnp.abs(flat).max(axis=1), 1e-30) / max_value
         values = jnp.round(flat / scale[:, None]).astype(jnp.int8 if bits == 8 else jnp.int4)
         self.values = parameter(values.reshape(weight.shape), " ".join(names))
         self.scale = parameter(scale, " ".join([names[0], *names[self.inputs :]]))
@@ -47,7 +50,7 @@ class QuantizedProjection(nnx.Module):
     def __call__(
         self, x: Float[Array, "..."], key: Key[Array, ""] | None = None
     ) -> Float[Array, "..."]:
-        """As `Projection`; `key` is not used."""
+        """Project x, like `Projection`; `key` is not used."""
         values, scale = self.values[...], self.scale[...]
         groups, outputs = scale.shape[0], scale.shape[1:]
         if groups == 1:
@@ -60,7 +63,7 @@ class QuantizedProjection(nnx.Module):
 
 
 def quantize(layer: LanguageBlock, bits: Bits) -> None:
-    """Replaces the projections of a layer, in place."""
+    """Quantise the projections of a layer, in place."""
     for name, projection in list(vars(layer).items()):
         if isinstance(projection, Projection):
             setattr(layer, name, QuantizedProjection(projection, bits))

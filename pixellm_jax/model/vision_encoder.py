@@ -1,4 +1,4 @@
-"""Vision encoder: CLIP ViT with two (or more) tapped hidden states and a key mask for padding."""
+"""Vision encoder: CLIP ViT with one tapped hidden state per scale and a key mask for padding."""
 
 from __future__ import annotations
 
@@ -25,46 +25,46 @@ WIDTH = "batch sequence vision"
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x * sigmoid(1.702 x), CLIP's activation."""
+    """Return x * sigmoid(1.702 x), CLIP's activation."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
 def patch_valid(image_hw: Int[Array, "b 2"], config: VisionConfig) -> Bool[Array, "b y x"]:
-    """A patch is valid if its top left pixel lies inside the fitted picture."""
+    """Return which patches are valid: those whose top left pixel is inside the fitted image."""
     corner = config.patch * jnp.arange(config.grid)
     rows, columns = (corner < image_hw[:, axis, None] for axis in (0, 1))
     return rows[:, :, None] & columns[:, None, :]
 
 
 def image_token_valid(valid: Bool[Array, "b y x"], side: int) -> Bool[Array, "b i"]:
-    """Validity of the language model's image tokens: nearest sampling of the patch grid."""
+    """Return the validity of the language model's image tokens: the nearest patch of the grid."""
     nearest = jnp.arange(side) * valid.shape[1] // side
     return valid[:, nearest][:, :, nearest].reshape(len(valid), -1)
 
 
 def resize_positions(table: Float[Array, "position e"], config: VisionConfig) -> Array:
-    """Brings the stored position table (side^2 + 1 rows) to the grid of the canvas.
+    """Resize the stored position table (side^2 + 1 rows) to the grid of the canvas.
 
-    "correct": row 0 is the class position, the rest is the grid. "released": the last row is taken
+    "correct": row 0 is the class position, the rest is the grid. "released": the last row counts
     as the class position and the rows before it as the grid, and the class position stays at the
-    end, although the class token is row 0 of the sequence: everything is one row off. The released
-    weights were trained and are run that way.
+    end, although the class token is row 0 of the sequence: everything is off by one row. The
+    released weights were trained that way and need it.
     """
     at_end = config.position_resize == "released"
-    grid, own = (table[:-1], table[-1:]) if at_end else (table[1:], table[:1])
+    grid, class_row = (table[:-1], table[-1:]) if at_end else (table[1:], table[:1])
     grid = grid.reshape(config.table, config.table, -1)
     if config.grid != config.table:
         grid = resize_bilinear(grid, config.grid, config.grid)
     grid = grid.reshape(config.grid**2, -1)
-    return jnp.concatenate([grid, own] if at_end else [own, grid])
+    return jnp.concatenate([grid, class_row] if at_end else [class_row, grid])
 
 
 def initial_positions(config: VisionConfig) -> Float[Array, "position e"]:
-    """Sines and cosines of rows and columns, zero for the class token: trained from there.
+    """Initialise the position table: 2-D sine-cosine codes, zero for the class token.
 
-    Of the size of the patches' own features, or a model that nobody trained before would take long
-    to see where anything is: with a normal table of 1/sqrt(e), as CLIP began, it did not learn to
-    find shapes in the time in which it now does.
+    They are as large as the patch features, so that a model trained from scratch learns positions
+    early: with CLIP's initialisation, normal with 1/sqrt(e), it did not learn to locate
+    shapes in the same time.
     """
     count = config.width // 4
     frequency = 100.0 ** (-jnp.arange(count) / count)
@@ -76,7 +76,7 @@ def initial_positions(config: VisionConfig) -> Float[Array, "position e"]:
 
 
 class VisionBlock(nnx.Module):
-    """Pre-norm transformer layer."""
+    """Pre-norm transformer layer: x += attention(norm(x)); x += MLP(norm(x))."""
 
     def __init__(self, key: Key[Array, ""], config: VisionConfig) -> None:
         keys = iter(jax.random.split(key, 6))
@@ -104,7 +104,7 @@ class VisionBlock(nnx.Module):
 
 
 class VisionEncoder(nnx.Module):
-    """Patches and a class token through the layers up to the deepest tap."""
+    """CLIP ViT: patches and a class token, run through the layers up to the deepest tap."""
 
     def __init__(self, key: Key[Array, ""], config: VisionConfig, *, remat: bool = True) -> None:
         self.config, self.remat = config, remat
@@ -124,17 +124,17 @@ class VisionEncoder(nnx.Module):
     def __call__(
         self, pixels: Float[Array, "b Y X 3"], valid: Bool[Array, "b y x"]
     ) -> tuple[Float[Array, "b p e"], ...]:
-        """Normalised pixels of the canvas -> patches of the tapped hidden states, scale by scale.
+        """Encode normalised pixels of the canvas; return the patches of the tapped states by scale.
 
-        `valid`: patches of the fitted picture; the others are never attended to
+        `valid`: patches of the fitted image; the others are never attended to
         (docs/reference_notes.md 6.5). The class token is dropped.
         """
         config = self.config
         b, grid, patch = pixels.shape[0], config.grid, config.patch
         blocks = pixels.reshape(b, grid, patch, grid, patch, 3)
         x = jnp.einsum("bywxzo,wzoe->byxe", blocks, self.patch[...].astype(pixels.dtype))
-        own = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (b, 1, x.shape[-1]))
-        x = jnp.concatenate([own, x.reshape(b, grid**2, -1)], axis=1)
+        class_token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (b, 1, x.shape[-1]))
+        x = jnp.concatenate([class_token, x.reshape(b, grid**2, -1)], axis=1)
         x = x + resize_positions(self.position[...], config).astype(x.dtype)
         x = constrain(self.embedding_norm(x), WIDTH)
 
