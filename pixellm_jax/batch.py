@@ -51,17 +51,20 @@ class Batch(NamedTuple):
 class Packed(NamedTuple):
     """The conversations of one image in one sequence: the shared prefix once, then each in turn.
 
-    `text.prompt.pack` makes it; `make_row` adds the image and the masks.
+    `text.prompt.pack` builds it; `make_row` adds the image and the masks.
 
-    tokens: `prompt.IMAGE_TOKEN` at every image position; 0 in the padding.
-    segment: 0 prefix, 1.. conversation, -1 padding. A token sees the prefix and its own segment.
-    position: counts through the prefix; each conversation continues from the end of the prefix.
-    loss_mask: the token is supervised, by the state before it.
-    codebook_index: sequence index of the state *before* each codebook token. The last state of the
-        prefix precedes the first token of a conversation.
-    target_conversation: segment of the target's answer; 0 where not `target_valid`.
-    kept: segment i + 1 is conversation `kept[i]` of the input.
-    dropped: number of conversations that exceeded the budget.
+    Attributes:
+        tokens: `prompt.IMAGE_TOKEN` at every image position; 0 in the padding.
+        segment: 0 prefix, 1.. conversation, -1 padding. A token attends to the prefix and to its
+            own segment.
+        position: counts through the prefix; each conversation continues from its end.
+        loss_mask: the token is supervised, at the state before it.
+        codebook_index: sequence index of the state *before* each codebook token. The last state of
+            the prefix precedes the first token of a conversation.
+        target_conversation: segment of the target's answer; 0 where not `target_valid`.
+        target_valid: the target slot is filled.
+        kept: segment i + 1 is conversation `kept[i]` of the input.
+        dropped: number of conversations that exceeded the budget.
     """
 
     tokens: Int32[np.ndarray, "t"]

@@ -1,1 +1,1 @@
-"""PyTorch checkpoints and Orbax checkpoints, converted in both directions."""
+"""Model folders on disk, and conversion between PyTorch and Orbax checkpoints."""

@@ -1,7 +1,9 @@
-"""The safetensors format: a JSON header, then the tensors one after the other.
+"""Reader of safetensors headers: finds the tensors of a file without reading their values.
 
-Eight bytes give the length of the header (little-endian); it names dtype, shape and byte range of
-every tensor. Everything in it is checked before it is believed.
+A file is the length of the header (8 bytes, little-endian), the header in JSON
+(`{name: {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}}`, offsets in bytes after the
+header) and the tensors without gaps: https://github.com/huggingface/safetensors#format. The header
+is untrusted input: every value is checked before it is used.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from pixellm_jax.weights.tensor_view import (
 )
 
 MAX_HEADER_BYTES = 100_000_000
-"""Limit of a safetensors header (the format's own) and of an index."""
+"""Maximum size of a header (the limit of the format) and of an index."""
 
 AGAIN = "download or save the file again"
 
@@ -43,10 +45,10 @@ _DTYPES: dict[str, np.dtype] = {
 
 
 def find_tensors(stream: BinaryIO) -> dict[str, TensorView]:
-    """Finds the tensors of a safetensors file by name; reads nothing but its header.
+    """Return the tensors of a safetensors file by name; only the header is read.
 
     Raises:
-        InputError: the header is damaged, or does not fit the file.
+        InputError: the header is damaged, or does not match the file.
     """
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
@@ -54,11 +56,11 @@ def find_tensors(stream: BinaryIO) -> dict[str, TensorView]:
     if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
         raise InputError(
             f"a header of {length} bytes in a file of {size}, expected that and {MAX_HEADER_BYTES} "
-            f"at most: truncated, or no safetensors file; {AGAIN}"
+            f"at most: truncated, or not a safetensors file; {AGAIN}"
         )
     header = parse_json(stream.read(length))
     if not isinstance(header, dict):
-        raise InputError(f"the header is no JSON object, expected tensors; {AGAIN}")
+        raise InputError(f"the header is not a JSON object, expected tensors; {AGAIN}")
     header.pop("__metadata__", None)
     start = 8 + length
     previous = 0
@@ -67,7 +69,7 @@ def find_tensors(stream: BinaryIO) -> dict[str, TensorView]:
     for name, (begin, end) in sorted(ranges.items(), key=lambda item: item[1]):
         if begin != previous:
             raise InputError(
-                f"tensor {shown(name)} begins at byte {start + begin}, the one before it ends at "
+                f"tensor {shown(name)} begins at byte {start + begin}, the previous one ends at "
                 f"{start + previous}, expected no overlap and no gap; {AGAIN}"
             )
         previous = end
@@ -80,14 +82,14 @@ def find_tensors(stream: BinaryIO) -> dict[str, TensorView]:
 
 
 def _byte_range(name: str, entry: Any, limit: int) -> tuple[int, int]:
-    """Check the entry of a tensor in a safetensors header and return where its bytes lie."""
+    """Check the entry of a tensor in the header and return its byte range."""
     where = f"tensor {shown(name)}"
     match entry:
         case {"dtype": str(kind), "shape": list(shape), "data_offsets": [begin, end]}:
-            proper = len(shape) <= MAX_AXES and all(map(is_size, [*shape, begin, end]))
+            well_formed = len(shape) <= MAX_AXES and all(map(is_size, [*shape, begin, end]))
         case _:
-            proper = False
-    if not proper or not is_size(math.prod(max(length, 1) for length in shape)):
+            well_formed = False
+    if not well_formed or not is_size(math.prod(max(length, 1) for length in shape)):
         raise InputError(
             f"{where} has a damaged header, expected dtype, shape and data_offsets; {AGAIN}"
         )
@@ -95,7 +97,7 @@ def _byte_range(name: str, entry: Any, limit: int) -> tuple[int, int]:
         kinds = ", ".join(_DTYPES)
         raise InputError(f"{where} has dtype {shown(kind)}, expected one of {kinds}; convert it")
     if not begin <= end <= limit:
-        raise InputError(f"{where} lies at bytes {begin} to {end} of {limit}: truncated; {AGAIN}")
+        raise InputError(f"{where} has the bytes {begin} to {end} of {limit}: truncated; {AGAIN}")
     expected = math.prod(shape) * _DTYPES[kind].itemsize
     if end - begin != expected:
         raise InputError(
@@ -105,7 +107,7 @@ def _byte_range(name: str, entry: Any, limit: int) -> tuple[int, int]:
 
 
 def parse_json(content: bytes) -> Any:
-    """Parse JSON in UTF-8 in which no object has a key twice."""
+    """Parse UTF-8 JSON; an object with a duplicate key is refused."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         unrepeated = dict(pairs)
@@ -117,9 +119,9 @@ def parse_json(content: bytes) -> Any:
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"no valid JSON, where it was expected ({error}); {AGAIN}") from error
+        raise InputError(f"expected valid JSON ({error}); {AGAIN}") from error
 
 
 def shown(value: Any) -> str:
-    """A value from a file, fit for a message: quoted and cut, or only its type."""
+    """Format a value from a file for a message: a string quoted and cut, otherwise its type."""
     return repr(value[:120]) if isinstance(value, str) else type(value).__name__

@@ -1,12 +1,8 @@
-"""Read and write the weights of a Hugging Face style folder, one tensor at a time.
+"""Hugging Face model folders: weights found by name, read one tensor at a time, and written.
 
 A folder holds `model.safetensors` or `pytorch_model.bin`, or shards of one of them
 (`model-00001-of-00002.safetensors`, ...) with an index, `model.safetensors.index.json` or
-`pytorch_model.bin.index.json`, whose `weight_map` says which shard holds which tensor.
-
-A safetensors file is the length of its header (8 bytes, little-endian), the header in JSON
-(`{name: {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}}`, in bytes after the header)
-and the tensors without gaps: https://github.com/huggingface/safetensors#format
+`pytorch_model.bin.index.json`, whose `weight_map` maps each tensor to its shard.
 """
 
 from __future__ import annotations
@@ -37,24 +33,30 @@ _COMPLETE = "download the complete folder again"
 
 @dataclass(frozen=True, kw_only=True)
 class LazyTensor:
-    """A tensor that is still on disk.
+    """A tensor on disk.
 
-    `dtype` is `ml_dtypes.bfloat16` for bfloat16. The first element lies at byte `position` of
-    `file`; `strides` count elements, one per axis.
+    Example:
+        tensors = open_folder(Path("clip-vit-large-patch14-336"))
+        tensors["vision_model.post_layernorm.bias"].read()  # f32[1024]
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
+    """`ml_dtypes.bfloat16` for bfloat16."""
     file: Path
     position: int
+    """Offset of the first element in the file, in bytes."""
     strides: tuple[int, ...]
+    """In elements, one per axis."""
 
     def read(self) -> np.ndarray:
         """Read the tensor into a fresh, writable, C-ordered array of `shape` and `dtype`.
 
-        Only the bytes from the first to the last element are read; no map of the file is kept.
-        Raises `InputError` if the file cannot be read or is shorter than when it was opened.
+        Only the bytes from the first to the last element are read; the file is not memory-mapped.
+
+        Raises:
+            InputError: the file cannot be read, or is shorter than when it was opened.
         """
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype)
@@ -63,13 +65,13 @@ class LazyTensor:
         try:
             with open(self.file, "rb") as stream:
                 stream.seek(self.position)
-                found = stream.readinto(span.view(np.uint8).data)
+                count = stream.readinto(span.view(np.uint8).data)
         except OSError as error:
             raise InputError(_unreadable(self.file, error)) from error
-        if found != span.nbytes:
+        if count != span.nbytes:
             raise InputError(
-                f"{self.file}: {found} bytes of tensor {shown(self.name)}, expected "
-                f"{span.nbytes}: the file was cut after it had been opened; {AGAIN}"
+                f"{self.file}: {count} bytes of tensor {shown(self.name)}, expected "
+                f"{span.nbytes}: the file was truncated after it had been opened; {AGAIN}"
             )
         if self.strides == contiguous_strides(self.shape):
             return span.reshape(self.shape)
@@ -78,17 +80,18 @@ class LazyTensor:
 
 
 def open_folder(folder: Path) -> dict[str, LazyTensor]:
-    """Find the tensors of a folder by name; only the headers of its files are read.
+    """Return the tensors of a folder by name; only the headers of its files are read.
 
-    The order of preference is safetensors, then .bin, and in each one file, shards with an index,
-    shards without one; a set with missing shards is passed over where there is a complete one.
+    The order of preference is safetensors, then .bin, and for each a single file, shards with an
+    index, shards without one. A set with missing shards is skipped if another is complete.
 
-    Raises `InputError` if the folder or one of its files is missing, incomplete or damaged, if the
-    index and its shards disagree, or if there are no tensors.
+    Raises:
+        InputError: the folder or a file is missing, incomplete or damaged, index and shards
+            disagree, or there are no tensors.
     """
     if not os.path.isdir(folder):
-        found = "a file" if os.path.exists(folder) else "nothing there"
-        raise InputError(f"{folder}: {found}, expected a folder with weights; correct the path")
+        kind = "a file" if os.path.exists(folder) else "nothing there"
+        raise InputError(f"{folder}: {kind}, expected a folder with weights; correct the path")
     problems = []
     for stem, suffix in _FAMILIES:
         try:
@@ -111,10 +114,12 @@ def open_folder(folder: Path) -> dict[str, LazyTensor]:
 
 
 def open_file(file: Path) -> dict[str, LazyTensor]:
-    """Find the tensors of one file by name; only its headers are read.
+    """Return the tensors of one file by name; only its headers are read.
 
     A file that does not end with `.safetensors` is read as an archive of `torch.save`.
-    Raises `InputError` if the file is missing, damaged or not of its kind.
+
+    Raises:
+        InputError: the file is missing, damaged or of another kind.
     """
     try:
         with open(file, "rb") as stream:
@@ -124,27 +129,29 @@ def open_file(file: Path) -> dict[str, LazyTensor]:
                 raise InputError("a Git LFS pointer, expected weights; run git lfs pull")
             if head[:5].lower() in (b"<html", b"<!doc"):
                 raise InputError(f"a web page, expected weights; {AGAIN}")
-            archive = safetensors_file if file.suffix == ".safetensors" else torch_file
-            found = archive.find_tensors(stream)
+            reader = safetensors_file if file.suffix == ".safetensors" else torch_file
+            views = reader.find_tensors(stream)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
     except OSError as error:
         raise InputError(_unreadable(file, error)) from error
-    return {name: LazyTensor(name=name, file=file, **vars(view)) for name, view in found.items()}
+    return {name: LazyTensor(name=name, file=file, **vars(view)) for name, view in views.items()}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write tensors to a safetensors file, bfloat16 included, with the metadata `format: pt`.
 
-    The file appears under its name only when it is whole: a reader never meets half of it.
-    Raises `InputError` if it cannot be written.
+    The file is written atomically: a reader never sees half of it.
+
+    Raises:
+        InputError: the file cannot be written.
     """
-    # save_file takes the memory as it lies, so anything else than C order would be scrambled.
+    # save_file ignores strides: an array that is not C-ordered would be scrambled.
     ordered = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     try:
         with whole_file(path) as made:
             made.touch()
-            mode = made.stat().st_mode  # of any new file; save_file shuts others out
+            mode = made.stat().st_mode  # save_file would remove the permissions of group and others
             safetensors.numpy.save_file(ordered, made, metadata={"format": "pt"})
             made.chmod(mode)
     except (OSError, safetensors.SafetensorError) as error:
@@ -156,7 +163,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 @dataclass(frozen=True)
 class _Weights:
-    """The files of one kind in a folder; `weight_map` is tensor -> file, empty without an index."""
+    """Files of one kind in a folder; `weight_map` maps tensor to file, empty without an index."""
 
     source: Path
     names: list[str]
@@ -176,7 +183,10 @@ def _find_weights(folder: Path, stem: str, suffix: str) -> _Weights:
 
 
 def _numbered(folder: Path, stem: str, suffix: str) -> list[str]:
-    """Return the names that shards in the folder call for: `STEM-00001-of-00003.SUFFIX`, ..."""
+    """Return the names of all shards that belong to the shards in the folder.
+
+    They have the form `STEM-00001-of-00003.SUFFIX`.
+    """
     pattern = re.compile(rf"{stem}-[0-9]{{5}}-of-([0-9]{{5}}){re.escape(suffix)}")
     counts = {match[0]: match[1] for match in map(pattern.fullmatch, os.listdir(folder)) if match}
     if not counts:
@@ -185,7 +195,7 @@ def _numbered(folder: Path, stem: str, suffix: str) -> list[str]:
     names = {f"{stem}-{number:05}-of-{last}{suffix}" for number in range(1, int(last) + 1)}
     if strays := sorted(counts.keys() - names):
         raise InputError(
-            f"{folder}: {_listed(strays)} beside shards 1 to {int(last)} of {int(last)}, expected "
+            f"{folder}: {_listed(strays)} next to shards 1 to {int(last)} of {int(last)}, expected "
             "one set; remove one of them or add an index"
         )
     return sorted(names)
@@ -208,19 +218,19 @@ def _read_index(index: Path, suffix: str) -> dict[str, str]:
         plain = isinstance(shard, str) and PureWindowsPath(shard).name == shard
         if not plain or not shard.endswith(suffix):
             raise InputError(
-                f"{index}: tensor {shown(name)} lies in {shown(shard)}, expected a plain name of "
-                f"a {suffix} file; put the shards beside the index and correct the name"
+                f"{index}: tensor {shown(name)} is in {shown(shard)}, expected the plain name of "
+                f"a {suffix} file; put the shards next to the index and correct the name"
             )
     return weight_map
 
 
 def _merge(weights: _Weights, shards: dict[str, dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
-    """Join the tensors of the files, and report together all in which files and index disagree."""
+    """Join the tensors of the files; report all contradictions of files and index together."""
     tensors: dict[str, LazyTensor] = {}
     problems: dict[str, list[str]] = {"in two files": []}
-    for held in shards.values():
-        problems["in two files"] += sorted(tensors.keys() & held.keys())
-        tensors |= held
+    for shard_tensors in shards.values():
+        problems["in two files"] += sorted(tensors.keys() & shard_tensors.keys())
+        tensors |= shard_tensors
     if weights.weight_map:
         problems["named by the index and not in their shard"] = [
             f"{name} ({shard})"
@@ -230,9 +240,9 @@ def _merge(weights: _Weights, shards: dict[str, dict[str, LazyTensor]]) -> dict[
         problems["in a shard and not named by the index"] = sorted(
             tensors.keys() - weights.weight_map.keys()
         )
-    found = [f"{len(names)} {what}: {_listed(names)}" for what, names in problems.items() if names]
-    if found:
-        report = f"expected each tensor once, found {'; '.join(found)}"
+    faults = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]
+    if faults:
+        report = f"expected each tensor once, found {'; '.join(faults)}"
         raise InputError(f"{weights.source}: {report}; {_COMPLETE}")
     if not tensors:
         raise InputError(f"{weights.source}: no tensors, expected weights; {_COMPLETE}")

@@ -394,7 +394,7 @@ def absolute_path_in_index(model: Path, clip: Path) -> list[str]:
 def index_that_is_no_json(model: Path, clip: Path) -> list[str]:
     shards(model)
     (model / "model.safetensors.index.json").write_text("<html>not found</html>")
-    return ["model.safetensors.index.json", "no valid JSON"]
+    return ["model.safetensors.index.json", "expected valid JSON"]
 
 
 def missing_config(model: Path, clip: Path) -> list[str]:

@@ -196,11 +196,11 @@ def test_write_failure_leaves_nothing(tmp_path, monkeypatch):
         ({"w": entry(0, 8, [2]), "v": entry(4, 12, [2])}, b"123456789012", "no overlap"),
         ({"w": entry(0, 4, [1]), "v": entry(8, 12, [1])}, b"123456789012", "no gap"),
         (b'{"w": {}, "w": {}}', b"", "'w' twice"),
-        (b"[]", b"", "no JSON object"),
-        (b"{", b"", "no valid JSON"),
-        (b"[" * 100_000, b"", "no valid JSON"),
-        (b'{"w": ' + b"9" * 5000 + b"}", b"", "no valid JSON"),
-        (b"\xff\xfe", b"", "no valid JSON"),
+        (b"[]", b"", "not a JSON object"),
+        (b"{", b"", "expected valid JSON"),
+        (b"[" * 100_000, b"", "expected valid JSON"),
+        (b'{"w": ' + b"9" * 5000 + b"}", b"", "expected valid JSON"),
+        (b"\xff\xfe", b"", "expected valid JSON"),
         ({}, b"", "no tensors"),
     ],
 )
@@ -292,12 +292,12 @@ def test_shards_without_index(tmp_path):
     (tmp_path / ONE).unlink()
     assert "1 of 2 shards" in (line := message(open_folder, tmp_path)) and ONE in line
     split(tmp_path, {"model-00001-of-00003.safetensors": ["a"]})
-    assert f"'{TWO}' beside shards 1 to 3" in message(open_folder, tmp_path)
+    assert f"'{TWO}' next to shards 1 to 3" in message(open_folder, tmp_path)
 
 
 def test_numbered_from_zero_is_refused(tmp_path):
     split(tmp_path, {ONE: ["a"], TWO: ["b"], "model-00000-of-00002.safetensors": ["c"]})
-    assert "'model-00000-of-00002.safetensors' beside" in message(open_folder, tmp_path)
+    assert "'model-00000-of-00002.safetensors' next to shards" in message(open_folder, tmp_path)
 
 
 def test_safetensors_are_preferred_if_complete(tmp_path):
@@ -340,14 +340,14 @@ def test_index_entry_must_be_a_plain_name(tmp_path, shard):
     inside.mkdir()
     split(inside, {}, {"w": shard})
     line = message(open_folder, inside)
-    assert "tensor 'w' lies in" in line and "index.json" in line and "correct the name" in line
+    assert "tensor 'w' is in" in line and "index.json" in line and "correct the name" in line
 
 
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        ("", "no valid JSON"),
-        ("[" * 50_000, "no valid JSON"),
+        ("", "expected valid JSON"),
+        ("[" * 50_000, "expected valid JSON"),
         ("[]", "no weight_map"),
         ('{"weight_map": []}', "no weight_map"),
         ('{"weight_map": {}}', "no weight_map"),
