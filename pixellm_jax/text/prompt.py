@@ -1,7 +1,7 @@
-"""Conversation -> token ids, loss mask and codebook positions; and conversations -> one sequence.
+"""Prompts: conversation templates, encoding to ids with a loss mask, and sequence packing.
 
-Ids are those of the written conversation as a whole, but what is supervised, and what belongs to
-an answer, comes from the messages and never from searching the text: a user may type `</s>` or
+A conversation is encoded as one text, but which tokens are supervised, and which belong to an
+answer, follows from the messages and never from searching the text: a user may type `</s>` or
 `ASSISTANT:`. Every non-empty answer is supervised together with its `</s>`, nothing else is.
 """
 
@@ -19,25 +19,31 @@ from pixellm_jax.benchmark_question import IMAGE
 from pixellm_jax.text.vocabulary import IM_END, IM_START, Vocabulary
 
 IMAGE_TOKEN = -200
-"""Stands for an image in ids; in packed sequences it is repeated at every image position."""
+"""Id that represents an image; in packed sequences it is repeated at every image position."""
 
 _Part = tuple[str, bool]  # text; supervised
 
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """How a conversation is written: `opening`, then turns of labelled user and assistant.
+    """Conversation template: an opening, then turns of user and assistant.
 
-    A message stands between the two strings of `first_question`, `question` or `answer`; an empty
-    one leaves them out too, so that a prompt ends in the assistant's label.
+    An empty message is written without the strings around it, so that a prompt ends with the label
+    of the assistant.
     """
 
     opening: str = ""
+    """Text before the first turn."""
     user: str = ""
+    """Label of a question."""
     assistant: str = ""
+    """Label of an answer."""
     first_question: tuple[str, str]
+    """Strings before and after the first question."""
     question: tuple[str, str]
+    """Strings before and after any other question."""
     answer: tuple[str, str]
+    """Strings before and after an answer."""
 
 
 LLAVA_V1 = Template(
@@ -51,7 +57,7 @@ LLAVA_V1 = Template(
     question=(" ", " "),
     answer=(" ", "</s>"),
 )
-r"""Of the released models: `... USER: <image>\nWhere? ASSISTANT: There.</s>USER: ...`."""
+r"""Template of the released models: `... USER: <image>\nWhere? ASSISTANT: There.</s>USER: ...`."""
 
 LLAVA_LLAMA_2 = Template(
     first_question=(
@@ -63,7 +69,7 @@ LLAVA_LLAMA_2 = Template(
     question=("<s>[INST] ", " [/INST]"),
     answer=(" ", " </s>"),
 )
-r"""`[INST] <<SYS>>...<</SYS>>\n\n<image>\nWhere? [/INST] There. </s><s>[INST] ...`."""
+r"""LLaMA 2: `[INST] <<SYS>>...<</SYS>>\n\n<image>\nWhere? [/INST] There. </s><s>[INST] ...`."""
 
 PLAIN = Template(
     user="USER:",
@@ -78,11 +84,13 @@ TEMPLATES = {"llava_v1": LLAVA_V1, "llava_llama_2": LLAVA_LLAMA_2, "plain": PLAI
 
 
 class EncodedConversation(NamedTuple):
-    """A conversation in ids, with one `IMAGE_TOKEN` per image.
+    """A conversation as ids, with one `IMAGE_TOKEN` per image.
 
-    loss_mask: the token is supervised.
-    codebook: index in `ids` of each codebook token of each target, that is of each complete,
-        ordered group inside an answer.
+    Attributes:
+        ids: token ids.
+        loss_mask: the token is supervised.
+        codebook: index in `ids` of each codebook token of each target. A target is a complete,
+            ordered group of codebook tokens inside an answer.
     """
 
     ids: Int32[np.ndarray, "t"]
@@ -93,10 +101,11 @@ class EncodedConversation(NamedTuple):
 def encode_conversation(
     vocabulary: Vocabulary, template: Template, messages: Sequence[str], *, images: int = -1
 ) -> EncodedConversation:
-    r"""Encodes questions and answers in turn, a question first.
+    r"""Encode alternating questions and answers.
 
-    Every `<image>` in a question (from 0 on, only the first `images`) stands for an image and gets
-    `<im_start>` and `<im_end>` around it. An answer "" is left open: a prompt, not supervised.
+    Every `<image>` in a question (or the first `images` of them, unless that is -1) represents an
+    image and is enclosed in `<im_start>` and `<im_end>`. An empty answer makes the conversation a
+    prompt; it is not supervised.
 
         ["<image>\nWhere is the cup?", "It is [SEG0] [SEG1]."]
         ->  <s> ... "▁USER" ":" <im_start> -200 <im_end> "▁Where" ... "▁ASSISTANT" ":"
@@ -107,10 +116,11 @@ def encode_conversation(
     """
     if len(messages) % 2 or not messages:
         raise ValueError(f"found {len(messages)} messages, expected questions and answers in pairs")
-    ids, supervised = [vocabulary.bos], [False]
+    ids = [vocabulary.bos]
+    supervised = [False]
     for number, parts in enumerate(_stretches(template, messages, images)):
-        found, owners = vocabulary.encode_parts([text for text, _ in parts])
-        ids += [IMAGE_TOKEN] * bool(number) + found
+        stretch, owners = vocabulary.encode_parts([text for text, _ in parts])
+        ids += [IMAGE_TOKEN] * bool(number) + stretch
         supervised += [False] * bool(number) + [parts[owner][1] for owner in owners]
     array, loss_mask = np.asarray(ids, np.int32), np.asarray(supervised, bool)
     codebook = vocabulary.find_groups(array)
@@ -125,10 +135,13 @@ def question_ids(
     image_tokens: int,
     history: Sequence[str] = (),
 ) -> Int32[np.ndarray, "t"]:
-    """Ids of a prompt about one image, which takes `image_tokens` positions.
+    """Return the ids of a prompt about one image, which takes `image_tokens` positions.
 
-    `history` holds the earlier questions and answers in turn. The image is put in front of the
-    first question; an `<image>` that the user typed is text. Raises as `encode_conversation`.
+    The image comes before the first question; an `<image>` typed by the user is text. `history`:
+    earlier questions and answers, alternating.
+
+    Raises:
+        ValueError: `history` does not consist of pairs.
     """
     first, *others = *history, question, ""
     ids = encode_conversation(vocabulary, template, [f"{IMAGE}\n{first}", *others], images=1).ids
@@ -169,11 +182,11 @@ def pack(
     length: int | None = None,
     targets: int | None = None,
 ) -> Packed:
-    """Packs the conversations of one image, whose common beginning is kept only once.
+    """Pack the conversations of one image into one sequence that holds their prefix only once.
 
-    The prefix ends with the `<im_end>` after the image (text without an image shares the start
-    token). Given a budget of positions (`length`) or of `targets`, the arrays are padded to it, and
-    a conversation that does not fit any more is left out as a whole, targets included.
+    The prefix ends with the `<im_end>` after the image (conversations without an image share the
+    start token). With a budget of positions (`length`) or of `targets`, the arrays are padded to
+    it, and a conversation that exceeds it is dropped as a whole, with its targets.
 
         prefix P of 3, conversations A of 2 and B of 4, length 10
         ->  tokens    P P P A A B B B B 0
@@ -181,30 +194,33 @@ def pack(
             position  0 1 2 3 4 3 4 5 6 0
 
     Raises:
-        ValueError: no conversation, an image that is not the only one or comes after an answer,
-            prefixes that differ, or a budget that is shorter than the prefix.
+        ValueError: no conversation, more than one image, an image after an answer, prefixes that
+            differ, or a budget shorter than the prefix.
     """
     prefix, *others = map(_prefix, conversations)
     skip = len(prefix)
     if not all(np.array_equal(prefix, other) for other in others):
-        raise ValueError("conversations that begin differently cannot share a sequence")
+        raise ValueError("conversations with different prefixes cannot share a sequence")
     head = expand_images(prefix, image_tokens)
     if length is not None and length < len(head):
         raise ValueError(f"a budget of {length} positions: the prefix alone takes {len(head)}")
     parts = [(head, np.zeros_like(head), np.arange(len(head)), np.zeros(len(head), bool))]
-    indices, owners = [conversations[0].codebook[:0]], list[int]()
-    kept, start = list[int](), len(head)
+    indices = [conversations[0].codebook[:0]]
+    owners: list[int] = []
+    kept: list[int] = []
+    start = len(head)
     for number, (ids, loss_mask, codebook) in enumerate(conversations):
-        own = np.arange(len(ids) - skip)
-        fits = length is None or start + len(own) <= length
+        offsets = np.arange(len(ids) - skip)
+        fits = length is None or start + len(offsets) <= length
         if not fits or (targets is not None and len(owners) + len(codebook) > targets):
             continue
         kept.append(number)
-        parts.append((ids[skip:], 0 * own + len(kept), own + len(head), loss_mask[skip:]))
+        segment = np.full_like(offsets, len(kept))
+        parts.append((ids[skip:], segment, offsets + len(head), loss_mask[skip:]))
         before = start + codebook - skip - 1
         indices.append(np.where(before < start, len(head) - 1, before))
         owners += [len(kept)] * len(codebook)
-        start += len(own)
+        start += len(offsets)
     tokens, segments, positions, masks = map(np.concatenate, zip(*parts, strict=True))
     return Packed(
         tokens=_pad(tokens, length, 0),
@@ -220,7 +236,7 @@ def pack(
 
 
 def _stretches(template: Template, messages: Sequence[str], images: int) -> Iterator[list[_Part]]:
-    """The written conversation, cut where an image stands."""
+    """Yield the text of a conversation, split at the images."""
     parts = [(template.opening, False)]
     for turn, (question, answer) in enumerate(zip(messages[::2], messages[1::2], strict=True)):
         before, after = template.question if turn else template.first_question
