@@ -156,7 +156,7 @@ def load_model(
     """Load a model; parameters keep the dtype they are stored in.
 
     Example:
-        model = load_model(Path("pixellm-7b"), dtype="bfloat16")
+        >>> model = load_model(Path("pixellm-7b"), dtype="bfloat16")
 
     Args:
         folder: checkpoint, as `pixellm convert` or a training writes it.
