@@ -246,7 +246,7 @@ def render_block(block: str) -> str:
     return block + "\n"
 
 
-def render_code(text: str, language: str = "python") -> str:
+def render_code(text: str, language: str = "py") -> str:
     """Return a fenced block."""
     return f"```{language}\n{text}\n```\n"
 

@@ -106,7 +106,7 @@ def released_recipe(size: str) -> Recipe:
     """
     data = DataConfig(batch=160, length=1024, targets=32, workers=8)
     validation = dataclasses.replace(
-        data, families=(FamilyConfig(weight=1.0, datasets=("reasonseg/val",)),), batch=16, seed=1
+        data, families=(FamilyConfig(weight=1.0, datasets=("ReasonSeg/val",)),), batch=16, seed=1
     )
     return Recipe(
         model=SIZES[size],
