@@ -80,3 +80,30 @@ def test_no_file_cites_notes_outside_the_repository():
 )
 def test_finds_citations(text, numbers):
     assert cited_numbers(text) == numbers
+
+
+def test_architecture_lists_the_files_of_every_room():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    sections = {
+        folder: set(re.findall(r"^\| `(\w+\.py)` \|", section, re.M))
+        for folder, section in re.findall(r"^### `([\w/]+)/`(.*?)(?=^##)", text, re.M | re.S)
+    }
+    folders = [path.parent for path in MODULES if path.name == "__init__.py"]
+    for folder in folders:
+        name = str(folder.relative_to(ROOT))
+        if name.startswith("tests") or name == "pixellm_jax/cli":
+            continue  # one sub-command per file
+        files = {path.name for path in folder.glob("*.py") if not path.name.startswith("__")}
+        assert sections.get(name, set()) == files, f"docs/architecture.md, {name}: correct the table"
+    assert sections.keys() >= {"pixellm_jax", "pixellm_jax/model", "data_pipeline/storage"}
+
+
+def test_architecture_names_files_that_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+/[\w/]+\.py)`", text))
+    missing = [
+        name
+        for name in named
+        if not (ROOT / name).is_file() and not (ROOT / "pixellm_jax" / name).is_file()
+    ]
+    assert missing == []
