@@ -94,7 +94,7 @@ def test_architecture_lists_the_files_of_every_room():
         if name.startswith("tests") or name == "pixellm_jax/cli":
             continue  # one sub-command per file
         files = {path.name for path in folder.glob("*.py") if not path.name.startswith("__")}
-        assert sections.get(name, set()) == files, f"docs/architecture.md, {name}: correct the table"
+        assert sections.get(name, set()) == files, f"correct the table of {name}"
     assert sections.keys() >= {"pixellm_jax", "pixellm_jax/model", "data_pipeline/storage"}
 
 
