@@ -1,1 +1,1 @@
-"""From a request (image and question) to an answer (text and masks)."""
+"""Inference: a request (image and question) -> a completion (ids) -> an answer (text, masks)."""

@@ -125,7 +125,7 @@ def check_question(question: str) -> None:
         InputError: it is empty, or holds bytes that are not text.
     """
     if not question.strip():
-        raise InputError("the question is empty; ask something about the picture")
+        raise InputError("the question is empty; ask something about the image")
     if any("\ud800" <= letter <= "\udfff" for letter in question):
         raise InputError(f"the question {question[:80]!a} is not UTF-8; encode it as such")
 

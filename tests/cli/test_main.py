@@ -22,10 +22,10 @@ from PIL import Image
 from pycocotools import mask as coco
 
 import pixellm_jax.cli.convert as convert_command
-from pixellm_jax.cli import segment
 from pixellm_jax.cli.main import COMMANDS as COMMAND_TABLE
 from pixellm_jax.cli.main import main
-from pixellm_jax.inference.predictor import Answer
+from pixellm_jax.inference.answer import Answer
+from pixellm_jax.inference.answer_files import write_answer
 from tests.support.tiny_checkpoint import change_json, read_tensors, write_tensors
 
 ROOT = Path(__file__).parents[2]
@@ -155,7 +155,7 @@ def test_many_and_empty_masks_are_written(tmp_path):
         masks[i, i : i + 3, 2 * i : 2 * i + 4] = True
     text = "The dög is [SEG]."
     answer = made_answer(text, masks, [(4, 7)] * 12)
-    targets = segment.write_answer(tmp_path, answer, noise(), Path("a.jpg"), "¿Qué?")
+    targets = write_answer(tmp_path, answer, noise(), Path("a.jpg"), "¿Qué?")
     record = json.loads((tmp_path / "answer.json").read_text(encoding="utf-8"))
     assert record["targets"] == targets
     assert record["question"] == "¿Qué?"
@@ -168,7 +168,7 @@ def test_many_and_empty_masks_are_written(tmp_path):
 
 def test_answer_without_targets_is_written(tmp_path):
     answer = made_answer("Nothing.", np.zeros((0, 20, 30), bool), [])
-    assert segment.write_answer(tmp_path, answer, noise(), Path("a.jpg"), "What?") == []
+    assert write_answer(tmp_path, answer, noise(), Path("a.jpg"), "What?") == []
     assert json.loads((tmp_path / "answer.json").read_text())["targets"] == []
     with Image.open(tmp_path / "overlay.png") as image:
         assert image.mode == "RGB"
@@ -295,7 +295,7 @@ def folder_image(folder: Path) -> Path:
         (text_image, "is not an image that Pillow knows", "convert it"),
         (elongated_image, "1 x 1000 pixels is too elongated", "crop the image"),
         (empty_image, "is an empty file", "download it again"),
-        (folder_image, "no pictures in this folder", "name a file"),
+        (folder_image, "contains no images", "name an image"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
