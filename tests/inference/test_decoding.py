@@ -1,4 +1,4 @@
-"""The device functions: decoding writes in place, and one plain batch is the same as the engine."""
+"""Device functions: decoding updates the cache in place and writes only new positions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def model(varied):
 
 
 def drawn(model, seed: int) -> DecodeState:
-    """Rows in the middle of an answer, with noise in the cache."""
+    """A state in the middle of decoding, with noise in the cache."""
     draw, config = np.random.default_rng(seed), model.config.language
     cache = jax.tree.map(
         lambda leaf: jnp.asarray(draw.standard_normal(leaf.shape, np.float32)),
@@ -53,8 +53,8 @@ def copied(rows: DecodeState) -> DecodeState:
 
 
 @pytest.mark.parametrize("jump_forward", [False, True])
-def test_a_step_moves_nothing_but_what_it_writes(model, varied, jump_forward):
-    """The cache is updated in place: beside it a step needs far less memory than one copy of it."""
+def test_a_step_copies_neither_cache_nor_weights(model, varied, jump_forward):
+    """The cache is updated in place: a step needs far less extra memory than a copy of it."""
     group = varied.vocabulary.group if jump_forward else ()
     rows = drawn(model, 0)
     compiled = decoding.decode.lower(
@@ -82,7 +82,7 @@ def test_a_step_moves_nothing_but_what_it_writes(model, varied, jump_forward):
     assert any(operation in ("dot", "fusion", "custom-call") for _, operation in made)
 
 
-def test_only_running_rows_change_and_only_at_their_places(model, varied):
+def test_a_step_writes_only_new_positions_of_running_rows(model, varied):
     before = drawn(model, 1)
     after, passes = decoding.decode(
         model.language_model, copied(before), np.int32(1), stop=-1, group=()
@@ -99,8 +99,8 @@ def test_only_running_rows_change_and_only_at_their_places(model, varied):
         assert [np.flatnonzero(row).tolist() for row in changed] in ([[2], [3], []], [[], [3], []])
 
 
-def test_insert_overwrites_a_row_whole(model):
-    """Behind the fresh row there is nothing left of the old one, which may have been NaN."""
+def test_insert_overwrites_the_whole_row(model):
+    """Nothing of the old row, which may be NaN, is left behind the new one."""
     old = drawn(model, 2)
     old = old._replace(cache=jax.tree.map(lambda leaf: leaf * jnp.nan, old.cache))
     fresh = decoding.resize(drawn(model, 3), np.asarray([1, 0]), capacity=128)
@@ -125,7 +125,7 @@ def test_resize_keeps_chosen_rows_and_frees_the_others(model):
     assert decoding.resize(rows, np.asarray([0]), capacity=128).valid.shape == (1, 128)
 
 
-def test_decoding_stops_where_a_cache_is_full_and_where_too_few_rows_run(model, varied):
+def test_decoding_returns_when_a_cache_is_full_or_too_few_rows_run(model, varied):
     rows = drawn(model, 5)._replace(max_new_tokens=jnp.asarray([8, 4, 8]))
     stop = {"stop": -1, "group": ()}
     full = copied(rows)._replace(prompt_length=jnp.asarray([CAPACITY - 3, 17, 101]))

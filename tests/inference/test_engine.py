@@ -1,4 +1,4 @@
-"""The engine: batched is one by one, jump-forward is plain, nothing is lost, little is compiled."""
+"""Engine: batched and jump-forward decoding equal plain decoding, with few compilations."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def error(found, wanted) -> float:
 
 
 def assert_same(found: Completion, wanted: Completion) -> None:
-    """Ids exactly, numbers within `TOLERANCE`; the passes are told by the caller."""
+    """Equal ids, and numbers within `TOLERANCE`; the caller compares the numbers of steps."""
     np.testing.assert_array_equal(found.tokens, wanted.tokens)
     assert found.finish_reason == wanted.finish_reason
     np.testing.assert_array_equal(found.targets.codebook_index, wanted.targets.codebook_index)
@@ -53,7 +53,7 @@ def model(varied):
 
 @pytest.fixture(scope="module")
 def pictures(varied) -> list[tuple[np.ndarray, tuple[int, int]]]:
-    """Noise of several shapes on the canvas."""
+    """Noise images of several shapes on the canvas."""
     draw, canvas = np.random.default_rng(0), varied.model.config.vision.canvas
     shapes = [(50, 70), (90, 40), (64, 64), (30, 110), (112, 112)]
     return [fit(draw.integers(0, 256, (*hw, 3), np.uint8), canvas) for hw in shapes]
@@ -61,7 +61,7 @@ def pictures(varied) -> list[tuple[np.ndarray, tuple[int, int]]]:
 
 @pytest.fixture(scope="module")
 def ask(varied, pictures):
-    """A question in words about a picture."""
+    """Returns a function that makes a request about an image."""
 
     def ask(words: str, picture: int = 0, **options) -> Request:
         tokens = question_ids(
@@ -83,13 +83,13 @@ def questions(ask) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def engines() -> list[Engine]:
-    """All that `engine` made."""
+    """All engines that the fixture `engine` made."""
     return []
 
 
 @pytest.fixture(scope="module")
 def engine(varied, model, engines):
-    """An engine of this file's config, changed where asked."""
+    """Returns a function that makes an engine with `CONFIG` and the given changes."""
 
     def engine(**changes) -> Engine:
         config = dataclasses.replace(CONFIG, **changes)
@@ -101,7 +101,7 @@ def engine(varied, model, engines):
 
 @pytest.fixture(scope="module")
 def alone(engine, questions, varied) -> list[Completion]:
-    """Every question by itself, token by token; codebook tokens only in groups."""
+    """Completions of single requests by plain decoding; codebook tokens occur only in groups."""
     one = engine(max_batch=1, jump_forward=False)
     results = [result for question in questions for _, result in one.generate([question])]
     for result in results:
@@ -114,14 +114,14 @@ def alone(engine, questions, varied) -> list[Completion]:
 # Identity
 
 
-def test_the_questions_show_all_that_can_happen(alone):
+def test_requests_cover_all_outcomes(alone):
     assert {result.finish_reason for result in alone} == {"stop", "length"}
     assert {len(result.targets.codebook_index) for result in alone} >= {0, 1, 2, 3}
     assert len({result.tokens.tobytes() for result in alone}) > 10
 
 
-def test_an_answer_is_what_the_whole_model_says_given_the_answer(varied, questions, alone):
-    """Cached decoding = one teacher-forced pass: ids, probabilities, states and masks."""
+def test_cached_decoding_equals_a_teacher_forced_pass(varied, questions, alone):
+    """Ids, probabilities, hidden states and masks are equal."""
     length, slots = 256, 4
     rows = [i for i, result in enumerate(alone) if len(result.targets.codebook_index) >= 2][:3]
     assert len(rows) == 3
@@ -155,7 +155,7 @@ def test_an_answer_is_what_the_whole_model_says_given_the_answer(varied, questio
             assert error(result.targets.mask_logits[m], said.mask_logits[row, m]) < TOLERANCE
 
 
-def test_batched_is_one_by_one_and_jump_forward_is_plain(engine, questions, alone):
+def test_batched_and_jump_forward_decoding_equal_plain_decoding(engine, questions, alone):
     group = 6
     ways = {"plain": False, "one by one": True, "at once": True}
     for way, jump_forward in ways.items():
@@ -175,7 +175,7 @@ def test_batched_is_one_by_one_and_jump_forward_is_plain(engine, questions, alon
         assert together.num_steps < sum(result.num_steps for result in alone) / 2
 
 
-def test_a_budget_that_ends_in_a_group_cuts_it_as_plain_decoding_does(engine, questions, alone):
+def test_a_limit_inside_a_group_truncates_it_as_in_plain_decoding(engine, questions, alone):
     number = next(i for i, result in enumerate(alone) if len(result.targets.codebook_index))
     start = int(alone[number].targets.codebook_index[0, 0, 0])
     budgets = range(start + 1, start + 9)
@@ -192,7 +192,7 @@ def test_a_budget_that_ends_in_a_group_cuts_it_as_plain_decoding_does(engine, qu
             assert error(found.targets.mask_logits, wanted) < TOLERANCE
 
 
-def test_groups_are_complete_where_plain_decoding_breaks_them(varied, model, ask, engine):
+def test_jump_forward_completes_groups_that_plain_decoding_breaks(varied, model, ask, engine):
     broken = jax.tree.map(lambda leaf: leaf, model)
     head, group = broken.language_model.head, varied.vocabulary.group
     head.set_value(jnp.asarray(head[...]).at[group[3]].set(0.0))  # never said by itself
@@ -215,7 +215,7 @@ def test_groups_are_complete_where_plain_decoding_breaks_them(varied, model, ask
 # Scheduling
 
 
-def test_a_picture_is_read_once_for_all_its_questions(engine, questions, monkeypatch):
+def test_an_image_is_encoded_once_for_all_its_requests(engine, questions, monkeypatch):
     read = Counter()
 
     def counted(counter, function, *arguments, **options):
@@ -231,14 +231,14 @@ def test_a_picture_is_read_once_for_all_its_questions(engine, questions, monkeyp
     assert read["encode"] == 5
 
 
-def test_more_pictures_than_are_kept_are_read_again(engine, questions, alone):
+def test_evicted_images_are_encoded_again(engine, questions, alone):
     few = engine(image_cache_size=1)
     results = dict(few.generate(questions[::4] * 2))
     for i, result in results.items():
         assert_same(result, alone[4 * (i % 5)])
 
 
-def test_other_questions_of_the_same_shapes_compile_nothing(engine, questions):
+def test_other_requests_of_the_same_shapes_compile_nothing(engine, questions):
     list(engine().generate(questions))
     again = engine()
     results = list(again.generate(reversed(questions)))
@@ -246,8 +246,8 @@ def test_other_questions_of_the_same_shapes_compile_nothing(engine, questions):
     assert not again.counter.compiled
 
 
-def test_programs_are_as_many_as_buckets(engine, questions, engines):
-    """Over all that this file does with one config: compilations do not grow with questions."""
+def test_compilations_are_bounded_by_buckets(engine, questions, engines):
+    """Compilations of all engines of this file do not grow with the number of requests."""
     list(engine().generate(questions))
     compiled = sum((one.counter.compiled for one in engines), Counter())
     rows, lengths, capacities, prefixes, fast = {1, 4}, {32, 64}, {128, 256}, {128}, {0, 1}
@@ -257,8 +257,8 @@ def test_programs_are_as_many_as_buckets(engine, questions, engines):
     assert compiled["decode_masks"] <= 1
 
 
-def test_questions_may_come_at_any_time(engine, questions, alone):
-    """Here one more is added after every step, and some are dropped."""
+def test_requests_join_and_leave_at_any_step(engine, questions, alone):
+    """One request is added after every step, and some are aborted."""
     late, numbers, results = engine(steps_per_sync=3), {}, {}
     for number, question in enumerate(questions[:12]):
         numbers[late.add_request(question)] = number
@@ -274,8 +274,8 @@ def test_questions_may_come_at_any_time(engine, questions, alone):
     assert late.step() == []
 
 
-def test_rows_that_ended_cost_nothing(engine, questions, alone):
-    """A batch becomes smaller as soon as it can: the last row ends alone, with its own answer."""
+def test_the_batch_shrinks_when_rows_finish(engine, questions, alone):
+    """The last row finishes in a batch of one, with an unchanged answer."""
     sizes, shrinking = [], engine(jump_forward=False)
     order = sorted(range(len(alone)), key=lambda i: len(alone[i].tokens))
     chosen = [order[0], order[1], order[2], order[-1]]
@@ -295,7 +295,7 @@ def test_rows_that_ended_cost_nothing(engine, questions, alone):
         assert_same(results[ticket], alone[i])
 
 
-def test_dropping_everything_leaves_an_engine_that_works(engine, questions, alone):
+def test_an_engine_works_after_all_requests_are_aborted(engine, questions, alone):
     stopped = engine(steps_per_sync=1)
     tickets = [stopped.add_request(question) for question in questions[:6]]
     stopped.step()
@@ -307,8 +307,8 @@ def test_dropping_everything_leaves_an_engine_that_works(engine, questions, alon
     assert_same(result, alone[0])
 
 
-def test_a_lone_question_after_a_batch_does_not_pay_for_the_batch(engine, questions):
-    """There is room in a pass for the ids of one row's target, not for those of four rows."""
+def test_a_single_request_after_a_batch_uses_a_batch_of_one(engine, questions):
+    """One step fits the group of one row, but not the groups of four rows."""
     fresh, used = engine(max_tokens_per_step=6), engine(max_tokens_per_step=6)
     list(used.generate(questions))
     ((_, wanted),) = fresh.generate(questions[:1])
@@ -334,7 +334,7 @@ def test_the_cache_grows_with_long_answers(engine, questions, alone, monkeypatch
 # Streams and conversations
 
 
-def test_a_stream_tells_text_as_it_comes_and_masks_with_their_group(
+def test_a_stream_yields_text_at_once_and_masks_with_their_group(
     engine, questions, alone, monkeypatch
 ):
     monkeypatch.setattr(module, "STREAM_STEPS_PER_SYNC", 1)
@@ -357,7 +357,7 @@ def test_a_stream_tells_text_as_it_comes_and_masks_with_their_group(
     assert_same(parts[-1], wanted)
 
 
-def test_a_question_that_follows_is_the_whole_conversation_read_anew(engine, questions, ask):
+def test_a_follow_up_equals_the_whole_conversation_prefilled(engine, questions, ask):
     first, second = (
         ask("dog image")._replace(keep_context=True),
         np.asarray([40, 50, 60, 70], np.int32),
@@ -377,7 +377,7 @@ def test_a_question_that_follows_is_the_whole_conversation_read_anew(engine, que
 # Drawing
 
 
-def test_a_draw_depends_on_its_seed_and_not_on_the_batch(engine, questions, alone):
+def test_sampling_depends_on_the_seed_and_not_on_the_batch(engine, questions, alone):
     warm = [question._replace(temperature=1.0, seed=3) for question in questions[:6]]
     together = dict(engine().generate([*warm, *questions[6:]]))
     for number, question in enumerate(warm[:3]):
@@ -410,8 +410,8 @@ def test_an_answer_ends_at_the_end_of_the_context(engine, questions, alone, monk
     assert result.finish_reason == "length"
 
 
-def test_numbers_that_are_not_finite_harm_no_other_row(varied, model, questions, alone, ask):
-    """One embedding is NaN: only questions with this word are harmed, whoever had their row."""
+def test_non_finite_values_do_not_affect_other_rows(varied, model, questions, alone, ask):
+    """One embedding is NaN: only requests with its token fail, and reused rows are clean."""
     damaged = jax.tree.map(lambda leaf: leaf, model)
     word = questions[0].tokens[-3]
     unharmed = [
@@ -434,7 +434,7 @@ def test_numbers_that_are_not_finite_harm_no_other_row(varied, model, questions,
 
 
 def test_a_hundred_targets(varied, model, ask, monkeypatch):
-    """The head of the first codebook token answers to the last one: target after target."""
+    """The head makes the first codebook token follow the last one: target after target."""
     eager = jax.tree.map(lambda leaf: leaf, model)
     language, group = eager.language_model, varied.vocabulary.group
     last = language.embedding[...][group[-1]]

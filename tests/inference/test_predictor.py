@@ -1,4 +1,4 @@
-"""The model for people: any picture in, upright masks out, and one line for what cannot be."""
+"""Predictor: any image in, upright masks out, one-line errors."""
 
 from __future__ import annotations
 
@@ -31,22 +31,23 @@ QUESTION = "Please segment the dog."
 
 
 def picture(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """A smooth picture that is no mirror image of itself."""
+    """A smooth image that is not its own mirror image."""
     y, x = np.mgrid[:height, :width]
     waves = np.stack([np.sin(y / 7 + x / 31), np.cos(x / 11), np.sin(y / 13 - x / 5)], axis=-1)
     return (127.5 + 127.5 * waves).astype(np.uint8)
 
 
 def assert_same(found: Answer, expected: Answer) -> None:
-    """To the bit: the same programs ran."""
+    """Compare bit for bit: the same programs ran."""
     for name, value in expected._asdict().items():
         np.testing.assert_array_equal(getattr(found, name), value, err_msg=name)
 
 
 def assert_alike(found: Answer, expected: Answer) -> None:
-    """The same text; masks but for pixels on the edge of zero, where sums in another order decide.
+    """Compare text exactly, masks except pixels whose logit is almost 0.
 
-    In float32 the logits differ by about 1e-5; one pixel in a thousand is this near to zero.
+    Sums in another order change float32 logits by about 1e-5; one pixel in a thousand is this
+    near to zero.
     """
     assert (found.text, found.finish_reason) == (expected.text, expected.finish_reason)
     np.testing.assert_array_equal(found.markers, expected.markers)
@@ -58,7 +59,7 @@ def assert_alike(found: Answer, expected: Answer) -> None:
 
 
 def assert_proper(answer: Answer, height: int, width: int) -> None:
-    """What holds for every answer."""
+    """Check the invariants of every answer."""
     count = len(answer.masks)
     assert answer.masks.shape == (count, height, width) and answer.masks.dtype == np.bool_
     for name in ("scores", "presence"):
@@ -80,7 +81,7 @@ def answer(predictor) -> Answer:
     return predictor(picture(), QUESTION)
 
 
-def test_answer_about_a_made_picture(answer):
+def test_answer_about_a_synthetic_image(answer):
     assert answer.text == "It is [SEG]."
     assert answer.complete
     assert len(answer.masks) == 1
@@ -144,16 +145,14 @@ def cmyk(file, rgb):
 
 
 @pytest.mark.parametrize("write", [grey, grey16, rgba, palette, cmyk], ids=lambda f: f.__name__)
-def test_every_mode_is_read_as_what_one_sees(predictor, tmp_path, write):
+def test_every_image_mode_is_read_as_displayed(predictor, tmp_path, write):
     file = tmp_path / "picture.png"
     seen = write(file, picture())
     assert_same(predictor(file, QUESTION), predictor(seen, QUESTION))
 
 
 @pytest.mark.parametrize(("orientation", "turn"), [(3, 2), (6, 1), (8, 3)])
-def test_picture_turned_by_its_exif_data_is_the_upright_one(
-    predictor, answer, tmp_path, orientation, turn
-):
+def test_exif_orientation_is_applied(predictor, answer, tmp_path, orientation, turn):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     stored = Image.fromarray(np.rot90(picture(), turn).copy())
@@ -178,7 +177,7 @@ def test_picture_of_unusual_size_gets_masks_of_its_size(predictor, size):
     ],
     ids=["elongated", "float", "empty", "missing"],
 )
-def test_picture_that_cannot_be_answered_about_is_one_line(predictor, source, named):
+def test_an_unusable_image_is_a_one_line_error(predictor, source, named):
     with pytest.raises(InputError, match=named) as caught:
         predictor(source, QUESTION)
     assert "\n" not in str(caught.value)
@@ -196,7 +195,7 @@ def test_question_longer_than_the_context_is_refused(predictor):
         predictor(picture(), "segment the dog " * 900)
 
 
-def test_question_of_bytes_that_are_no_text_is_refused(predictor):
+def test_question_that_is_not_utf8_is_refused(predictor):
     with pytest.raises(InputError, match=r"'caf\\udce9\?' is not UTF-8"):
         predictor(picture(), b"caf\xe9?".decode("utf-8", "surrogateescape"))
 
@@ -252,7 +251,7 @@ def test_compute_dtype_of_the_released_models_works(tiny):
 # Many questions
 
 
-def test_batch_keeps_the_order_and_is_one_by_one(varied):
+def test_batch_keeps_the_order_and_equals_single_calls(varied):
     predictor = Predictor(varied.model, varied.vocabulary, max_new_tokens=40, max_batch=4)
     pairs = [
         (picture(*size), words)
@@ -269,7 +268,7 @@ def test_batch_keeps_the_order_and_is_one_by_one(varied):
     assert predictor.batch([]) == []
 
 
-def test_a_pair_that_cannot_be_answered_harms_no_other(predictor, answer):
+def test_an_unusable_pair_does_not_affect_others(predictor, answer):
     pairs = [(picture(), QUESTION), ("no/such.jpg", QUESTION), (picture(), " "), (picture(), "Hm?")]
     found = dict(predictor.each(pairs))
     assert sorted(found) == [0, 1, 2, 3]
@@ -281,7 +280,7 @@ def test_a_pair_that_cannot_be_answered_harms_no_other(predictor, answer):
         predictor.batch(pairs)
 
 
-def test_pairs_are_read_as_they_are_answered(predictor):
+def test_pairs_are_read_lazily(predictor):
     read = []
 
     def pairs():
@@ -313,7 +312,7 @@ def test_answers_are_made_after_the_main_thread_has_ended(predictor, answer):
     assert_alike(predictor(picture(), QUESTION), answer)
 
 
-def test_several_threads_may_ask(predictor, answer):
+def test_several_threads_share_a_predictor(predictor, answer):
     found: dict[int, Answer] = {}
 
     def ask(number: int) -> None:
@@ -330,7 +329,7 @@ def test_several_threads_may_ask(predictor, answer):
     assert len(found) == 12
 
 
-def test_an_answer_that_nobody_waits_for_may_be_cancelled(predictor, answer):
+def test_a_future_can_be_cancelled(predictor, answer):
     futures = [predictor.submit(picture(), QUESTION) for _ in range(40)]
     cancelled = [future for future in futures[1::2] if future.cancel()]
     assert cancelled
@@ -363,8 +362,8 @@ def test_a_stream_ends_in_the_answer(varied):
         predictor.stream(picture(), "")
 
 
-def test_a_conversation_is_its_whole_text_read_anew(predictor):
-    """The tiny model answers with ids that are those of its text, so both can be compared."""
+def test_a_chat_equals_its_whole_text_prefilled(predictor):
+    """The tiny model's ids equal the ids of its text, so that both can be compared."""
     talk = predictor.chat(picture())
     questions = ["Where is the dog?", "And the image?", "Is it in this?"]
     answers = [talk(question) for question in questions]
@@ -390,7 +389,7 @@ def test_a_conversation_is_its_whole_text_read_anew(predictor):
 
 
 @pytest.mark.parametrize("budget", range(3, 11))
-def test_a_conversation_goes_on_after_an_answer_that_was_cut_off(predictor, budget):
+def test_a_chat_continues_after_a_truncated_answer(predictor, budget):
     short = Predictor(predictor.model, predictor.vocabulary, max_new_tokens=budget)
     talk = short.chat(picture())
     first = talk("Where is the dog?")
@@ -400,7 +399,7 @@ def test_a_conversation_goes_on_after_an_answer_that_was_cut_off(predictor, budg
     assert talk("And now?").text == "It is [SEG]."
 
 
-def test_a_conversation_refuses_what_a_question_may_not_be(predictor):
+def test_a_chat_refuses_unusable_questions(predictor):
     talk = predictor.chat(picture())
     talk("Where is the dog?")
     with pytest.raises(InputError, match="the question is empty"):
@@ -414,12 +413,12 @@ def test_a_conversation_refuses_what_a_question_may_not_be(predictor):
 @pytest.mark.parametrize(
     "draw", [{"seed": np.int32(-5)}, {"seed": np.uint8(200)}, {"top_p": 1e-50}, {"seed": 2**70}]
 )
-def test_a_draw_may_be_any_number_in_its_range(predictor, draw):
+def test_extreme_sampling_parameters_are_accepted(predictor, draw):
     answer = predictor(picture(), QUESTION, temperature=1e-3, **draw)
     assert answer.finish_reason in ("stop", "length") and answer.num_tokens > 1
 
 
-def test_a_draw_is_the_same_for_the_same_seed(varied):
+def test_sampling_is_reproducible_by_seed(varied):
     predictor = Predictor(varied.model, varied.vocabulary, max_new_tokens=40, max_batch=4)
     texts = [predictor(picture(), "dog", temperature=1.0, seed=seed).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
@@ -431,7 +430,7 @@ def test_a_draw_is_the_same_for_the_same_seed(varied):
 
 
 def result(predictor: Predictor, logits: np.ndarray) -> Completion:
-    """An answer of nothing but targets with these logits."""
+    """A completion of targets only, with these mask logits."""
     group, count = list(predictor.vocabulary.group), len(logits)
     index = np.arange(count * len(group), dtype=np.int32).reshape(count, 2, 3)
     chance = np.linspace(0.1, 0.9, count * len(group) + 1, dtype=np.float32)
@@ -455,7 +454,7 @@ def result(predictor: Predictor, logits: np.ndarray) -> Completion:
         {"seed": 0.5},
     ],
 )
-def test_a_draw_of_no_token_is_refused(predictor, draw):
+def test_invalid_sampling_parameters_are_refused(predictor, draw):
     ((name, value),) = draw.items()
     talk = predictor.chat(picture())
     for ask in (partial(predictor.submit, picture()), partial(predictor.stream, picture()), talk):
@@ -463,8 +462,8 @@ def test_a_draw_of_no_token_is_refused(predictor, draw):
             ask(QUESTION, **draw)
 
 
-def test_scores_and_what_is_kept(predictor):
-    """Empty, unsure, sure and damaged masks, with and without a least score."""
+def test_scores_and_kept_masks(predictor):
+    """Empty, uncertain, certain and non-finite masks, with and without a minimum score."""
     side = predictor.config.mask_grid
     logits = np.stack([np.full((side, side), value) for value in (-1.0, 0.1, 3.0, np.nan)])
     said = result(predictor, logits)
@@ -519,7 +518,7 @@ def test_weights_that_are_not_finite_are_named(tiny):
 
 
 def test_weights_on_a_mesh_give_the_same_answers(tiny, predictor, answer):
-    """Two devices share the heads, the MLP and the vocabulary: sums in another order."""
+    """Heads, MLP and vocabulary are sharded over two devices: sums in another order."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=2), jax.devices()[:2])
     spread = Predictor.load(tiny.jax, max_new_tokens=12, max_batch=4, mesh=mesh)
     key = spread.model.language_model.layers[0].key.weight[...]

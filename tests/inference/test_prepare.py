@@ -1,4 +1,4 @@
-"""Models made ready: nothing changed but the form, little lost in few bits, the same on a mesh."""
+"""Prepared models: equal outputs, small quantisation error, the same on a mesh."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def logits(varied, tokens) -> np.ndarray:
     return np.asarray(jax.jit(run)(prepare_for_inference(varied.model).language_model, tokens))
 
 
-def test_the_model_that_is_served_stays_as_it_is(varied):
+def test_the_original_model_is_not_changed(varied):
     before = flat(varied.model)
     config = dataclasses.replace(varied.model.config, dtype="bfloat16")
     half = jax.tree.map(lambda leaf: leaf, varied.model)
@@ -68,9 +68,7 @@ def test_the_model_that_is_served_stays_as_it_is(varied):
         np.testing.assert_array_equal(after[name], value)
 
 
-def test_a_model_that_is_used_up_gives_the_same_and_is_never_there_twice(
-    varied, tokens, logits, monkeypatch
-):
+def test_consuming_a_model_gives_equal_results_in_less_memory(varied, tokens, logits, monkeypatch):
     model = jax.tree.map(jnp.copy, varied.model)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
     most = max(leaf.nbytes for leaf in jax.tree.leaves(model.language_model.layers))
@@ -85,7 +83,7 @@ def test_a_model_that_is_used_up_gives_the_same_and_is_never_there_twice(
 
 
 def live_bytes() -> int:
-    """Of all arrays on the devices."""
+    """Bytes of all arrays on the devices."""
     return sum(array.nbytes for array in jax.live_arrays())
 
 
@@ -147,7 +145,7 @@ def test_values_are_the_nearest_of_their_group(shape, axes, inputs, bits):
 
 
 @pytest.mark.parametrize(("weights", "most"), [("int8", 0.03), ("int4", 0.4)])
-def test_few_bits_change_little(varied, tokens, logits, weights, most):
+def test_quantisation_changes_logits_little(varied, tokens, logits, weights, most):
     found = np.asarray(
         jax.jit(run)(prepare_for_inference(varied.model, weights=weights).language_model, tokens)
     )

@@ -1,4 +1,4 @@
-"""Drawing tokens: by hand, by frequency, and by row."""
+"""Token sampling: by hand, by frequency, and by row."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_nucleus_by_hand(top_p, kept):
     assert np.flatnonzero(found[0]).tolist() == list(kept)
 
 
-def test_equally_likely_tokens_go_together():
+def test_equally_likely_tokens_stay_together():
     found = nucleus(jnp.zeros((1, 4)), jnp.asarray([0.3]))
     assert np.asarray(found).all()
 
@@ -63,7 +63,7 @@ def test_frequencies_are_the_probabilities(temperature, top_p):
     assert (frequency[wanted == 0] == 0).all()
 
 
-def test_a_draw_is_that_of_its_seed_and_number_in_any_batch():
+def test_sampling_depends_on_seed_and_index_in_any_batch():
     rows = 200
     drawn = [
         jax.jit(sample_tokens)(logits(rows), sampling(rows, 1.0), numbers(rows, i)) for i in (0, 1)

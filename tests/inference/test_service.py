@@ -1,4 +1,4 @@
-"""An engine behind a thread: bounded, tidy after errors, and gone when there is nothing to do."""
+"""Service: a bounded queue, a thread only while there is work, recovery after errors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def question(predictor) -> Request:
 
 @contextlib.contextmanager
 def held(service: Service):
-    """What is submitted inside starts when the block ends."""
+    """Start the requests that are submitted in the block when the block ends."""
     service._start = lambda: None
     try:
         yield
@@ -53,7 +53,7 @@ def held(service: Service):
 
 
 def wait_for_rest(service: Service) -> None:
-    """Until the thread has gone."""
+    """Wait until the engine thread has ended."""
     for _ in range(2000):
         if service._thread is None:
             return
@@ -61,7 +61,7 @@ def wait_for_rest(service: Service) -> None:
     raise AssertionError("the thread is still there")
 
 
-def test_the_thread_is_there_only_while_it_is_needed(service, question):
+def test_the_thread_exists_only_while_there_is_work(service, question):
     assert service._thread is None
     assert service.submit(question).result().finish_reason == "stop"
     wait_for_rest(service)
@@ -79,13 +79,13 @@ def test_the_queue_is_bounded(service, question):
     assert [future.result().finish_reason for future in futures] == ["stop"] * 3
 
 
-def test_questions_submitted_together_are_read_together(service, engine, question):
+def test_requests_submitted_together_are_prefilled_together(service, engine, question):
     results = [future.result() for future in service.submit_all([(question, unchanged)] * 3)]
     wait_for_rest(service)
     assert engine.num_steps == 1 + results[0].num_steps - 1
 
 
-def test_more_than_the_queue_holds_may_be_submitted_at_once(service, question):
+def test_more_requests_than_the_queue_holds_can_be_submitted(service, question):
     found = []
 
     def submit() -> None:
@@ -102,8 +102,8 @@ def test_more_than_the_queue_holds_may_be_submitted_at_once(service, question):
     assert found == ["stop"] * 27
 
 
-def test_a_waiting_question_takes_the_place_of_one_that_ended(predictor, question):
-    """As many passes as where the engine knows all questions from the start."""
+def test_a_waiting_request_takes_the_row_of_a_finished_one(predictor, question):
+    """The number of steps equals that of an engine that knows all requests from the start."""
     config = EngineConfig(max_batch=2, max_new_tokens=12)
     questions = [question._replace(max_new_tokens=1 + 5 * i % 7) for i in range(16)]
     engines = [Engine(predictor.model, predictor.vocabulary, config) for _ in range(2)]
@@ -114,7 +114,7 @@ def test_a_waiting_question_takes_the_place_of_one_that_ended(predictor, questio
     assert engines[1].num_steps == engines[0].num_steps
 
 
-def test_a_thread_that_cannot_start_is_tried_again(service, question, monkeypatch):
+def test_a_failed_thread_start_is_retried(service, question, monkeypatch):
     def refuse(thread):
         raise RuntimeError("can't start new thread")
 
@@ -126,9 +126,7 @@ def test_a_thread_that_cannot_start_is_tried_again(service, question, monkeypatc
     wait_for_rest(service)
 
 
-def test_an_error_of_the_engine_reaches_all_who_wait_and_no_one_later(
-    service, engine, question, monkeypatch
-):
+def test_an_engine_error_reaches_current_requests_only(service, engine, question, monkeypatch):
     def fail():
         raise MemoryError("no room")
 
@@ -146,7 +144,7 @@ def test_an_error_of_the_engine_reaches_all_who_wait_and_no_one_later(
     assert service.submit(question).result().finish_reason == "stop"
 
 
-def test_a_question_that_does_not_fit_is_refused_alone(service, engine, question):
+def test_a_request_that_does_not_fit_fails_alone(service, engine, question):
     limit = engine.model.config.language.max_positions
     long = question._replace(tokens=np.concatenate([question.tokens, np.full(limit, 5, np.int32)]))
     with held(service):
@@ -156,7 +154,7 @@ def test_a_question_that_does_not_fit_is_refused_alone(service, engine, question
         bad.result()
 
 
-def test_what_is_cancelled_while_it_waits_is_not_answered(service, engine, question):
+def test_a_queued_request_can_be_cancelled(service, engine, question):
     with held(service):
         futures = [service.submit(question) for _ in range(3)]
         assert futures[1].cancel()
@@ -166,7 +164,7 @@ def test_what_is_cancelled_while_it_waits_is_not_answered(service, engine, quest
     wait_for_rest(service)
 
 
-def test_a_stream_that_is_left_frees_its_row(service, engine, question, monkeypatch):
+def test_closing_a_stream_frees_its_row(service, engine, question, monkeypatch):
     dropped = []
     abort = engine.abort
     monkeypatch.setattr(engine, "abort", lambda ticket: (dropped.append(ticket), abort(ticket)))

@@ -1,4 +1,4 @@
-"""Two thousand questions of every kind through one predictor, with the model of the package."""
+"""Soak test: two thousand questions of every kind through one predictor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GROWTH, LEFT = 150 << 20, 1 << 20
 
 
 def resident() -> int:
-    """Bytes of memory that this process has."""
+    """Resident memory of this process in bytes."""
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
