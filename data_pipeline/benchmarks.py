@@ -6,11 +6,12 @@ Questions are those of `transforms.compose_evaluation`: nothing is drawn.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from data_pipeline.errors import DamagedError
 from data_pipeline.example import SEG, Example
 from data_pipeline.formats.masks import decode_many, encode
 from data_pipeline.reading import Reading, Source
@@ -174,6 +175,18 @@ def read_questions(benchmark: Benchmark, root: Path, split: str, entry: Any) -> 
             )
         )
     return Questions(tuple(questions), problems)
+
+
+def question_reader(benchmark: Benchmark, root: Path, split: str) -> Callable[[Any], Questions]:
+    """Return a function that reads the questions of an entry, none if the entry is damaged."""
+
+    def read(entry: Any) -> Questions:
+        try:
+            return read_questions(benchmark, root, split, entry)
+        except DamagedError as reason:
+            return Questions((), (str(reason),))
+
+    return read
 
 
 class _One(NamedTuple):

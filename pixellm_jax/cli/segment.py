@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from pixellm_jax.config import DTYPES, MeshConfig
 from pixellm_jax.errors import InputError
-from pixellm_jax.evaluation.settings import check_settings, describe_model
+from pixellm_jax.evaluation.run_folder import check_settings, describe_model
 from pixellm_jax.files import whole_folder, write_whole
 from pixellm_jax.images.read import read_image
 from pixellm_jax.inference.answer_files import (

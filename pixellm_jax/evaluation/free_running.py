@@ -1,12 +1,13 @@
-"""Questions of a benchmark, answered by the model in its own words (mode `generated`)."""
+"""Free-running evaluation (mode "generated"): the model writes its answers to the questions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
 from pixellm_jax.benchmark_question import BenchmarkQuestion
-from pixellm_jax.evaluation.prompts import Canvases, encode_question
-from pixellm_jax.evaluation.scoring import TOO_LONG, Answered, no_masks, sound
+from pixellm_jax.evaluation.prompts import CanvasCache, encode_question
+from pixellm_jax.evaluation.record import DAMAGED, TOO_LONG
+from pixellm_jax.evaluation.scoring import Answered, empty_non_finite, no_masks
 from pixellm_jax.images.geometry import unfit
 from pixellm_jax.inference.engine import Engine
 from pixellm_jax.inference.request import Completion, Request
@@ -16,51 +17,60 @@ from pixellm_jax.text.prompt import TEMPLATES, expand_images
 from pixellm_jax.text.vocabulary import Vocabulary
 
 
-def answer_generated(
+def answer_free_running(
     engine: Engine,
     vocabulary: Vocabulary,
-    asked: Iterable[BenchmarkQuestion],
+    questions: Iterable[BenchmarkQuestion],
     watch: Stopwatch,
     left_out: dict[str, str],
 ) -> Iterator[Answered]:
-    """Asks everything through the engine; answers come in the order in which they end.
+    """Answer questions with the engine, in the order of completion.
 
-    Codebook tokens of earlier answers are part of the prompt; only new ones are targets. A prompt
-    that the model has no room for is answered by nothing. Pictures that cannot be used go into
-    `left_out`, with the reason.
+    Codebook tokens of earlier answers are part of the prompt; only new ones are targets. A question
+    whose prompt exceeds the model's positions gets an empty answer.
+
+    Args:
+        engine: the continuous-batching engine.
+        vocabulary: the vocabulary of its model.
+        questions: read ahead as the engine has capacity.
+        watch: times the activity "io".
+        left_out: receives the images that cannot be used, with the reason.
     """
     config = engine.model.config
-    canvases = Canvases(config.vision.canvas, left_out)
-    waiting: dict[int, BenchmarkQuestion] = {}
-    refused: list[Answered] = []
+    canvases = CanvasCache(config.vision.canvas, left_out)
+    pending: dict[int, BenchmarkQuestion] = {}
+    too_long: list[Answered] = []
 
-    def questions() -> Iterator[Request]:
+    def requests() -> Iterator[Request]:
         number = 0
-        for item in asked:
+        for question in questions:
             with watch("io"):
-                laid = canvases(item)
-                if laid is None:
+                canvas = canvases(question)
+                if canvas is None:
                     continue
-                ids = encode_question(vocabulary, TEMPLATES[config.template], item, "").ids
+                template = TEMPLATES[config.template]
+                ids = encode_question(vocabulary, template, question, "").ids
                 tokens = expand_images(ids, config.image_tokens)
             if len(tokens) >= config.language.max_positions:
-                refused.append(Answered(item, no_masks(item), "", TOO_LONG))
+                too_long.append(Answered(question, no_masks(question), "", TOO_LONG))
                 continue
-            waiting[number] = item
+            pending[number] = question
             number += 1
-            yield Request(tokens, *laid)
+            yield Request(tokens, *canvas)
 
-    for number, result in engine.generate(questions()):
-        yield from refused
-        refused.clear()
-        yield _answered(waiting.pop(number), result, vocabulary, config.vision.canvas)
-    yield from refused
+    for number, completion in engine.generate(requests()):
+        yield from too_long
+        too_long.clear()
+        yield _answered(pending.pop(number), completion, vocabulary, config.vision.canvas)
+    yield from too_long
 
 
 def _answered(
-    item: BenchmarkQuestion, result: Completion, vocabulary: Vocabulary, canvas: int
+    question: BenchmarkQuestion, completion: Completion, vocabulary: Vocabulary, canvas: int
 ) -> Answered:
-    reason = "damaged" if result.finish_reason == "non_finite" else result.finish_reason
-    logits, reason = sound(result.targets.mask_logits, reason)
-    text = read_answer(vocabulary, result.tokens, result.targets.codebook_index).text
-    return Answered(item, unfit(logits, item.hw, canvas), text, reason)
+    reason = completion.finish_reason
+    if reason == "non_finite":
+        reason = DAMAGED
+    logits, reason = empty_non_finite(completion.targets.mask_logits, reason)
+    text = read_answer(vocabulary, completion.tokens, completion.targets.codebook_index).text
+    return Answered(question, unfit(logits, question.hw, canvas), text, reason)

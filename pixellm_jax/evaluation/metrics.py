@@ -1,7 +1,7 @@
-"""IoU of masks in exact integers: gIoU, cIoU, and accuracy on whether there is a target at all.
+"""Mask IoU in exact integers: gIoU, cIoU, and the accuracy of target presence.
 
-Areas are counted per mask, on the device or the host; sums are integers, so that neither the order
-of the masks nor their split over batches and hosts changes a bit of a score.
+Areas are counted per mask, on the device or the host. Sums are integers, so the scores are
+independent to the bit of the order of the masks and of their split over batches and hosts.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from jaxtyping import Bool, Int, UInt8
 from pixellm_jax.images.geometry import VOID
 
 Array = Any
-"""On the host a numpy array, on the device a jax array."""
+"""A NumPy array on the host, a JAX array on the device."""
 
 IOU_UNIT = 2**40
-"""An IoU of 1, as it is summed: each IoU is rounded once, by at most 5e-13."""
+"""Fixed-point value of an IoU of 1: each IoU is rounded once, by at most 5e-13."""
 
 
 class Areas(NamedTuple):
-    """Pixels of a predicted mask, of its true mask and of what they share; void does not count."""
+    """Areas in pixels of a predicted mask, its true mask and their intersection, without void."""
 
     intersection: Int[Array, "..."]
     prediction: Int[Array, "..."]
@@ -31,10 +31,12 @@ class Areas(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over masks, Python integers.
+    """Sums over masks as Python integers.
 
-    iou: in units of 1 / IOU_UNIT. targets, no_targets: true masks with and without any pixel.
-    targets_found, no_targets_found: of these, where the prediction has pixels, and has none.
+    masks: number of masks. iou: in units of 1 / IOU_UNIT. intersection, union: in pixels.
+    targets: true masks with at least one pixel. targets_found: how many have a prediction with
+        pixels.
+    no_targets: empty true masks. no_targets_found: how many have an empty prediction.
     """
 
     masks: int = 0
@@ -48,11 +50,11 @@ class Sums(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Scores from 0 to 1, and NaN where there is nothing to divide by.
+    """Scores from 0 to 1; NaN where the denominator is zero.
 
-    giou: mean IoU of the masks. ciou: summed intersections over summed unions. t_acc, n_acc: how
-    many true masks with pixels got a prediction with pixels, and how many without got one without
-    (gRefCOCO).
+    giou: mean IoU of the masks. ciou: sum of intersections over sum of unions.
+    t_acc: share of the non-empty true masks with a non-empty prediction (gRefCOCO).
+    n_acc: share of the empty true masks with an empty prediction (gRefCOCO).
     """
 
     giou: float
@@ -62,9 +64,10 @@ class Scores(NamedTuple):
 
 
 def measure(inside: Bool[Array, "... y x"], truth: UInt8[Array, "... y x"]) -> Areas:
-    """Areas of predicted masks against true ones: 0 outside, `VOID` unknown, all else inside."""
+    """Measure predicted masks against true masks: 0 outside, `VOID` unknown, all else inside."""
     known = truth != VOID
-    inside, truth = inside & known, (truth != 0) & known
+    inside = inside & known
+    truth = (truth != 0) & known
     return Areas(*(mask.sum((-2, -1)) for mask in (inside & truth, inside, truth)))
 
 
@@ -74,17 +77,23 @@ def tally(
     valid: Bool[Array, "..."] | None = None,
     extra: Bool[Array, "..."] | None = None,
 ) -> Sums:
-    """Sums over masks, of those that are `valid` (default: all).
+    """Sum over masks.
 
-    IoU = intersection / union. Where both masks are empty, the prediction is right that there is
-    nothing: 1. An `extra` prediction (default: none), which has no true mask, is 0 even if empty.
+    IoU = intersection / union. Where both masks are empty, the prediction is correct: IoU 1.
+
+    Args:
+        areas: areas of the masks.
+        valid: masks that count; by default all.
+        extra: predictions without a true mask, whose IoU is 0 even if they are empty; by default
+            none.
     """
     valid = np.ones(np.shape(areas.truth), bool) if valid is None else np.asarray(valid)
-    asked = ~np.asarray(extra)[valid] if extra is not None else np.ones(valid.sum(), bool)
+    has_truth = ~np.asarray(extra)[valid] if extra is not None else np.ones(valid.sum(), bool)
     intersection, prediction, truth = (np.asarray(area)[valid].astype(np.int64) for area in areas)
     union = prediction + truth - intersection
-    iou = np.where(union > 0, intersection / np.maximum(union, 1), asked)
-    present, absent = asked & (truth > 0), asked & (truth == 0)
+    iou = np.where(union > 0, intersection / np.maximum(union, 1), has_truth)
+    present = has_truth & (truth > 0)
+    absent = has_truth & (truth == 0)
     counts = (
         len(union),
         np.rint(iou * IOU_UNIT).astype(np.int64).sum(),
@@ -99,22 +108,22 @@ def tally(
 
 
 def merge(*parts: Sums) -> Sums:
-    """Sums of everything: of batches, images or hosts."""
+    """Add sums of batches, images or hosts."""
     return Sums(*map(sum, zip(*parts, strict=True))) if parts else Sums()
 
 
-def merge_hosts(own: Sums) -> Sums:
-    """Sums over all hosts, on each of them; every host must call it.
+def merge_hosts(local: Sums) -> Sums:
+    """Add the sums of all hosts and return the total on each; every host must call it.
 
-    JAX carries 32 bits, so that the 64 of a sum travel as two words.
+    JAX arrays are limited to 32 bits, so each 64-bit sum is gathered as two words.
     """
-    words = np.asarray(own, np.int64).view(np.uint32)
-    everywhere = np.ascontiguousarray(multihost_utils.process_allgather(words))
-    return merge(*(Sums(*map(int, row)) for row in everywhere.view(np.int64)))
+    words = np.asarray(local, np.int64).view(np.uint32)
+    gathered = np.ascontiguousarray(multihost_utils.process_allgather(words))
+    return merge(*(Sums(*map(int, row)) for row in gathered.view(np.int64)))
 
 
 def scores(sums: Sums) -> Scores:
-    """The scores of all that was summed."""
+    """Compute the scores of sums."""
     return Scores(
         giou=_ratio(sums.iou, sums.masks * IOU_UNIT),
         ciou=_ratio(sums.intersection, sums.union),

@@ -1,4 +1,4 @@
-"""A question of a benchmark as the model takes it: ids, and its picture on the canvas."""
+"""Model input of a benchmark question: its prompt in ids, and its image on the canvas."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from pixellm_jax.text.vocabulary import Vocabulary
 def encode_question(
     vocabulary: Vocabulary, template: Template, question: BenchmarkQuestion, answer: str
 ) -> EncodedConversation:
-    """The conversation up to the question and its `answer` ("": the model is to write it).
+    """Encode a question, the turns before it, and its answer ("" if the model is to write it).
 
-    Every `[SEG]` of an answer becomes the codebook's tokens.
+    Every `[SEG]` of an answer becomes a codebook token group.
     """
     messages = [*question.messages, answer]
     for turn in range(1, len(messages), 2):
@@ -30,27 +30,31 @@ def encode_question(
     return encode_conversation(vocabulary, template, messages, images=1)
 
 
-class Canvases:
-    """Lays pictures on the canvas; that of the last question is kept for the next one.
+class CanvasCache:
+    """Reads images and fits them to the canvas; the last one is cached for the next question.
 
-    `left_out` is told of pictures that cannot be decoded or are too elongated, and why.
+    Args:
+        canvas: side of the padded square in pixels.
+        left_out: receives the images that cannot be decoded or are too elongated, with the reason.
     """
 
     def __init__(self, canvas: int, left_out: dict[str, str]) -> None:
-        self.canvas, self.left_out = canvas, left_out
+        self._canvas = canvas
+        self._left_out = left_out
         self._about = ""
-        self._laid: tuple[np.ndarray, tuple[int, int]] | None = None
+        self._cached: tuple[np.ndarray, tuple[int, int]] | None = None
 
     def __call__(
         self, question: BenchmarkQuestion
     ) -> tuple[UInt8[np.ndarray, "y x 3"], tuple[int, int]] | None:
-        """Canvas and fitted size; None if the picture is left out."""
+        """Return the canvas and the fitted (height, width); None if the image is left out."""
         if question.about != self._about:
-            self._laid, self._about = None, question.about
+            self._cached = None
+            self._about = question.about
             try:
-                with Image.open(io.BytesIO(question.image)) as image:
-                    picture = read_image(image, upright=False)
-                self._laid = fit(picture, self.canvas)
+                with Image.open(io.BytesIO(question.image)) as file:
+                    image = read_image(file, upright=False)
+                self._cached = fit(image, self._canvas)
             except InputError as error:
-                self.left_out[question.about] = str(error)
-        return self._laid
+                self._left_out[question.about] = str(error)
+        return self._cached

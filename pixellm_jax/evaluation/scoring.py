@@ -1,4 +1,4 @@
-"""An answered question -> its record: masks against masks, at the size of the annotation."""
+"""Score an answered question: its masks against the true masks, at the annotation's resolution."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from jaxtyping import Float32, Int64, UInt8
 
 from pixellm_jax.benchmark_question import BenchmarkQuestion
 from pixellm_jax.evaluation import released_metrics
-from pixellm_jax.evaluation.matching import NOBODY, match, measure_pairs
-from pixellm_jax.evaluation.record import QuestionRecord
-from pixellm_jax.evaluation.released_metrics import Question, ReleasedSums, merge
+from pixellm_jax.evaluation.matching import UNMATCHED, match, measure_pairs
+from pixellm_jax.evaluation.record import DAMAGED, QuestionRecord
+from pixellm_jax.evaluation.released_metrics import ReleasedSums, TargetMasks, merge
 from pixellm_jax.images import rle
 from pixellm_jax.images.geometry import VOID
 
-TOO_LONG = "too long"
-"""`reason` of a question whose prompt has no room in the model."""
-
 
 class Answered(NamedTuple):
-    """A question and what the model made of it.
+    """A question with the model's answer.
 
-    logits: of each target, at the size of the annotation; positive means inside.
+    question: the question. text: the answer, each target written `[SEG]`.
+    logits: mask logits of each target at the annotation's size; positive means inside.
+    reason: why the answer ended (`QuestionRecord.reason`).
     """
 
     question: BenchmarkQuestion
@@ -33,7 +32,11 @@ class Answered(NamedTuple):
 
 
 class ReleasedLine(NamedTuple):
-    """What the released code would count of a question (see `released_metrics`)."""
+    """Counts of the released code for one question (see `released_metrics`): a line of a file.
+
+    id: id of the question. iou: sum of IoUs. intersection, union: sums in pixels.
+    predictions, truths: numbers of predicted and of true masks.
+    """
 
     id: str
     iou: float
@@ -44,93 +47,97 @@ class ReleasedLine(NamedTuple):
 
 
 def no_masks(question: BenchmarkQuestion) -> Float32[np.ndarray, "m y x"]:
-    """The logits of an answer without targets."""
+    """Return the logits of an answer without targets."""
     return np.zeros((0, *question.hw), np.float32)
 
 
 def make_record(answered: Answered, *, given: bool) -> QuestionRecord:
-    """Scores an answer.
+    """Score an answer.
 
-    Where the answer was `given`, the targets are in the order of the truth. Else they are matched
-    by their masks (`matching`), after those of one region were united.
+    A `given` answer has its targets in the order of the true masks. Otherwise the targets are
+    matched to the true masks (`matching`), after the masks of a single region have been united.
     """
-    asked, logits = answered.question, answered.logits
-    if asked.united and len(logits) > 1 and not given:
+    question = answered.question
+    logits = answered.logits
+    if question.united and len(logits) > 1 and not given:
         logits = logits.max(axis=0, keepdims=True)
-    truth = _truth(asked)
-    pairs = _in_order(len(logits), len(truth)) if given else match(logits, truth)
+    truth = _truth(question)
+    pairs = _pair_in_order(len(logits), len(truth)) if given else match(logits, truth)
     areas = measure_pairs(logits > 0, truth, pairs)
-    union = areas.prediction + areas.truth - areas.intersection
-    rows = zip(pairs.tolist(), areas.intersection.tolist(), union.tolist(), strict=True)
+    unions = areas.prediction + areas.truth - areas.intersection
+    rows = zip(pairs.tolist(), areas.intersection.tolist(), unions.tolist(), strict=True)
+    recorded_pairs = tuple((_index(p), _index(t), shared, union) for (p, t), shared, union in rows)
     return QuestionRecord(
-        id=asked.id,
-        picture=asked.picture,
-        hw=asked.hw,
-        question=asked.question,
-        expected=asked.expected,
+        id=question.id,
+        picture=question.picture,
+        hw=question.hw,
+        question=question.question,
+        expected=question.expected,
         answer=answered.text,
-        groups=asked.groups,
-        truth=asked.truth,
+        groups=question.groups,
+        truth=question.truth,
         predicted=tuple(map(rle.encode, logits > 0)),
-        void=asked.void,
-        descriptions=asked.descriptions,
-        pairs=tuple((_index(p), _index(t), shared, both) for (p, t), shared, both in rows),
+        void=question.void,
+        descriptions=question.descriptions,
+        pairs=recorded_pairs,
         reason=answered.reason,
     )
 
 
 def make_released_line(answered: Answered, *, given: bool) -> ReleasedLine:
-    """Counts an answer as the released code does."""
-    asked, logits, truth = answered.question, answered.logits, _truth(answered.question)
+    """Count an answer as the released code does."""
+    logits = answered.logits
+    truth = _truth(answered.question)
     if given and len(logits) == len(truth):
         sums = released_metrics.tally_teacher_forced(logits, truth)
     else:
-        sums = released_metrics.tally_generated([Question(logits, truth)])
-    return ReleasedLine(asked.id, *sums[:3], len(logits), len(truth))
+        sums = released_metrics.tally_generated([TargetMasks(logits, truth)])
+    return ReleasedLine(answered.question.id, *sums[:3], len(logits), len(truth))
 
 
 def released_scores(lines: Iterable[ReleasedLine]) -> dict[str, float]:
-    """gIoU and cIoU as the released code prints them.
+    """Compute gIoU and cIoU as the released code prints them.
 
-    It divides the IoU of a picture by the larger one of its numbers of predictions and of targets,
-    over all its questions (docs/reference_notes.md M2); of given answers the two are the same.
+    It divides the IoU of an image by its number of predictions or its number of targets, whichever
+    is larger, over all its questions; for given answers the two numbers are equal. See
+    docs/reference_notes.md M2.
     """
-    pictures: dict[str, list[ReleasedLine]] = {}
+    images: dict[str, list[ReleasedLine]] = {}
     for line in sorted(lines):
-        pictures.setdefault(line.id.rpartition("/")[0], []).append(line)
+        images.setdefault(line.id.rpartition("/")[0], []).append(line)
     parts = []
-    for own in pictures.values():
-        weight = max(sum(line.predictions for line in own), sum(line.truths for line in own))
-        sums = merge(*(ReleasedSums(*line[1:4]) for line in own))
+    for group in images.values():
+        weight = max(sum(line.predictions for line in group), sum(line.truths for line in group))
+        sums = merge(*(ReleasedSums(*line[1:4]) for line in group))
         parts.append(sums._replace(weight=weight))
     return released_metrics.released_scores(merge(*parts))._asdict()
 
 
-def sound(
+def empty_non_finite(
     logits: Float32[np.ndarray, "m y x"], reason: str
 ) -> tuple[Float32[np.ndarray, "m y x"], str]:
-    """Empties masks of numbers that are not finite; the answer is "damaged" then."""
+    """Replace masks with non-finite logits by empty masks; the reason becomes `DAMAGED` then."""
     finite = np.isfinite(logits).all(axis=(1, 2))
     if finite.all():
         return logits, reason
-    return np.where(finite[:, None, None], logits, np.float32(-1)), "damaged"
+    return np.where(finite[:, None, None], logits, np.float32(-1)), DAMAGED
 
 
-def _truth(asked: BenchmarkQuestion) -> UInt8[np.ndarray, "j y x"]:
-    """True masks, with `VOID` at the void pixels."""
-    masks = rle.decode(asked.truth, asked.hw)
-    if asked.void is not None and len(masks):
-        masks[:, rle.decode([asked.void], asked.hw)[0] > 0] = VOID
+def _truth(question: BenchmarkQuestion) -> UInt8[np.ndarray, "j y x"]:
+    """Decode the true masks, with `VOID` at the void pixels."""
+    masks = rle.decode(question.truth, question.hw)
+    if question.void is not None and len(masks):
+        masks[:, rle.decode([question.void], question.hw)[0] > 0] = VOID
     return masks
 
 
-def _in_order(predictions: int, truths: int) -> Int64[np.ndarray, "... 2"]:
-    """The first prediction answers the first true mask, and so on; then what is left over."""
-    same = [(i, i) for i in range(min(predictions, truths))]
-    missed = [(NOBODY, i) for i in range(predictions, truths)]
-    extra = [(i, NOBODY) for i in range(truths, predictions)]
-    return np.asarray([*same, *missed, *extra], np.int64).reshape(-1, 2)
+def _pair_in_order(predictions: int, truths: int) -> Int64[np.ndarray, "... 2"]:
+    """Pair the first prediction with the first true mask, and so on; then the unmatched ones."""
+    pairs = [(i, i) for i in range(min(predictions, truths))]
+    missed = [(UNMATCHED, i) for i in range(predictions, truths)]
+    extra = [(i, UNMATCHED) for i in range(truths, predictions)]
+    return np.asarray([*pairs, *missed, *extra], np.int64).reshape(-1, 2)
 
 
 def _index(number: int) -> int | None:
-    return None if number == NOBODY else number
+    return None if number == UNMATCHED else number

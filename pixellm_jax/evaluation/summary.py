@@ -1,4 +1,4 @@
-"""Records of questions -> scores: of all, and of each of their groups."""
+"""Summarise records of questions: scores over all of them, and over each group."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from pixellm_jax.text.answer import MARKER
 
 
 class Summary(NamedTuple):
-    """Scores over questions, from 0 to 1; NaN where there is nothing to divide by.
+    """Scores over questions, from 0 to 1; NaN where the denominator is zero.
 
-    masks: true masks and extra predictions. giou, ciou, t_acc, n_acc: see `metrics.Scores`.
-    right_count: share of answers with the right number of targets. empty_right: share of questions
-    without a target that got none. same_text: share of answers that are the expected one word for
-    word, where there is one. The last three are NaN where answers were given.
+    questions: number of questions. masks: true masks and extra predictions.
+    giou, ciou, t_acc, n_acc: see `metrics.Scores`.
+    right_count: share of answers with the right number of targets.
+    empty_right: share of questions without a target whose answer has none.
+    same_text: share of answers that equal the expected answer, where there is one.
+    The last three are NaN where the answers were given.
     """
 
     questions: int
@@ -35,49 +37,50 @@ class Summary(NamedTuple):
 
 
 def tally_record(record: QuestionRecord) -> Sums:
-    """Sums of a question, from its pairs.
+    """Sum over the pairs of a question.
 
-    The areas behind intersection I and union U are the truth's T (its void pixels are left out of
-    the record) and U - T + I of the prediction.
+    From intersection I, union U and the area T of the true mask (recorded without void pixels)
+    follows the area U - T + I of the prediction.
     """
-    areas, extra = list[tuple[int, int, int]](), list[bool]()
+    areas = list[tuple[int, int, int]]()
+    extra = list[bool]()
     for _, truth, intersection, union in record.pairs:
-        inside = 0 if truth is None else area(record.truth[truth])
-        areas.append((intersection, union - inside + intersection, inside))
+        true_area = 0 if truth is None else area(record.truth[truth])
+        areas.append((intersection, union - true_area + intersection, true_area))
         extra.append(truth is None)
     table = np.asarray(areas, np.int64).reshape(-1, 3)
     return tally(Areas(*table.T), extra=np.asarray(extra, bool))
 
 
 def summarise(records: Iterable[QuestionRecord]) -> Summary:
-    """The scores of any part of the questions."""
+    """Compute the scores over questions, all or any part of them."""
     rows = list(records)
     sums = merge(*map(tally_record, rows))
-    found = scores(sums)
+    metrics = scores(sums)
     written = [row for row in rows if row.reason != GIVEN]
     counts = [(count_targets(row), len(row.truth)) for row in written]
     return Summary(
         questions=len(rows),
         masks=sums.masks,
-        giou=found.giou,
-        ciou=found.ciou,
-        t_acc=found.t_acc,
-        n_acc=found.n_acc,
+        giou=metrics.giou,
+        ciou=metrics.ciou,
+        t_acc=metrics.t_acc,
+        n_acc=metrics.n_acc,
         right_count=_share(predicted == true for predicted, true in counts),
         empty_right=_share(predicted == 0 for predicted, true in counts if true == 0),
         same_text=_share(
-            _plain(row.answer) == _plain(row.expected) for row in written if row.expected
+            _normalise(row.answer) == _normalise(row.expected) for row in written if row.expected
         ),
     )
 
 
 def count_targets(record: QuestionRecord) -> int:
-    """Targets that the answer names; more than `predicted` where these were united."""
+    """Return the number of targets in the answer, before masks were united."""
     return max(record.answer.count(MARKER), len(record.predicted))
 
 
 def group_records(records: Iterable[QuestionRecord]) -> dict[str, list[QuestionRecord]]:
-    """The questions of each group, by its name."""
+    """Return the records of each group by its name, sorted by name."""
     groups: dict[str, list[QuestionRecord]] = {}
     for record in records:
         for name in record.groups:
@@ -85,10 +88,10 @@ def group_records(records: Iterable[QuestionRecord]) -> dict[str, list[QuestionR
     return dict(sorted(groups.items()))
 
 
-def _plain(text: str) -> str:
+def _normalise(text: str) -> str:
     return " ".join(text.lower().split())
 
 
 def _share(values: Iterable[bool]) -> float:
-    found = list(values)
-    return sum(found) / len(found) if found else float("nan")
+    items = list(values)
+    return sum(items) / len(items) if items else float("nan")

@@ -1,8 +1,8 @@
-"""Questions of a benchmark with their answers in the prompt (mode `given`): masks alone count.
+"""Teacher-forced evaluation (mode "given"): the answers are in the prompt, and only masks count.
 
-So the referring numbers of the paper were made (docs/reference_notes.md 4.7). The questions
-about a picture share a sequence (`prompt.pack`), which changes no number, and many pictures share a
-batch.
+The referring numbers of the paper were produced like this (docs/reference_notes.md 4.7). The
+questions about an image share a packed sequence (`prompt.pack`), which changes no number, and
+several images share a batch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from jaxtyping import Array, Float
 from pixellm_jax.batch import Batch, Packed, make_row, stack_rows
 from pixellm_jax.benchmark_question import GIVEN, BenchmarkQuestion
 from pixellm_jax.config import ModelConfig
-from pixellm_jax.evaluation.prompts import Canvases, encode_question
-from pixellm_jax.evaluation.scoring import TOO_LONG, Answered, no_masks, sound
+from pixellm_jax.evaluation.prompts import CanvasCache, encode_question
+from pixellm_jax.evaluation.record import TOO_LONG
+from pixellm_jax.evaluation.scoring import Answered, empty_non_finite, no_masks
 from pixellm_jax.images.geometry import unfit
 from pixellm_jax.inference.compilation import CompileCounter, bucket
 from pixellm_jax.model.pixellm import PixelLM
@@ -27,15 +28,18 @@ from pixellm_jax.stopwatch import Stopwatch
 from pixellm_jax.text.prompt import TEMPLATES, EncodedConversation, pack
 from pixellm_jax.text.vocabulary import Vocabulary
 
-LENGTH, TARGETS = 1024, 32
-"""Positions and targets of a row, if no single question needs more."""
+MAX_LENGTH = 1024
+"""Positions of a packed row, unless a single question needs more."""
 
-SHORTEST, FEWEST = 128, 8
-"""The least buckets of both."""
+MAX_TARGETS = 32
+"""Targets of a packed row, unless a single question needs more."""
+
+MIN_LENGTH_BUCKET = 128
+MIN_TARGETS_BUCKET = 8
 
 
-class _Asked(NamedTuple):
-    """A question whose targets are the last `targets` ones of its conversation."""
+class _Encoded(NamedTuple):
+    """A question whose targets are the last `targets` targets of its conversation."""
 
     question: BenchmarkQuestion
     conversation: EncodedConversation
@@ -43,94 +47,101 @@ class _Asked(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """A packed row (every array without its batch axis), and the questions in it."""
+    """A packed row, every array without its batch axis, and its questions."""
 
     row: Batch
-    asked: tuple[_Asked, ...]
+    questions: tuple[_Encoded, ...]
 
 
-def answer_given(
+def answer_teacher_forced(
     model: PixelLM,
     vocabulary: Vocabulary,
-    asked: Iterable[BenchmarkQuestion],
+    questions: Iterable[BenchmarkQuestion],
     watch: Stopwatch,
     left_out: dict[str, str],
     *,
-    rows: int,
+    max_batch: int,
 ) -> Iterator[Answered]:
-    """Masks of all targets, `rows` pictures at once; what fills up the last batch is dropped.
+    """Decode the masks of all targets. Questions without a given answer have no masks.
 
-    Questions without a given answer have no masks. `left_out`: as of `answer_generated`.
+    Args:
+        model: the model.
+        vocabulary: its vocabulary.
+        questions: questions about the same image must be adjacent.
+        watch: times the activity "io".
+        left_out: receives the images that cannot be used, with the reason.
+        max_batch: images per batch; the last batch is padded to it.
     """
-    config, counter = model.config, CompileCounter()
-    canvases = Canvases(config.vision.canvas, left_out)
-    waiting: dict[tuple[int, int], list[_Row]] = {}  # by length and targets
-    for _, own in itertools.groupby(asked, lambda question: question.about):
-        ready = list[_Asked]()
-        for question in own:
+    config = model.config
+    template = TEMPLATES[config.template]
+    counter = CompileCounter()
+    canvases = CanvasCache(config.vision.canvas, left_out)
+    pending: dict[tuple[int, int], list[_Row]] = {}  # by length and targets
+    for _, group in itertools.groupby(questions, lambda question: question.about):
+        encoded = list[_Encoded]()
+        for question in group:
             with watch("io"):
                 if canvases(question) is None:
                     continue
-                template = TEMPLATES[config.template]
                 conversation = encode_question(vocabulary, template, question, question.given)
-                count = len(question.truth) if question.given else 0
+                targets = len(question.truth) if question.given else 0
                 length = len(conversation.ids) - 1 + config.image_tokens
-            if count and length <= config.language.max_positions:
-                ready.append(_Asked(question, conversation, count))
+            if targets and length <= config.language.max_positions:
+                encoded.append(_Encoded(question, conversation, targets))
                 continue
-            reason = TOO_LONG if count else GIVEN
+            reason = TOO_LONG if targets else GIVEN
             yield Answered(question, no_masks(question), question.given, reason)
-        while ready:
+        while encoded:
             with watch("io"):
-                laid = canvases(ready[0].question)
-                assert laid is not None
-                row, ready = _pack(ready, config, laid)
+                canvas = canvases(encoded[0].question)
+                assert canvas is not None
+                row, encoded = _pack(encoded, config, canvas)
             shape = len(row.row.tokens), len(row.row.target_valid)
-            waiting.setdefault(shape, []).append(row)
-            if len(waiting[shape]) == rows:
-                yield from _decode(model, counter, waiting.pop(shape), rows)
-    for rest in waiting.values():
-        yield from _decode(model, counter, rest, rows)
+            pending.setdefault(shape, []).append(row)
+            if len(pending[shape]) == max_batch:
+                yield from _decode(model, counter, pending.pop(shape), max_batch)
+    for rows in pending.values():
+        yield from _decode(model, counter, rows, max_batch)
 
 
 def _pack(
-    asked: Sequence[_Asked], config: ModelConfig, laid: tuple[np.ndarray, tuple[int, int]]
-) -> tuple[_Row, list[_Asked]]:
-    """A row of as many questions about a picture as it holds, and the others."""
-    first = asked[0].conversation
+    encoded: Sequence[_Encoded], config: ModelConfig, canvas: tuple[np.ndarray, tuple[int, int]]
+) -> tuple[_Row, list[_Encoded]]:
+    """Pack as many questions about an image as fit into a row; return the row and the rest."""
+    first = encoded[0].conversation
     packed = pack(
-        [each.conversation for each in asked],
+        [item.conversation for item in encoded],
         image_tokens=config.image_tokens,
-        length=max(LENGTH, len(first.ids) - 1 + config.image_tokens),
-        targets=max(TARGETS, len(first.codebook)),
+        length=max(MAX_LENGTH, len(first.ids) - 1 + config.image_tokens),
+        targets=max(MAX_TARGETS, len(first.codebook)),
     )
     packed = _resize(
         packed,
-        length=bucket(int((packed.segment >= 0).sum()), SHORTEST, 2),
-        targets=bucket(int(packed.target_valid.sum()), FEWEST, 2),
+        length=bucket(int((packed.segment >= 0).sum()), MIN_LENGTH_BUCKET, 2),
+        targets=bucket(int(packed.target_valid.sum()), MIN_TARGETS_BUCKET, 2),
     )
-    image, hw = laid
+    image, hw = canvas
     # The model does not read the masks.
     masks = np.zeros((len(packed.target_valid), 1, 1), np.uint8)
     row = make_row(packed, image=image, image_hw=hw, masks=masks)
     kept = set(packed.kept)
-    own = tuple(asked[number] for number in packed.kept)
-    return _Row(row, own), [each for number, each in enumerate(asked) if number not in kept]
+    rest = [item for number, item in enumerate(encoded) if number not in kept]
+    return _Row(row, tuple(encoded[number] for number in packed.kept)), rest
 
 
 def _decode(
-    model: PixelLM, counter: CompileCounter, waiting: Sequence[_Row], rows: int
+    model: PixelLM, counter: CompileCounter, rows: Sequence[_Row], max_batch: int
 ) -> Iterator[Answered]:
-    """Runs one batch; the last row stands in for those that are missing."""
-    padded = [*waiting, *[waiting[-1]] * (rows - len(waiting))]
-    batch = stack_rows([each.row for each in padded])
+    """Run one batch, padded with copies of the last row."""
+    padded = [*rows, *[rows[-1]] * (max_batch - len(rows))]
+    batch = stack_rows([item.row for item in padded])
     logits = np.asarray(counter.call(_mask_logits, model, batch))
-    for own, (row, asked) in zip(logits, waiting, strict=False):
-        for number, each in enumerate(asked, 1):
+    for row_logits, (row, questions) in zip(logits, rows, strict=False):
+        for number, item in enumerate(questions, 1):
             slots = np.flatnonzero(row.target_valid & (row.target_conversation == number))
-            found, reason = sound(own[slots[-each.targets :]], GIVEN)
-            masks = unfit(found, each.question.hw, model.config.vision.canvas)
-            yield Answered(each.question, masks, each.question.given, reason)
+            target_logits, reason = empty_non_finite(row_logits[slots[-item.targets :]], GIVEN)
+            masks = unfit(target_logits, item.question.hw, model.config.vision.canvas)
+            yield Answered(item.question, masks, item.question.given, reason)
 
 
 @jax.jit

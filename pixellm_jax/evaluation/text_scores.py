@@ -1,7 +1,6 @@
-"""Scores of answers in words alone: exact match and ROUGE-L.
+"""Scores of textual answers without masks: exact match and ROUGE-L.
 
-For data such as LLaVA-Instruct, so that a model that learns to segment and forgets to talk is seen.
-The pairs are (expected answer, model's answer).
+On data such as LLaVA-Instruct they reveal whether a model that learns to segment forgets to talk.
 """
 
 from __future__ import annotations
@@ -16,9 +15,11 @@ from pixellm_jax.text.answer import MARKER
 
 
 class TextScore(NamedTuple):
-    """An answer. exact: the same after `normalise`. rouge_l: F of ROUGE-L, 0 to 1.
+    """Scores of one answer.
 
-    words, expected_words: how many both have. marked: it points at a target, unlike the expected.
+    exact: equal to the expected answer after `normalise`. rouge_l: ROUGE-L F-measure, 0 to 1.
+    words, expected_words: numbers of words of the answer and of the expected answer.
+    marked: the answer contains a target (`[SEG]`), the expected answer does not.
     """
 
     exact: bool
@@ -29,9 +30,11 @@ class TextScore(NamedTuple):
 
 
 class TextSummary(NamedTuple):
-    """Means over answers; NaN where there are none. length: all words over all expected words.
+    """Means over answers; NaN where there are none.
 
-    marked: share of the answers that point at a target where none is expected.
+    answers: number of answers. exact, rouge_l: see `TextScore`.
+    length: number of all words over the number of all expected words.
+    marked: share of the answers with a target where none is expected.
     """
 
     answers: int
@@ -42,21 +45,23 @@ class TextSummary(NamedTuple):
 
 
 class TextScorer:
-    """Scores answers.
+    """Scores answers against expected answers.
 
-    ROUGE-L (Lin 2004) is that of the `rouge-score` package, without stemming. Its own tokens are
-    runs of ASCII letters and digits in lower case; ours are runs of any letters and digits, which
-    are the same for ASCII text and are not nothing for other scripts.
+        TextScorer().score("There are two cups.", "There are 2 cups.").exact  # True
+
+    ROUGE-L (Lin 2004) is computed by the `rouge-score` package, without stemming. The default
+    tokens of the package are runs of ASCII letters and digits in lower case; here they are runs of
+    any letters and digits, identical for ASCII text and not empty for other scripts.
 
     Raises:
-        InputError: the package is not there.
+        InputError: the `rouge-score` package is not installed.
     """
 
     def __init__(self) -> None:
         self._scorer = _rouge(_Tokens())
 
     def score(self, expected: str, answer: str) -> TextScore:
-        """The scores of one answer."""
+        """Score one answer."""
         return TextScore(
             exact=normalise(expected) == normalise(answer),
             rouge_l=float(self._scorer.score(expected, answer)["rougeL"].fmeasure),
@@ -66,12 +71,12 @@ class TextScorer:
         )
 
     def score_all(self, pairs: Iterable[tuple[str, str]]) -> list[TextScore]:
-        """The scores of each pair."""
+        """Score pairs of an expected answer and an answer."""
         return [self.score(expected, answer) for expected, answer in pairs]
 
 
 def summarise_texts(scores: Iterable[TextScore]) -> TextSummary:
-    """The scores of any part of the answers."""
+    """Summarise the scores of answers, all or any part of them."""
     rows = list(scores)
     expected = sum(row.expected_words for row in rows)
     return TextSummary(
@@ -84,9 +89,9 @@ def summarise_texts(scores: Iterable[TextScore]) -> TextSummary:
 
 
 def normalise(text: str) -> str:
-    """Text as the evaluation of VQA compares it (https://github.com/GT-Vision-Lab/VQA, vqaEval.py).
+    """Normalise text like the VQA evaluation (https://github.com/GT-Vision-Lab/VQA, vqaEval.py).
 
-    Lower case, no articles, no punctuation, number words up to ten as digits, single blanks.
+    Lower case, no articles, no punctuation, number words up to ten as digits, single spaces.
 
         "There are two cups." -> "there are 2 cups"
     """
@@ -102,13 +107,13 @@ _NUMBERS = {"none": "0"} | {
     )
 }
 _INSIDE_NUMBER = re.compile(r"(?<=\d),(?=\d)")
-# A full stop between digits is part of the number.
+# A full stop between digits belongs to the number.
 _PUNCTUATION = re.compile(r"(?!(?<=\d)\.(?=\d))[^\w\s]|_")
 _TOKEN = re.compile(r"[^\W_]+")
 
 
 class _Tokens:
-    """The tokenizer that the ROUGE scorer calls."""
+    """Tokenizer for the ROUGE scorer."""
 
     def tokenize(self, text: str) -> list[str]:
         return _TOKEN.findall(text.lower())
@@ -119,7 +124,7 @@ def _rouge(tokens: _Tokens) -> Any:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise InputError(
-            "scores of text need the rouge-score package: pip install 'pixellm_jax[text]'"
+            "text scores need the rouge-score package: pip install 'pixellm_jax[text]'"
         ) from None
     return RougeScorer(["rougeL"], tokenizer=tokens)
 

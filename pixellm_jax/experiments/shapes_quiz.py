@@ -19,7 +19,7 @@ from data_pipeline.sampling import PhiloxSampler
 from data_pipeline.sources.shapes.dataset import GeneratedExample, Shapes
 from data_pipeline.sources.shapes.questions import Question
 from pixellm_jax.errors import InputError
-from pixellm_jax.evaluation.matching import NOBODY, match
+from pixellm_jax.evaluation.matching import UNMATCHED, match
 from pixellm_jax.evaluation.metrics import Scores, Sums, measure, merge, scores, tally
 from pixellm_jax.inference.answer import Answer
 from pixellm_jax.inference.predictor import Predictor
@@ -204,17 +204,19 @@ def score_answer(scene: Scene, question: Question, answer: Answer) -> Reply:
     truth = scene.masks[list(question.targets)]
     logits = np.where(answer.masks, _CERTAIN_LOGIT, -_CERTAIN_LOGIT)
     pairs = match(logits, truth.astype(np.uint8)).tolist()
-    pairs.sort(key=lambda pair: (pair[0] == NOBODY, pair))  # in the answer's order, then missed
+    pairs.sort(key=lambda pair: (pair[0] == UNMATCHED, pair))  # in the answer's order, then missed
     empty = np.zeros((1, *scene.image.shape[:2]), bool)
     predicted, true = (
-        np.concatenate([empty, *(empty if i == NOBODY else masks[i : i + 1] for i in indices)])[1:]
+        np.concatenate([empty, *(empty if i == UNMATCHED else masks[i : i + 1] for i in indices)])[
+            1:
+        ]
         for masks, indices in (
             (answer.masks, [prediction for prediction, _ in pairs]),
             (truth, [target for _, target in pairs]),
         )
     )
     sums = tuple(
-        tally(measure(mask, true_mask.view(np.uint8)), extra=np.bool_(target == NOBODY))
+        tally(measure(mask, true_mask.view(np.uint8)), extra=np.bool_(target == UNMATCHED))
         for mask, true_mask, (_, target) in zip(predicted, true, pairs, strict=True)
     )
     return Reply(question, answer, predicted, true, sums)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from pixellm_jax import __version__
 from pixellm_jax.errors import InputError
-from pixellm_jax.evaluation.bootstrap import DRAWS, LEVEL, SEED, Interval, paired_intervals
+from pixellm_jax.evaluation.bootstrap import LEVEL, RESAMPLES, SEED, Interval, paired_intervals
 from pixellm_jax.evaluation.judge.judge import apply_judge
 from pixellm_jax.evaluation.metrics import Scores, merge, scores
 from pixellm_jax.evaluation.record import QuestionRecord
@@ -171,8 +171,8 @@ def _notes(first: Run, second: Run, pairs: Pairs) -> list[str]:
         f"{len(pairs)} questions are in both runs; A has {len(first.records)}, B has "
         f"{len(second.records)}.",
         f"In brackets: {LEVEL:.0%} intervals of the difference by paired bootstrap over questions "
-        f"({DRAWS} draws, seed {SEED}). * where 0 is outside; of twenty rows without a difference "
-        "one gets it by chance.",
+        f"({RESAMPLES} draws, seed {SEED}). * where 0 is outside; of twenty rows without a "
+        "difference one gets it by chance.",
     ]
     if first.mode != second.mode:
         notes.append(
@@ -225,5 +225,5 @@ def _format_difference(difference: Interval) -> str:
     """Format a signed difference: "+0.0123 [-0.0011, +0.0257]"."""
     if not math.isfinite(difference.score):
         return "–"
-    bounds = f" [{difference.low:+.4f}, {difference.high:+.4f}]" if difference.draws else ""
+    bounds = f" [{difference.low:+.4f}, {difference.high:+.4f}]" if difference.resamples else ""
     return f"{difference.score:+.4f}{bounds}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pixellm_jax.benchmark_question import GIVEN
-from pixellm_jax.evaluation.bootstrap import DRAWS, LEVEL, SEED, Interval
+from pixellm_jax.evaluation.bootstrap import LEVEL, RESAMPLES, SEED, Interval
 from pixellm_jax.report.numbers import ALL, BINS, NO_JUDGE, GroupScores, Report, Run
 from pixellm_jax.report.published import find_published
 
@@ -48,7 +48,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "scores": _group_json(judged[0]) if judged else None,
             "groups": {group.name: _group_json(group) for group in judged[1:]},
         },
-        "bootstrap": {"unit": "question", "draws": DRAWS, "seed": SEED, "level": LEVEL},
+        "bootstrap": {"unit": "question", "draws": RESAMPLES, "seed": SEED, "level": LEVEL},
         "iou_histogram": {"bins": BINS, **report.iou},
         "targets": [
             {"true": true, "written": written, "questions": count}
@@ -92,7 +92,7 @@ def notes(report: Report) -> list[str]:
     """Return the remarks that scores need to be read correctly."""
     run = report.run
     lines = [
-        f"In brackets: {LEVEL:.0%} intervals by bootstrap over questions ({DRAWS} draws, seed "
+        f"In brackets: {LEVEL:.0%} intervals by bootstrap over questions ({RESAMPLES} draws, seed "
         f"{SEED}). Masks: true ones and extra predictions."
     ]
     if report.unjudged is not None:
@@ -185,7 +185,9 @@ def format_score(score: float, interval: Interval | None = None) -> str:
     """Format a score: "0.8123 [0.7911, 0.8317]", or a dash if it is not defined."""
     if not math.isfinite(score):
         return "–"
-    bounds = f" [{interval.low:.4f}, {interval.high:.4f}]" if interval and interval.draws else ""
+    bounds = (
+        f" [{interval.low:.4f}, {interval.high:.4f}]" if interval and interval.resamples else ""
+    )
     return f"{score:.4f}{bounds}"
 
 
@@ -203,7 +205,7 @@ def _group_json(group: GroupScores) -> dict[str, Any]:
             for name, value in group.summary._asdict().items()
         },
         "intervals": {
-            name: [interval.low, interval.high] if interval.draws else None
+            name: [interval.low, interval.high] if interval.resamples else None
             for name, interval in group.intervals._asdict().items()
         },
     }

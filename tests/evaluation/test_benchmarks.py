@@ -17,16 +17,16 @@ from data_pipeline.benchmarks import (
     BENCHMARKS,
     find_benchmark,
     list_images,
+    question_reader,
     read_questions,
 )
 from data_pipeline.errors import DamagedError
 from pixellm_jax.benchmark_question import BenchmarkQuestion
-from pixellm_jax.cli.evaluate import Share, evaluate
 from pixellm_jax.cli.main import main
-from pixellm_jax.cli.report import write_report
 from pixellm_jax.errors import InputError
 from pixellm_jax.evaluation.metrics import merge
-from pixellm_jax.evaluation.run_folder import QuestionLog
+from pixellm_jax.evaluation.run import answer_share
+from pixellm_jax.evaluation.run_folder import RunFolder, RunSettings
 from pixellm_jax.evaluation.scoring import (
     Answered,
     make_record,
@@ -34,8 +34,10 @@ from pixellm_jax.evaluation.scoring import (
     released_scores,
 )
 from pixellm_jax.evaluation.summary import summarise, tally_record
-from pixellm_jax.evaluation.teacher_forced import answer_given
+from pixellm_jax.evaluation.teacher_forced import answer_teacher_forced
+from pixellm_jax.experiments.question_images import image_reader
 from pixellm_jax.images import rle
+from pixellm_jax.report.page import write_report
 from pixellm_jax.stopwatch import Stopwatch
 
 PICTURES = 6
@@ -109,33 +111,31 @@ def noisy(question: BenchmarkQuestion) -> Answered:
     return Answered(question, kept + noise, "[SEG]" * len(kept), "stop")
 
 
-def asking(answer: Callable[[BenchmarkQuestion], Answered]):
-    def ask(asked, watch, left_out) -> Iterator[Answered]:
-        return map(answer, asked)
+def answerer(answer: Callable[[BenchmarkQuestion], Answered]):
+    def answer_all(questions, watch, left_out) -> Iterator[Answered]:
+        return map(answer, questions)
 
-    return ask
-
-
-def share(name: str, root: Path, host: int = 0, hosts: int = 1) -> Share:
-    benchmark, split = find_benchmark(name)
-    entries = list_images(benchmark, root, split)[:PICTURES]
-    return Share(benchmark, split, root, entries, host, hosts)
+    return answer_all
 
 
-def settings(mode: str = "generated", compat: bool = False) -> dict:
-    return {"benchmark": "muse", "split": "val", "mode": mode, "reference_compat": compat}
+def settings(mode: str = "generated", compat: bool = False, **others) -> RunSettings:
+    fields = {"benchmark": "muse", "split": "val", "mode": mode, "reference_compat": compat}
+    return RunSettings(**fields | others)
 
 
 def run(out: Path, name: str, root: Path, answer, hosts: int = 1, **options) -> bytes:
-    """Evaluates on some hosts, one after the other; returns questions.jsonl."""
-    logs, sums = [], []
+    """Evaluate on several hosts, one after the other; return questions.jsonl."""
+    benchmark, split = find_benchmark(name)
+    entries = list_images(benchmark, root, split)[:PICTURES]
+    read = question_reader(benchmark, root, split)
+    folders, sums = [], []
     for host in range(hosts):
-        logs.append(QuestionLog(out, settings(**options), host=host, hosts=hosts))
-        sums.append(evaluate(share(name, root, host, hosts), logs[-1], asking(answer)))
-    records = logs[0].merge()
-    fresh = [record for record in records if record.id not in logs[0].done]
+        folders.append(RunFolder(out, settings(**options), host=host, hosts=hosts))
+        sums.append(answer_share(entries, read, answerer(answer), folders[-1]))
+    records = folders[0].merge()
+    fresh = [record for record in records if record.id not in folders[0].completed]
     assert merge(*map(tally_record, fresh)) == merge(*sums)
-    write_report(out, root)
+    write_report(out, image_reader(root))
     return (out / "questions.jsonl").read_bytes()
 
 
@@ -273,11 +273,11 @@ def test_resumed_run_equals_an_uninterrupted_one(alone, data_root, tmp_path):
 def test_another_evaluation_is_refused(data_root, tmp_path):
     run(tmp_path / "out", "muse", data_root, right)
     with pytest.raises(InputError, match="mode 'generated', now 'given'; choose another --out"):
-        QuestionLog(tmp_path / "out", settings(mode="given"))
+        RunFolder(tmp_path / "out", settings(mode="given"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").write_text("mine")
     with pytest.raises(InputError, match="holds something else"):
-        QuestionLog(tmp_path / "other", settings())
+        RunFolder(tmp_path / "other", settings())
 
 
 def test_confident_nonsense_is_right_for_the_released_code(data_root):
@@ -337,8 +337,8 @@ def test_given_answers_do_not_depend_on_what_stands_beside_them(varied, data_roo
     together, single = (
         {
             answered.question.id.removesuffix("/alone"): answered
-            for answered in answer_given(
-                *varied, each, Stopwatch("io", rest="model"), left_out, rows=2
+            for answered in answer_teacher_forced(
+                *varied, each, Stopwatch("io", rest="model"), left_out, max_batch=2
             )
         }
         for each in (asked, apart)
@@ -388,7 +388,7 @@ def test_text_scores_of_answers_in_words(data_root, tmp_path):
     """Right answers, but for one that says nothing of the expected and points at a target."""
     benchmark, split = find_benchmark("llava")
     entries = list_images(benchmark, data_root, split)[:2]
-    log = QuestionLog(tmp_path, settings() | {"benchmark": "llava", "split": split})
+    folder = RunFolder(tmp_path, settings(benchmark="llava", split=split))
     first: list[str] = []
 
     def answer(question):
@@ -397,9 +397,10 @@ def test_text_scores_of_answers_in_words(data_root, tmp_path):
         logits = np.ones((int(len(first) == 1), *question.hw), np.float32)
         return Answered(question, logits, said, "stop")
 
-    evaluate(Share(benchmark, split, data_root, entries), log, asking(answer))
-    log.merge()
-    write_report(tmp_path, data_root)
+    read = question_reader(benchmark, data_root, split)
+    answer_share(entries, read, answerer(answer), folder)
+    folder.merge()
+    write_report(tmp_path, image_reader(data_root))
     count = len(first)
     assert count > 2
     text = json.loads((tmp_path / "report.json").read_text())["text"]
@@ -429,7 +430,7 @@ def test_answers_are_judged_at_once(tiny, data_root, tmp_path, capfd):
         ("cocostuff", [], "no benchmark 'cocostuff': choose from refcoco, "),
         ("muse/testA", [], "muse has no split 'testA': choose from train, val, test_less"),
         ("muse/val", ["--split", "train"], "name one split"),
-        ("muse", [], "name the folder of its files with --data"),
+        ("muse", [], "give the folder of the datasets with --data"),
         ("muse", ["--data", "no folder"], "no folder: no such folder; check --data"),
         ("shapes", ["--limit", "0"], "--limit 0: expected at least 1"),
         ("shapes", ["--reference-compat"], "no numbers of shapes in mode generated"),
@@ -438,7 +439,11 @@ def test_answers_are_judged_at_once(tiny, data_root, tmp_path, capfd):
         ("muse", ["--data", ".", "--judge-model", "m"], "no judge: give"),
         ("muse", ["--data", ".", "--judge-offline", "--mode", "given"], "nothing to read"),
         ("llava", ["--data", ".", "--mode", "given"], "llava asks for words"),
-        ("muse", ["--data", ".", "--mode", "given", "--weights", "int8"], "answers that the model"),
+        (
+            "muse",
+            ["--data", ".", "--mode", "given", "--weights", "int8"],
+            "answers that the model",
+        ),
     ],
 )
 def test_bad_input_is_one_line(name, more, message, tiny, tmp_path, capfd, monkeypatch):

@@ -34,7 +34,7 @@ def mixed(count: int, seed: int = 0) -> list[Sums]:
 def test_standard_error_of_a_mean_is_the_analytic_one():
     # Draws are 20,000: their standard deviation is known to 0.5 %, three times that is allowed.
     ious = np.random.default_rng(1).beta(2, 1, 307)
-    drawn = resample([question(iou) for iou in ious], draws=20_000)[:, 0]
+    drawn = resample([question(iou) for iou in ious], resamples=20_000)[:, 0]
     assert drawn.std() == pytest.approx(ious.std() / np.sqrt(307), rel=0.015)
     assert drawn.mean() == pytest.approx(ious.mean(), abs=1e-3)
 
@@ -45,14 +45,14 @@ def test_intervals_cover_the_true_mean_as_often_as_they_say():
     random = np.random.default_rng(2)
     covered = 0
     for _ in range(400):
-        found = intervals([question(iou) for iou in random.beta(2, 1, 83)], draws=400).giou
+        found = intervals([question(iou) for iou in random.beta(2, 1, 83)], resamples=400).giou
         covered += found.low <= 2 / 3 <= found.high
     assert 0.91 <= covered / 400 <= 0.98
 
 
 def test_a_sample_has_the_score_of_its_questions():
     questions = mixed(23)
-    drawn = resample(questions, draws=7, seed=5)
+    drawn = resample(questions, resamples=7, seed=5)
     samples = np.random.default_rng(5).integers(23, size=(7, 23), dtype=np.int32)
     for sample, row in zip(samples, drawn, strict=True):
         chosen = [questions[place] for place in sample]
@@ -61,9 +61,9 @@ def test_a_sample_has_the_score_of_its_questions():
 
 def test_blocks_change_nothing(monkeypatch):
     questions = mixed(29)
-    whole = resample(questions, draws=31)
+    whole = resample(questions, resamples=31)
     monkeypatch.setattr(bootstrap, "_BLOCK", 3 * 29)
-    np.testing.assert_array_equal(resample(questions, draws=31), whole)
+    np.testing.assert_array_equal(resample(questions, resamples=31), whole)
 
 
 def test_intervals_hold_the_score_and_repeat_themselves():
@@ -72,7 +72,7 @@ def test_intervals_hold_the_score_and_repeat_themselves():
     assert [interval.score for interval in found] == list(scores(merge(*questions)))
     for interval in found[:2] + found[3:]:
         assert interval.low < interval.score < interval.high
-        assert interval.draws == bootstrap.DRAWS
+        assert interval.resamples == bootstrap.RESAMPLES
     assert found.t_acc[:3] == (1, 1, 1)
     assert intervals(questions) == found
     assert intervals(questions, seed=1) != found
@@ -115,7 +115,7 @@ def test_swapped_runs_change_the_sign():
 
 def test_undefined_scores_stay_undefined():
     found = intervals([question(0.5)] * 3)
-    assert np.isnan(found.n_acc[:3]).all() and found.n_acc.draws == 0
+    assert np.isnan(found.n_acc[:3]).all() and found.n_acc.resamples == 0
     assert found.giou[:3] == (0.5, 0.5, 0.5)
     assert np.isnan([interval[:3] for interval in intervals([])]).all()
 
@@ -125,7 +125,7 @@ def test_a_score_that_a_sample_may_lack_says_so():
     found = intervals([question(0.5)] * 4 + [rare]).n_acc
     assert found[:3] == (1, 1, 1)
     # The one question is left out by (4/5)**5 = 33 % of 2,000 samples, give or take 1 %.
-    assert found.draws / bootstrap.DRAWS == pytest.approx(1 - 0.8**5, abs=0.04)
+    assert found.resamples / bootstrap.RESAMPLES == pytest.approx(1 - 0.8**5, abs=0.04)
 
 
 def test_runs_of_different_length_are_refused():

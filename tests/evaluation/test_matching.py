@@ -9,7 +9,7 @@ import pytest
 
 from pixellm_jax.evaluation.matching import (
     GRID,
-    NOBODY,
+    UNMATCHED,
     Costs,
     assign,
     costs,
@@ -74,7 +74,7 @@ def test_costs_are_those_of_the_loop():
 def test_no_assignment_is_cheaper(predictions, targets):
     total = sum(costs(*draw(1, predictions, targets)))
     pairs = match(*draw(1, predictions, targets))
-    matched = pairs[(pairs != NOBODY).all(axis=1)]
+    matched = pairs[(pairs != UNMATCHED).all(axis=1)]
     assert len(matched) == min(predictions, targets)
     table = total if predictions <= targets else total.T
     rows = np.arange(len(table))
@@ -88,16 +88,16 @@ def test_no_assignment_is_cheaper(predictions, targets):
 def test_leftovers_come_last():
     total = np.asarray([[9.0, 1.0], [9.0, 9.0], [2.0, 9.0]])
     pairs = assign(Costs(total, 0 * total))
-    np.testing.assert_array_equal(pairs, [[0, 1], [2, 0], [1, NOBODY]])
+    np.testing.assert_array_equal(pairs, [[0, 1], [2, 0], [1, UNMATCHED]])
     pairs = assign(Costs(total.T, 0 * total.T))
-    np.testing.assert_array_equal(pairs, [[0, 2], [1, 0], [NOBODY, 1]])
+    np.testing.assert_array_equal(pairs, [[0, 2], [1, 0], [UNMATCHED, 1]])
 
 
 @pytest.mark.parametrize(("predictions", "targets"), [(0, 0), (3, 0), (0, 2)])
 def test_one_side_may_be_empty(predictions, targets):
     logits, truth = draw(2, predictions, targets)
     pairs = match(logits, truth)
-    wanted = [[NOBODY, j] for j in range(targets)] + [[m, NOBODY] for m in range(predictions)]
+    wanted = [[UNMATCHED, j] for j in range(targets)] + [[m, UNMATCHED] for m in range(predictions)]
     np.testing.assert_array_equal(pairs, np.asarray(wanted, np.int64).reshape(-1, 2))
     found = tally_question(logits, truth)
     inside, outside = (logits > 0).sum(), (truth == 1).sum()
@@ -156,7 +156,7 @@ def test_silence_about_nothing_is_right_and_empty_extra_masks_are_not():
 
 def test_areas_of_pairs():
     logits, truth = draw(6, 2, 2)
-    pairs = np.asarray([[1, 0], [NOBODY, 1], [0, NOBODY]])
+    pairs = np.asarray([[1, 0], [UNMATCHED, 1], [0, UNMATCHED]])
     found = measure_pairs(logits > 0, truth, pairs)
     inside, known = logits > 0, truth != VOID
     np.testing.assert_array_equal(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pixellm_jax.evaluation.released_metrics import (
-    Question,
     ReleasedSums,
+    TargetMasks,
     merge,
     released_scores,
     tally_generated,
@@ -35,13 +35,13 @@ def test_values_above_one_are_lost():
 
 @pytest.mark.parametrize(("logit", "union"), [(9, 0), (1, 4), (0.5, 4), (0.4, 0), (-9, 0)])
 def test_extra_predictions_are_compared_by_their_logits(logit, union):
-    question = Question(np.full((1, 2, 2), logit, np.float32), np.zeros((0, 2, 2), np.uint8))
+    question = TargetMasks(np.full((1, 2, 2), logit, np.float32), np.zeros((0, 2, 2), np.uint8))
     assert tally_generated([question]) == (float(union == 0), 0, union, 1)
 
 
 def test_weight_is_less_than_the_number_of_pairs():
     mask = np.ones((1, 2, 2), np.uint8)
-    extra = Question(np.full((1, 2, 2), 9, np.float32), mask[:0])
-    missed = Question(np.zeros((0, 2, 2), np.float32), mask)
+    extra = TargetMasks(np.full((1, 2, 2), 9, np.float32), mask[:0])
+    missed = TargetMasks(np.zeros((0, 2, 2), np.float32), mask)
     assert tally_generated([extra, missed]) == (1.0, 0, 4, 1)
     assert tally_generated([]) == merge() == ReleasedSums()

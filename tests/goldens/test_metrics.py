@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from pixellm_jax.evaluation import released_metrics
-from pixellm_jax.evaluation.matching import NOBODY, Costs, assign, costs, match, measure_pairs
+from pixellm_jax.evaluation.matching import UNMATCHED, Costs, assign, costs, match, measure_pairs
 from pixellm_jax.evaluation.metrics import IOU_UNIT, Areas, Sums, measure, merge, scores, tally
-from pixellm_jax.evaluation.released_metrics import Question
+from pixellm_jax.evaluation.released_metrics import TargetMasks
 
 # Exact integers and one rounding to 2^-40 per mask; the file's numbers have 9 digits or float64.
 EXACT = 1e-9
@@ -39,10 +39,10 @@ class Goldens(NamedTuple):
         logits = self.arrays[f"{key}_{image}_pred"].astype(np.float32)
         return logits, self.arrays[f"{key}_{image}_gt"]
 
-    def questions(self, case: dict[str, Any], image: int) -> list[Question]:
+    def questions(self, case: dict[str, Any], image: int) -> list[TargetMasks]:
         parts = (case["images"][image][f"{kind}_per_question"] for kind in ("pred", "gt"))
         arrays = zip(self.image(case["key"], image), parts, strict=True)
-        return list(map(Question, *(split(*array) for array in arrays)))
+        return list(map(TargetMasks, *(split(*array) for array in arrays)))
 
 
 def split(array: np.ndarray, counts: list[int]) -> Iterator[np.ndarray]:
@@ -100,7 +100,7 @@ def generated(
             union = areas.prediction + areas.truth - areas.intersection
             table = np.column_stack([pairs, areas.intersection, union])
             rows[-1].append(table.tolist())
-            strict.append(tally(areas, extra=pairs[:, 1] == NOBODY))
+            strict.append(tally(areas, extra=pairs[:, 1] == UNMATCHED))
             lenient.append(tally(areas))
     return rows, merge(*strict), merge(*lenient)
 
@@ -119,7 +119,7 @@ def test_generated(golden, key):
     check(lenient, correct)
     # The file scores an extra prediction without pixels with 1; here it is 0.
     empty = sum(
-        pair[1] == NOBODY and pair[3] == 0 for image in rows for pairs in image for pair in pairs
+        pair[1] == UNMATCHED and pair[3] == 0 for image in rows for pairs in image for pair in pairs
     )
     assert empty == (key == "m12")
     assert strict.iou == lenient.iou - empty * IOU_UNIT
@@ -166,5 +166,5 @@ def test_costs(golden, key):
             )
     for found, name in ((at_points, "assignment"), (everywhere, "full_mask_assignment")):
         pairs = assign(found)
-        matched = pairs[(pairs != NOBODY).all(axis=1)]
+        matched = pairs[(pairs != UNMATCHED).all(axis=1)]
         np.testing.assert_array_equal(matched.T, case[name])

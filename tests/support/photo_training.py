@@ -21,7 +21,7 @@ from data_pipeline.formats.masks import decode_many
 from data_pipeline.loader import Loader
 from data_pipeline.sources import SOURCES
 from pixellm_jax.config import MeshConfig, ModelConfig
-from pixellm_jax.evaluation.free_running import answer_generated
+from pixellm_jax.evaluation.free_running import answer_free_running
 from pixellm_jax.evaluation.scoring import make_record
 from pixellm_jax.evaluation.summary import Summary, summarise
 from pixellm_jax.experiments.shapes_recipe import demo_recipe
@@ -153,7 +153,9 @@ def answer_photos(root: Path, run: Path, *, photos: int) -> Summary:
     ]
     assert len({question.picture for question in asked}) == photos
     left_out: dict[str, str] = {}
-    answers = answer_generated(engine, vocabulary, asked, Stopwatch("io", rest="model"), left_out)
+    answers = answer_free_running(
+        engine, vocabulary, asked, Stopwatch("io", rest="model"), left_out
+    )
     records = [make_record(answer, given=False) for answer in answers]
     assert len(records) == len(asked) and not left_out
     return summarise(records)
