@@ -46,7 +46,7 @@ SENTENCES = [LLAVA_V1.opening, "It is . USER: ASSISTANT: Please segment the dog 
 SHARD_BYTES = 2 << 30
 
 LLAVA_TOKENS = ("<im_patch>", IM_START, IM_END)
-"""Tokens that LLaVA v1 adds to those of LLaMA; other versions add none, or different ones."""
+"""Tokens that LLaVA v1 adds to the LLaMA tokenizer; other versions add none, or others."""
 
 LLAVA_KEYS = {
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),

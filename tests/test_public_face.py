@@ -67,7 +67,7 @@ def test_import_loads_no_library(module):
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_the_command_line_answers_at_once(option):
-    """In under 0.3 s of processor time, which a busy machine does not stretch."""
+    """The limit is 0.3 s of processor time, which other work on the machine does not affect."""
     code = (
         "import sys, time\n"
         "from pixellm_jax.cli.main import main\n"
