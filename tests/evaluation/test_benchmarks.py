@@ -328,7 +328,7 @@ def made_up(key: str, truth: np.ndarray) -> BenchmarkQuestion:
     return BenchmarkQuestion(key, "", b"", hw, ("?",), "", "", masks, void, (), (), united=False)
 
 
-def test_given_answers_do_not_depend_on_what_stands_beside_them(varied, data_root):
+def test_given_answers_do_not_depend_on_their_row(varied, data_root):
     """Packed with others of its picture, or alone in a row: the same masks, and each once."""
     asked = [*questions("multirefcoco", "val", data_root)[:5]]
     asked.append(questions("shapes", "test", data_root)[0]._replace(truth=(), given=""))
@@ -412,7 +412,7 @@ def test_text_scores_of_answers_in_words(data_root, tmp_path):
 
 
 def test_answers_are_judged_at_once(tiny, data_root, tmp_path, capfd):
-    """As `evaluate`, then `judge`; and the judge's scores outlive the same command."""
+    """Equals `evaluate` followed by `judge`; repeating the command keeps the judge's scores."""
     more = ["--data", str(data_root), "--limit", "1", "--judge-offline"]
     assert main(command(tiny, tmp_path / "out", "muse/test_less", *more)) == 0
     out, err = capfd.readouterr()
@@ -460,7 +460,7 @@ def test_empty_split_says_where_there_is_something(tiny, people, tmp_path, capfd
     assert "in the split 'val'; there is some in train" in capfd.readouterr().err
 
 
-def test_sequence_of_kinds_is_that_of_the_conversations():
+def test_a_question_of_shapes_has_one_kind():
     """Scenes of shapes: a group for each question."""
     benchmark, split = find_benchmark("shapes")
     entries: Sequence = list_images(benchmark, Path(), split)[:3]
