@@ -53,7 +53,7 @@ COMMANDS = {
     "data-view": Command(
         "pixellm_jax.cli.data_view", "a page of samples as the model receives them"
     ),
-    "segment": Command("pixellm_jax.cli.segment", "ask about photos: text and one mask per target"),
+    "segment": Command("pixellm_jax.cli.segment", "ask about images: text and one mask per target"),
     "train": Command("pixellm_jax.cli.train", "train a model by a recipe"),
     "evaluate": Command("pixellm_jax.cli.evaluate", "score a model on a benchmark"),
     "report": Command("pixellm_jax.cli.report", "write the report of an evaluation again"),
