@@ -1,17 +1,17 @@
-"""A model -> programs with their weights beside them, and a runner that needs no model code.
+"""StableHLO export: a model as serialised programs with weights, and a runner without model code.
 
     OUT/manifest.json      everything that a runner must know (see `_manifest`)
-    OUT/programs/*.jax     what `jax.export` serializes: StableHLO of a function, for fixed shapes
+    OUT/programs/*.jax     output of `jax.export`: StableHLO of a function, for fixed shapes
     OUT/weights            every weight once, as safetensors; programs take them as arguments
     OUT/tokenizer          as in a checkpoint
     OUT/run.py             a copy of `stablehlo_runner.py`
 
-The functions are those of `generate.py`, so the answers are those of the engine:
+The programs are the functions of `decoding.py`, so the answers are the same as the engine's:
 
-    encode_bB        pictures -> image tokens and feature maps
-    prefill_bB_tT    image tokens and prompts, of up to T tokens after the picture -> rows
-    decode_bB_tT     rows -> rows after up to `steps` passes; codebook tokens fast-forwarded
-    plain_bB_tT      the same, each token by a pass of its own
+    encode_bB        images -> image tokens and feature maps
+    prefill_bB_tT    image tokens and prompts of up to T tokens after the image -> decode state
+    decode_bB_tT     decode state after up to `steps` steps; jump-forward decoding of targets
+    plain_bB_tT      the same, with one step per token
     masks_mM         states and feature maps of M targets -> mask logits
 """
 
@@ -62,40 +62,45 @@ EXPORTED_NAMES = {
     "num_cached": "fed",
     "num_steps": "passes",
 }
-"""Fields of `DecodeState` whose names in the exported programs (format 1) are others."""
+"""Names in the exported programs (format 1) of fields of `DecodeState`, where they differ."""
 
 ROUND = 16
-"""The cache holds a multiple of so many positions."""
+"""The number of positions of the cache is rounded up to a multiple of this."""
 
 Arrays = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Buckets:
-    """The shapes for which programs are written; a runner pads to the next larger one.
-
-    batch: questions together. question: tokens of a prompt after the picture. targets: masks
-    decoded together. new_tokens: longest answer.
-    """
+    """Shapes for which programs are exported; a runner pads to the next larger one."""
 
     batch: tuple[int, ...] = (1,)
+    """Questions per batch."""
     question: tuple[int, ...] = (64,)
+    """Tokens of a prompt after the image."""
     targets: tuple[int, ...] = (4,)
+    """Masks per batch."""
     new_tokens: int = 256
+    """Maximum length of an answer in tokens."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "question", "targets"):
             sizes = getattr(self, name)
             if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
-                raise InputError(f"{name}={sizes}: expected rising numbers, from 1 on")
+                raise InputError(f"{name}={sizes}: expected increasing numbers of at least 1")
         if self.new_tokens < 1:
             raise InputError(f"new_tokens={self.new_tokens}: expected at least 1")
 
 
 class Program(NamedTuple):
-    """A function of a model and named arrays. `parts`: of the model, whose weights it takes.
+    """A function of a model and named arrays, to be exported.
 
-    sizes: the buckets it belongs to, for the manifest.
+    Attributes:
+        name: file name without suffix.
+        sizes: the buckets it belongs to, for the manifest.
+        parts: modules of the model whose weights it takes.
+        function: maps model and inputs to outputs.
+        inputs: shapes and dtypes by name.
     """
 
     name: str
@@ -115,20 +120,26 @@ def write_programs(
     progress: Callable[[int, int], None] = lambda new, total: None,
     consume: bool = False,
 ) -> list[str]:
-    """Writes a model as the folder `out`; returns the names of the programs.
+    """Export a model to the folder `out`; return the names of the programs.
 
-    progress: called with the bytes just written and those of all weights. consume: as of
-    `prepare_for_inference`.
+    Args:
+        model: with LoRA pairs merged.
+        vocabulary: its tokenizer.
+        out: a new folder.
+        buckets: shapes of the programs.
+        platforms: on which the programs can run, a subset of `PLATFORMS`.
+        progress: called with the bytes of weights just written and the total.
+        consume: as for `prepare_for_inference`.
 
     Raises:
-        InputError: the buckets do not suit the model, JAX does not run on the CPU, or `out` is
-            taken or cannot be written.
+        InputError: the buckets do not fit the model, JAX does not run on the CPU, or `out` exists
+            or cannot be written.
     """
     if unknown := [name for name in platforms if name not in PLATFORMS]:
         raise InputError(f"platforms {unknown}: choose from {', '.join(PLATFORMS)}")
     if jax.default_backend() != "cpu":
-        # There, attention would be a call to a library that other platforms do not have.
-        raise InputError("programs are written on a CPU: set JAX_PLATFORMS=cpu")
+        # On a GPU, attention would be a cuDNN call, which other platforms do not have.
+        raise InputError("programs are exported on a CPU: set JAX_PLATFORMS=cpu")
     prefix = _prefix(model.config, vocabulary)
     _check(model.config, buckets, len(prefix))
     model = prepare_for_inference(model, consume=consume)
@@ -157,20 +168,20 @@ def write_programs(
 def programs(
     model: PixelLM, vocabulary: Vocabulary, buckets: Buckets, prefix: int
 ) -> Iterator[Program]:
-    """All programs; `prefix`: tokens of a prompt up to the one after the picture."""
+    """Yield all programs; `prefix`: tokens of a prompt up to the one after the image."""
     config = model.config
     side, positions = config.vision.canvas, config.language.max_positions
     shape, stop, group = jax.ShapeDtypeStruct, vocabulary.eos, vocabulary.group
     for b in buckets.batch:
-        picture = shape((b, side, side, 3), jnp.uint8)
-        images = {"image": picture, "image_hw": shape((b, 2), jnp.int32)}
+        image = shape((b, side, side, 3), jnp.uint8)
+        images = {"image": image, "image_hw": shape((b, 2), jnp.int32)}
         yield Program(f"encode_b{b}", {"batch": b}, VISION, _encode, images)
-        seen = jax.eval_shape(_encode, model, images)
+        encoded = jax.eval_shape(_encode, model, images)
         for t in buckets.question:
             longest = min(prefix + t + buckets.new_tokens, positions) + len(group)
             prompts = {
-                "image_tokens": seen["image_tokens"],
-                "image_valid": seen["image_valid"],
+                "image_tokens": encoded["image_tokens"],
+                "image_valid": encoded["image_valid"],
                 "tokens": shape((b, prefix + t), jnp.int32),
                 **{name: shape((b,), jnp.int32) for name in ("length", "budget")},
                 "seed": shape((b,), jnp.uint32),
@@ -196,12 +207,12 @@ def programs(
 
 
 def name_weights(model: PixelLM) -> Arrays:
-    """All arrays of a model by name: "language_model.layers.0.query.weight"."""
+    """Return all arrays of a model by name, e.g. "language_model.layers.0.query.weight"."""
     return {name.removesuffix(".value"): leaf for name, leaf in name_leaves(model).items()}
 
 
 def name_leaves(tree: Any) -> Arrays:
-    """The leaves of a tree, by their paths joined with dots."""
+    """Return the leaves of a tree by their dotted paths."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
@@ -212,9 +223,9 @@ def _name_rows(rows: decoding.DecodeState) -> Arrays:
 
 
 def _encode(model: PixelLM, inputs: Arrays) -> Arrays:
-    seen = decoding.encode(model, inputs["image"], inputs["image_hw"])
-    maps = {f"maps.{scale}": features for scale, features in enumerate(seen.maps)}
-    return {"image_tokens": seen.tokens, "image_valid": seen.token_valid, **maps}
+    image = decoding.encode(model, inputs["image"], inputs["image_hw"])
+    maps = {f"maps.{scale}": features for scale, features in enumerate(image.maps)}
+    return {"image_tokens": image.tokens, "image_valid": image.token_valid, **maps}
 
 
 def _read(
@@ -246,7 +257,7 @@ def _prefill(
 def _decode(
     model: PixelLM, inputs: Arrays, *, like: decoding.DecodeState, stop: int, group: tuple[int, ...]
 ) -> Arrays:
-    """`steps`: most passes in, passes made out. Rows that have ended stay as they are."""
+    """Decode. `steps`: the maximum on input, the actual number on output. Ended rows are kept."""
     leaves, language = [inputs[name] for name in _name_rows(like)], model.language_model
     rows = jax.tree.unflatten(jax.tree.structure(like), leaves)
     rows, passes = decoding.decode(language, rows, inputs["steps"], stop=stop, group=group)
@@ -265,7 +276,7 @@ def _rows(array: jax.ShapeDtypeStruct, count: int) -> jax.ShapeDtypeStruct:
 def _write(
     program: Program, model: PixelLM, file: Path, platforms: Sequence[str]
 ) -> dict[str, Any]:
-    """Serializes a program; returns its entry in the manifest."""
+    """Serialise a program; return its entry in the manifest."""
     names, structure = list(name_weights(model)), jax.tree.structure(model)
     used = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -274,8 +285,8 @@ def _write(
     }
 
     def run(weights: Arrays, inputs: Arrays) -> Arrays:
-        given = [weights.get(name) for name in names]  # None where the program has no use for it
-        return program.function(jax.tree.unflatten(structure, given), inputs)
+        leaves = [weights.get(name) for name in names]  # None if the program does not use it
+        return program.function(jax.tree.unflatten(structure, leaves), inputs)
 
     exported = jax.export.export(jax.jit(run), platforms=platforms)(used, program.inputs)
     file.write_bytes(exported.serialize())
@@ -298,10 +309,11 @@ def _manifest(
     prefix: Int32[np.ndarray, "t"],
     made: Path,
 ) -> dict[str, Any]:
-    """Names, shapes and constants.
+    """Return the manifest: names, shapes and constants.
 
-    prompt: `prefix` ids begin every prompt; the ids of before + question + after, but for the first
-        one, which the prefix ends with, follow. image: `encode` itself takes mean and deviation.
+    A prompt is `prompt.prefix` and then the ids of before + question + after without the first,
+    with which the prefix ends. `image.mean` and `image.std` are information only: the program
+    `encode` normalises.
     """
     config, template = model.config, TEMPLATES[model.config.template]
     return {
@@ -335,10 +347,10 @@ def _manifest(
 
 
 def describe_tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
-    """What the files of a tokenizer do not say by themselves.
+    """Return what the files of a tokenizer do not state.
 
-    marks: cut a text; those that are `keeping` leave the blanks around them. legacy: see
-        `SentencePieceEncoder`.
+    marks: tokens at which a text is split; those in `keeping` keep the white space around them.
+    legacy: see `SentencePieceEncoder`.
     """
     ids, encoder = vocabulary.ids, vocabulary.encoder
     return {
@@ -349,16 +361,17 @@ def describe_tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _prefix(config: ModelConfig, vocabulary: Vocabulary) -> Int32[np.ndarray, "t"]:
-    """What every prompt about a picture begins with, the token after the picture included."""
+    """Return the ids with which every prompt about an image begins, up to `<im_end>`."""
     template = TEMPLATES[config.template]
     ids = question_ids(vocabulary, template, "?", image_tokens=config.image_tokens)
     return ids[: prefix_length(ids)]
 
 
 def _check(config: ModelConfig, buckets: Buckets, prefix: int) -> None:
-    longest, room = buckets.question[-1], config.language.max_positions - prefix - 1
-    if longest > room:
-        raise InputError(f"questions of {longest} tokens: the model has room for {room}; take less")
+    longest = buckets.question[-1]
+    limit = config.language.max_positions - prefix - 1
+    if longest > limit:
+        raise InputError(f"questions of {longest} tokens: the model has room for {limit}; use fewer")
 
 
 def _describe(array: Any) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Answers questions with the programs that `pixellm export --stablehlo` wrote, without model code.
+"""Stand-alone runner of the programs written by `pixellm export --stablehlo`: no model code.
 
     python run.py photo.jpg "Where is the dog?" --out answer
 
-It imports jax, numpy, safetensors, tokenizers and Pillow; `jax.export` reads programs by means of
-flatbuffers. sentencepiece is needed only where the tokenizer is a `tokenizer.model`.
+It needs jax, numpy, safetensors, tokenizers and Pillow, and flatbuffers, with which `jax.export`
+reads programs. sentencepiece is needed only if the tokenizer is a `tokenizer.model`. The tokenizer
+rule and the canvas geometry are repeated here on purpose: the file must stand alone.
 """
 
 from __future__ import annotations
@@ -30,24 +31,31 @@ try:
 except ImportError:
     sentencepiece = None  # type: ignore[assignment]
 
-RUNNING, REASONS = 1, {2: "stop", 3: "length", 4: "damaged"}  # status of a row; 0 is free
-MARKER = "[SEG]"  # stands for a target in the text of an answer
+RUNNING, REASONS = 1, {2: "stop", 3: "length", 4: "damaged"}  # status of a row; 0 is unused
+MARKER = "[SEG]"  # represents a target in the text of an answer
 
 _NO_GAP_AFTER = tuple(" \t\n([{«“‘（「『")
 _NO_GAP_BEFORE = re.compile(r"[\s.,;:!?)\]}»”’。，、；：！？）」』]|'s\b")
 
 Arrays = dict[str, Any]
-Picture = str | Path | np.ndarray  # a file, or uint8 RGB [y x 3]
+ImageSource = str | Path | np.ndarray  # a file, or uint8 RGB [y x 3]
 
 
 class RunnerError(Exception):
-    """What the user can correct, in one line."""
+    """An error that the user can correct; the message is one line."""
 
 
 class Answer(NamedTuple):
-    """Text with `[SEG]` at every target, and masks at the size of the upright picture.
+    """Text with `[SEG]` at every target, and masks at the size of the upright image.
 
-    scores: mean probability inside the mask. presence: the probability of naming a target there.
+    Attributes:
+        text: the answer.
+        ids: generated token ids.
+        masks: bool [m y x].
+        scores: mean probability inside each mask.
+        presence: probability of the first codebook token of each target.
+        reason: why the answer ended: "stop", "length" or "damaged" (not finite).
+        passes: number of decoding steps.
     """
 
     text: str
@@ -60,7 +68,12 @@ class Answer(NamedTuple):
 
 
 class Runner:
-    """The programs and weights of a folder; programs are compiled when they are first used."""
+    """Programs and weights of a folder; a program is compiled when it is first used.
+
+    Example:
+        runner = Runner("out")
+        answer = runner("photo.jpg", "Where is the dog?")
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -72,32 +85,38 @@ class Runner:
         self._weights = {name: jnp.asarray(array) for name, array in read}
         self._compiled: dict[str, Any] = {}
 
-    def __call__(self, image: Picture, question: str, **draw: Any) -> Answer:
-        """Answers a question about a picture. `draw`: as of `batch`."""
-        return self.batch([(image, question)], **draw)[0]
+    def __call__(self, image: ImageSource, question: str, **options: Any) -> Answer:
+        """Answer a question about an image. `options`: as for `batch`."""
+        return self.batch([(image, question)], **options)[0]
 
     def batch(
         self,
-        pairs: Sequence[tuple[Picture, str]],
+        pairs: Sequence[tuple[ImageSource, str]],
         *,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
         fast_forward: bool = True,
     ) -> list[Answer]:
-        """Answers pairs of picture and question, as many together as the largest batch bucket.
+        """Answer pairs of image and question, in batches of up to the largest bucket.
 
-        temperature: 0 says the most likely words. fast_forward: a target costs one pass.
+        Args:
+            pairs: images and questions.
+            temperature: 0 is greedy decoding.
+            top_p: nucleus sampling.
+            seed: of the sampling.
+            fast_forward: jump-forward decoding: the tokens of a target cost one step.
         """
-        read = [(read_image(image), self._ask(question)) for image, question in pairs]
-        draw: Arrays = {"temperature": np.float32(temperature), "top_p": np.float32(top_p)}
-        draw["seed"] = np.uint32(int(seed) % 2**32)
-        most, kind = self.manifest["buckets"]["batch"][-1], "decode" if fast_forward else "plain"
-        parts = (read[start : start + most] for start in range(0, len(read), most))
-        return [answer for part in parts for answer in self._answer(part, draw, kind)]
+        requests = [(read_image(image), self._encode(question)) for image, question in pairs]
+        sampling: Arrays = {"temperature": np.float32(temperature), "top_p": np.float32(top_p)}
+        sampling["seed"] = np.uint32(int(seed) % 2**32)
+        size = self.manifest["buckets"]["batch"][-1]
+        kind = "decode" if fast_forward else "plain"
+        batches = (requests[start : start + size] for start in range(0, len(requests), size))
+        return [answer for batch in batches for answer in self._answer(batch, sampling, kind)]
 
     def call(self, name: str, inputs: Arrays) -> Arrays:
-        """Runs a program; the inputs of `decode` and `plain` are used up."""
+        """Run a program; the inputs of `decode` and `plain` are donated."""
         program = self.manifest["programs"][name]
         if name not in self._compiled:
             file = self.folder / program["file"]
@@ -107,81 +126,87 @@ class Runner:
         weights = {weight: self._weights[weight] for weight in program["weights"]}
         return self._compiled[name](weights, {key: inputs[key] for key in program["inputs"]})
 
-    def _ask(self, question: str) -> list[int]:
-        """Ids of a prompt after its prefix."""
-        prompt, most = self.manifest["prompt"], self.manifest["buckets"]["question"][-1]
-        own = self.tokenizer.encode(prompt["before"] + question + prompt["after"])[1:]
-        if not question.strip() or len(own) > most:
-            raise RunnerError(f"a question of {len(own)} tokens: ask one of words, up to {most}")
-        return own
+    def _encode(self, question: str) -> list[int]:
+        """Return the ids of a prompt after its prefix."""
+        prompt = self.manifest["prompt"]
+        limit = self.manifest["buckets"]["question"][-1]
+        ids = self.tokenizer.encode(prompt["before"] + question + prompt["after"])[1:]
+        if not question.strip() or len(ids) > limit:
+            raise RunnerError(f"a question of {len(ids)} tokens: ask one of words, up to {limit}")
+        return ids
 
     def _answer(
-        self, asked: list[tuple[np.ndarray, list[int]]], draw: Arrays, kind: str
+        self, requests: list[tuple[np.ndarray, list[int]]], sampling: Arrays, kind: str
     ) -> Iterator[Answer]:
-        """Answers up to a batch; the last question stands in for those missing."""
+        """Answer one batch, padded with copies of the last request."""
         buckets, limits = self.manifest["buckets"], self.manifest["limits"]
-        b = min(size for size in buckets["batch"] if size >= len(asked))
-        t = next(size for size in buckets["question"] if size >= max(len(q) for _, q in asked))
+        b = min(size for size in buckets["batch"] if size >= len(requests))
+        t = next(size for size in buckets["question"] if size >= max(len(q) for _, q in requests))
         canvas, prefix = self.manifest["image"]["canvas"], self.manifest["prompt"]["prefix"]
         tokens = np.full((b, len(prefix) + t), self.manifest["ids"]["pad"], np.int32)
-        length, padded = np.zeros(b, np.int32), asked + asked[-1:] * (b - len(asked))
-        for i, (_, own) in enumerate(padded):
-            length[i] = len(prefix) + len(own)
-            tokens[i, : length[i]] = [*prefix, *own]
+        length = np.zeros(b, np.int32)
+        padded = requests + requests[-1:] * (b - len(requests))
+        for i, (_, ids) in enumerate(padded):
+            length[i] = len(prefix) + len(ids)
+            tokens[i, : length[i]] = [*prefix, *ids]
         budget = np.minimum(limits["new_tokens"], limits["positions"] - length).astype(np.int32)
-        budget[len(asked) :] = 0
+        budget[len(requests) :] = 0
         image, hw = map(np.asarray, zip(*(fit(i, canvas) for i, _ in padded), strict=True))
-        seen = self.call(f"encode_b{b}", {"image": image, "image_hw": hw.astype(np.int32)})
-        asks = {"tokens": tokens, "length": length, "budget": budget}
-        asks |= {name: np.full(b, value) for name, value in draw.items()}
-        rows = self.call(f"prefill_b{b}_t{t}", {**seen, **asks})
+        encoded = self.call(f"encode_b{b}", {"image": image, "image_hw": hw.astype(np.int32)})
+        prompts = {"tokens": tokens, "length": length, "budget": budget}
+        prompts |= {name: np.full(b, value) for name, value in sampling.items()}
+        rows = self.call(f"prefill_b{b}_t{t}", {**encoded, **prompts})
         while (np.asarray(rows["status"]) == RUNNING).any():
             rows = self.call(f"{kind}_b{b}_t{t}", {**rows, "steps": limits["new_tokens"] + 1})
-        for i, (picture, _) in enumerate(asked):
-            yield self._finish(rows, seen, i, picture.shape[:2])
+        for i, (pixels, _) in enumerate(requests):
+            yield self._finish(rows, encoded, i, pixels.shape[:2])
 
-    def _finish(self, rows: Arrays, seen: Arrays, i: int, hw: tuple[int, int]) -> Answer:
-        said, known = int(rows["said"][i]), int(rows["fed"][i]) + 1  # tokens; with their states
-        ids, chance = np.asarray(rows["tokens"][i])[:said], np.asarray(rows["chance"][i])
+    def _finish(self, rows: Arrays, encoded: Arrays, i: int, hw: tuple[int, int]) -> Answer:
+        num_generated = int(rows["said"][i])
+        num_states = int(rows["fed"][i]) + 1  # generated tokens whose state is known
+        ids = np.asarray(rows["tokens"][i])[:num_generated]
+        token_prob = np.asarray(rows["chance"][i])
         groups = self._groups(ids)
-        complete = groups[groups[:, -1, -1] < known]
-        logits = self._masks(rows, seen, i, complete)
-        canvas, sound = self.manifest["image"]["canvas"], np.isfinite(logits)
-        clean = np.where(sound.all(axis=(1, 2), keepdims=True), logits, -1)
-        full = [unfit(one, hw, canvas) for one in clean]
-        end = said if len(complete) == len(groups) else groups[len(complete), 0, 0]
+        complete = groups[groups[:, -1, -1] < num_states]
+        logits = self._masks(rows, encoded, i, complete)
+        canvas = self.manifest["image"]["canvas"]
+        finite = np.isfinite(logits)
+        clean = np.where(finite.all(axis=(1, 2), keepdims=True), logits, -1)
+        full = [unfit(mask, hw, canvas) for mask in clean]
+        end = num_generated if len(complete) == len(groups) else groups[len(complete), 0, 0]
         return Answer(
             text=self._read(ids[:end]),
             ids=ids.tolist(),
             masks=np.asarray([mask > 0 for mask in full], bool).reshape(-1, *hw),
             scores=np.asarray([_score(mask[mask > 0]) for mask in full], np.float32),
-            presence=chance[complete[:, 0, 0]],
-            reason=REASONS[int(rows["status"][i])] if sound.all() else "damaged",
+            presence=token_prob[complete[:, 0, 0]],
+            reason=REASONS[int(rows["status"][i])] if finite.all() else "damaged",
             passes=int(rows["passes"][i]),
         )
 
-    def _masks(self, rows: Arrays, seen: Arrays, i: int, groups: np.ndarray) -> np.ndarray:
-        """Mask logits of the targets of a row."""
-        buckets, parts = self.manifest["buckets"]["targets"], list[np.ndarray]()
-        maps = [name for name in seen if name.startswith("maps.")]
+    def _masks(self, rows: Arrays, encoded: Arrays, i: int, groups: np.ndarray) -> np.ndarray:
+        """Return the mask logits of the targets of a row."""
+        buckets = self.manifest["buckets"]["targets"]
+        parts: list[np.ndarray] = []
+        maps = [name for name in encoded if name.startswith("maps.")]
         for start in range(0, len(groups), buckets[-1]):
             index = groups[start : start + buckets[-1]]
             m = min(size for size in buckets if size >= len(index))
             padded = np.concatenate([index, np.repeat(index[-1:], m - len(index), axis=0)])
-            own = {name: jnp.repeat(seen[name][i : i + 1], m, axis=0) for name in maps}
-            logits = self.call(f"masks_m{m}", {"states": rows["states"][i, padded], **own})
+            repeated = {name: jnp.repeat(encoded[name][i : i + 1], m, axis=0) for name in maps}
+            logits = self.call(f"masks_m{m}", {"states": rows["states"][i, padded], **repeated})
             parts.append(np.asarray(logits["mask_logits"])[: len(index)])
         return np.concatenate(parts) if parts else np.zeros((0, 1, 1), np.float32)
 
     def _groups(self, ids: np.ndarray) -> np.ndarray:
-        """Indices of the complete, ordered groups of codebook tokens: one group per target."""
+        """Return the indices of complete, ordered codebook groups: one group per target."""
         group, values = self.codebook.ravel().tolist(), ids.tolist()
         starts = [i for i in range(len(values)) if values[i : i + len(group)] == group]
         indices = np.reshape(starts, (-1, 1)).astype(int) + np.arange(len(group))
         return indices.reshape(-1, *self.codebook.shape)
 
     def _read(self, ids: np.ndarray) -> str:
-        """The text of an answer: targets as `MARKER`, other special tokens left out."""
+        """Return the text of an answer: targets as `MARKER`, without other special tokens."""
         ids = ids[: [*np.flatnonzero(ids == self.manifest["ids"]["eos"]), len(ids)][0]]
         target = np.zeros(len(ids), int)
         for number, group in enumerate(self._groups(ids)):
@@ -200,7 +225,7 @@ class Runner:
 
 
 class Tokenizer:
-    """Text <-> ids, by the rule of the released models (see `encode`). `words`: ids of text."""
+    """Tokenizer of the released models (rule: see `encode`). `words`: ids that are text."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         settings = manifest["tokenizer"]
@@ -222,14 +247,16 @@ class Tokenizer:
         self.words = known - set(self.marks.values())
 
     def encode(self, text: str) -> list[int]:
-        """Ids without a start token. Marks cut the text; most swallow the blanks around them."""
-        ids, begin, swallow = list[int](), 0, False
+        """Encode without a start token. Marks split the text; most strip the blanks around them."""
+        ids: list[int] = []
+        begin = 0
+        strip = False
         for match in itertools.chain(self._splitter.finditer(text), [None]):
             end = match.start() if match else len(text)
-            if swallow:
+            if strip:
                 begin = end - len(text[begin:end].lstrip())
-            swallow = match is not None and match[0] not in self.keeping
-            if swallow:
+            strip = match is not None and match[0] not in self.keeping
+            if strip:
                 end = begin + len(text[begin:end].rstrip())
             if begin < end:
                 ids += self._stretch(text[begin:end], first=begin == 0)
@@ -239,7 +266,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids that are `words`."""
+        """Decode ids that are all `words`."""
         if self.pieces is not None:
             return self.pieces.decode(ids)
         return self.whole.decode(ids, skip_special_tokens=False)
@@ -257,8 +284,8 @@ class Tokenizer:
         return ([self.pieces.piece_to_id(head[1:])] if head != "▁" else []) + ids[1:]
 
 
-def read_image(source: Picture) -> np.ndarray:
-    """RGB of 0..255, upright; transparency on white, 16-bit grey brought to 8 bits."""
+def read_image(source: ImageSource) -> np.ndarray:
+    """Read upright RGB of 0..255: transparency on white, 16-bit grey scaled to 8 bits."""
     if isinstance(source, np.ndarray):
         return source
     try:
@@ -268,16 +295,16 @@ def read_image(source: Picture) -> np.ndarray:
                 grey = np.rint(np.asarray(image) * np.float32(255 / 65535)).astype(np.uint8)
                 return np.repeat(grey[..., None], 3, axis=2)
             if image.has_transparency_data:
-                page = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(page, image.convert("RGBA"))
+                background = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(background, image.convert("RGBA"))
             return np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RunnerError(f"{str(source)!r} cannot be read as a picture ({reason})") from None
+        raise RunnerError(f"{str(source)!r} cannot be read as an image ({reason})") from None
 
 
 def fit(image: np.ndarray, canvas: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """The picture in the top left corner of a square, and its (height, width) there."""
+    """Resize an image onto the canvas; return the canvas and the fitted (height, width)."""
     height, width = _fitted(image.shape[:2], canvas)
     scaled = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     out = np.zeros((canvas, canvas, 3), np.uint8)
@@ -286,7 +313,7 @@ def fit(image: np.ndarray, canvas: int) -> tuple[np.ndarray, tuple[int, int]]:
 
 
 def unfit(logits: np.ndarray, hw: tuple[int, int], canvas: int) -> np.ndarray:
-    """Mask logits of the square at the original size: to the canvas, crop, on to the original."""
+    """Resize mask logits to the original image: to the canvas, crop, to the original size."""
     axes = zip(logits.shape, _fitted(hw, canvas), hw, strict=True)
     down, right = (
         (_bilinear(fitted, original) @ _bilinear(side, canvas)[:fitted]).astype(np.float32)
@@ -298,12 +325,12 @@ def unfit(logits: np.ndarray, hw: tuple[int, int], canvas: int) -> np.ndarray:
 def _fitted(hw: Sequence[int], canvas: int) -> tuple[int, int]:
     height, width = (int(side * (canvas / max(hw)) + 0.5) for side in hw)
     if min(height, width) < 1:
-        raise RunnerError(f"a picture of {hw[0]} x {hw[1]} pixels is too elongated: crop it")
+        raise RunnerError(f"an image of {hw[0]} x {hw[1]} pixels is too elongated: crop it")
     return height, width
 
 
 def _bilinear(source: int, target: int) -> np.ndarray:
-    """Matrix of 1-D linear interpolation: half-pixel centres, clamped at the ends."""
+    """Return the matrix of 1-D linear interpolation: half-pixel centres, clamped at the ends."""
     position = ((np.arange(target) + 0.5) * (source / target) - 0.5).clip(0, source - 1)
     low = position.astype(int)
     matrix, row = np.zeros((target, source)), np.arange(target)
@@ -317,8 +344,8 @@ def _score(inside: np.ndarray) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Answers one question; returns the exit code (0, or 2 for bad input)."""
-    parser = argparse.ArgumentParser(description="Ask about a picture: text and a mask per target.")
+    """Answer one question; return the exit code (0, or 2 for bad input)."""
+    parser = argparse.ArgumentParser(description="Ask about an image: text and a mask per target.")
     parser.add_argument("image", type=Path)
     parser.add_argument("question")
     parser.add_argument("--out", type=Path, help="for answer.json and mask_00.png, ...")
@@ -338,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _write(out: Path, answer: Answer) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("mask_[0-9]*.png") if (out / "answer.json").exists() else ():
-        old.unlink()  # masks of an answer before this one
+        old.unlink()  # masks of an earlier answer
     record = answer._asdict()
     for number, mask in enumerate(record.pop("masks")):
         Image.fromarray(mask.astype(np.uint8) * 255).save(out / f"mask_{number:02}.png")
