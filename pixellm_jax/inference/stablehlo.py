@@ -87,7 +87,7 @@ class Buckets:
         for name in ("batch", "question", "targets"):
             sizes = getattr(self, name)
             if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
-                raise InputError(f"{name}={sizes}: expected increasing numbers of at least 1")
+                raise InputError(f"{name}={sizes}: expected rising numbers of at least 1")
         if self.new_tokens < 1:
             raise InputError(f"new_tokens={self.new_tokens}: expected at least 1")
 
@@ -371,7 +371,7 @@ def _check(config: ModelConfig, buckets: Buckets, prefix: int) -> None:
     longest = buckets.question[-1]
     limit = config.language.max_positions - prefix - 1
     if longest > limit:
-        raise InputError(f"questions of {longest} tokens: the model has room for {limit}; use fewer")
+        raise InputError(f"questions of {longest} tokens: the model has room for {limit}; cut them")
 
 
 def _describe(array: Any) -> dict[str, Any]:

@@ -6,10 +6,12 @@ objects, which are read only when they are written. This file alone knows those 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,7 @@ def write_checkpoint(
         active_processes={process},
         barrier_sync_key_prefix=f"write{process}",
     )
-    with whole_folder(out) as folder:
+    with _quiet_orbax(), whole_folder(out) as folder:
         _write_json(folder / CONFIG, dataclasses.asdict(config))
         vocabulary.save(folder / TOKENIZER)
         (folder / SOURCE).mkdir()
@@ -161,6 +163,18 @@ class _LeafHandler(type_handlers.NumpyHandler):
         finally:
             if previous is not None:
                 await previous
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Silence the warnings that Orbax logs about every checkpoint with a type handler."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _chunks(leaf: Leaf) -> ocp.SaveArgs:
