@@ -36,7 +36,7 @@ from pixellm_jax.sharding import make_mesh
 from pixellm_jax.training.log import METRICS
 from pixellm_jax.training.loop import fit
 from pixellm_jax.training.state import Blueprint, make_blueprint
-from pixellm_jax.training.validation import Evaluation, evaluate_given
+from pixellm_jax.training.validation import Validation, validate
 
 GRID = "grid.json"
 """File with the base recipe that all runs of a folder share."""
@@ -106,11 +106,11 @@ def train(base: Recipe, name: str, changes: Changes, seed: int, folder: Path) ->
     blueprint = make_blueprint(recipe.model, recipe.train)
     mesh = make_mesh(recipe.train.mesh, jax.local_devices()[:1])
 
-    def evaluate(model: PixelLM) -> Evaluation:
+    def evaluate(model: PixelLM) -> Validation:
         held_out = read_batches(
             validation, recipe.model, vocabulary, count=recipe.train.evaluate_batches
         )
-        return Evaluation(evaluate_given(model, held_out, mesh, base.train.loss).scores)
+        return Validation(validate(model, held_out, mesh, base.train.loss).scores)
 
     batches = open_loader(recipe.data, recipe.model, vocabulary)
     try:

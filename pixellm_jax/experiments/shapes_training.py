@@ -30,9 +30,9 @@ from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.training.config import TrainConfig
 from pixellm_jax.training.export import write_model
 from pixellm_jax.training.log import METRICS
-from pixellm_jax.training.loop import Evaluation, fit
+from pixellm_jax.training.loop import fit
 from pixellm_jax.training.state import initial_state, make_blueprint
-from pixellm_jax.training.validation import evaluate_given
+from pixellm_jax.training.validation import Validation, validate
 
 BASELINE_SCENES = 400
 """Training scenes on which the constant mask is fitted."""
@@ -158,8 +158,8 @@ def _target_masks() -> Bool[np.ndarray, "m y x"]:
 
 def _evaluate(
     batches: Sequence[Batch], mesh: jax.sharding.Mesh, train: TrainConfig, model: PixelLM
-) -> Evaluation:
-    return Evaluation(evaluate_given(model, batches, mesh, train.loss).scores)
+) -> Validation:
+    return Validation(validate(model, batches, mesh, train.loss).scores)
 
 
 def _curve(records: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""What configures a training: what is trained and how, over which mesh, and what is kept."""
+"""Configuration of a training run: trained parameters, losses, optimizer, mesh, checkpoints."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ TRAINABLE = (
     "codebook",
     "pixel_decoder",
 )
+"""Parameters that the paper trains in addition to LoRA."""
+
 FROZEN = ("vision_encoder", "language_model.layers", "language_model.norm")
-"""What the paper trains beside LoRA, and what it leaves as it is."""
+"""Parameters that the paper freezes."""
 
 REFERENCE_FROZEN = (
     *FROZEN,
@@ -34,17 +36,17 @@ REFERENCE_FROZEN = (
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the terms, and of pixels that several predictions claim.
-
-    See docs/reference_notes.md 4.2.
-    `alpha`: weight of the target refinement loss at pixels where at least two predicted masks of
-    the same question are positive; 1 is the plain BCE of the released code.
-    """
+    """Weights of the loss terms (docs/reference_notes.md 4.2)."""
 
     text: float = 1.0
+    """Weight of the text cross-entropy."""
     bce: float = 2.0
+    """Weight of the binary cross-entropy of the masks."""
     dice: float = 0.5
+    """Weight of the Dice loss of the masks."""
     alpha: float = 2.0
+    """Weight of pixels where at least two predicted masks of one question are positive, at least 1
+    (target refinement loss); 1 is the plain BCE of the released code."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -54,23 +56,28 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up, then `schedule` down to 0 at the last step.
-
-    See docs/reference_notes.md 4.1.
-    `method`: "adamw", or "muon" for models that nobody trained before: Muon (Jordan 2024; as in
-    arXiv 2502.16982) for the matrices of vision encoder, projectors and language model, NAdamW for
-    the rest. `clip`: largest global norm of the gradient.
-    """
+    """Optimizer and learning rate schedule (docs/reference_notes.md 4.1)."""
 
     method: str = "adamw"
+    """Update rule: "adamw", or "muon" for training from scratch: Muon (Jordan 2024; as in arXiv
+    2502.16982) for the matrices of vision encoder, projectors and language model, NAdamW for the
+    rest."""
     learning_rate: float = 3e-4
+    """Peak learning rate, reached at the end of the warm-up."""
     b1: float = 0.9
+    """Decay of Adam's first moment, in [0, 1)."""
     b2: float = 0.95
+    """Decay of Adam's second moment, in [0, 1)."""
     eps: float = 1e-8
+    """Adam's epsilon."""
     weight_decay: float = 0.0
+    """Decoupled weight decay."""
     clip: float = 1.0
+    """Largest global norm of the gradient."""
     warmup: int = 100
+    """Updates of the linear warm-up from 0."""
     schedule: str = "linear"
+    """Decay to 0 at the last update: "linear" or "cosine"; "constant" does not decay."""
 
     def __post_init__(self) -> None:
         _require(self.method in METHODS, f"optimizer.method={self.method!r}: choose from {METHODS}")
@@ -93,33 +100,43 @@ class OptimizerConfig:
 class TrainConfig:
     """A training run.
 
-    `steps`: updates. `accumulation`: micro-batches of one update. `trainable`, `frozen`: dotted
-    names of modules or parameters; the longest that fits decides, LoRA pairs are always trained.
-    `max_skipped`: the run stops after so many steps in a row without finite gradients.
-    `log_every`, `evaluate_every`, `save_every`: in steps; 0 leaves evaluation out.
-    `evaluate_batches`: how many batches of the validation stream one evaluation takes.
-    `keep_last`, `keep_best`: checkpoints that are kept, the latest and those of the best gIoU.
-
     Raises:
-        InputError: a value that makes no sense.
+        InputError: a value is out of range.
     """
 
     steps: int = 5000
+    """Number of updates."""
     accumulation: int = 1
+    """Micro-batches per update."""
     seed: int = 0
+    """Seed of the initial weights and of dropout."""
     trainable: tuple[str, ...] = TRAINABLE
+    """Dotted names of trained modules or parameters; the longest match in `trainable` and `frozen`
+    decides. LoRA pairs are always trained."""
     frozen: tuple[str, ...] = FROZEN
+    """Dotted names of frozen modules or parameters."""
     lora: LoraConfig | None = field(default_factory=LoraConfig)
+    """LoRA of the language model; None trains without."""
     loss: LossConfig = field(default_factory=LossConfig)
+    """Weights of the loss terms."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and learning rate schedule."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Mesh of devices."""
     max_skipped: int = 10
+    """Consecutive steps without finite gradients after which the run stops."""
     log_every: int = 10
+    """Steps between two log records."""
     evaluate_every: int = 500
+    """Steps between two validations; 0 disables validation."""
     evaluate_batches: int = 16
+    """Batches of the validation stream per validation."""
     save_every: int = 500
+    """Steps between two checkpoints."""
     keep_last: int = 2
+    """Latest checkpoints to keep."""
     keep_best: int = 1
+    """Checkpoints of the best validation gIoU to keep."""
 
     def __post_init__(self) -> None:
         positive = ("steps", "accumulation", "max_skipped", "log_every", "save_every")

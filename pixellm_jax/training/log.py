@@ -1,4 +1,4 @@
-"""What a person sees of a training: a progress bar, `metrics.jsonl`, TensorBoard, W&B if asked."""
+"""Log of a training run: progress bar, `metrics.jsonl`, TensorBoard and, optionally, W&B."""
 
 from __future__ import annotations
 
@@ -15,24 +15,31 @@ from tqdm import tqdm
 from pixellm_jax.errors import InputError
 from pixellm_jax.files import write_whole
 
-METRICS, TENSORBOARD, WANDB_ID = "metrics.jsonl", "tensorboard", "wandb_id"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+WANDB_ID = "wandb_id"
 
 
-class Picture(NamedTuple):
-    """A picture for the log, u8 RGB [y x 3]."""
+class LogImage(NamedTuple):
+    """An image for the log, u8 RGB [y x 3]."""
 
     name: str
     pixels: np.ndarray
 
 
 class RunLog:
-    """Writes one record per `log` to every place; `process 0` of a run alone should make one.
+    """Log of a run, one record per call of `log`; only process 0 of a run makes one.
 
-    `start`: the step a resumed run goes on from; later records of the file are taken out, so that
-    it becomes that of an uninterrupted run. `project`: of Weights & Biases, which is optional.
+    Args:
+        folder: folder of the run.
+        steps: length of the run.
+        start: step from which the run resumes. Later records of metrics.jsonl are removed, so that
+            the file equals the log of an uninterrupted run.
+        recipe: configuration shown by W&B.
+        project: Weights & Biases project; None logs without W&B.
 
     Raises:
-        InputError: `folder` cannot be written, or W&B is asked for and not installed.
+        InputError: `folder` cannot be written, or W&B is requested and not installed.
     """
 
     def __init__(
@@ -44,12 +51,12 @@ class RunLog:
         recipe: Mapping[str, Any] | None = None,
         project: str | None = None,
     ) -> None:
-        from tensorboardX import SummaryWriter  # two seconds where it finds PyTorch
+        from tensorboardX import SummaryWriter  # takes two seconds where PyTorch is installed
 
         self.path = folder / METRICS
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _keep_until(self.path, start)
+            _truncate(self.path, start)
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise InputError(
@@ -68,11 +75,11 @@ class RunLog:
         self._plain = self._bar.disable
 
     def step(self) -> None:
-        """Moves the bar."""
+        """Advance the bar by one step."""
         self._bar.update()
 
     def log(self, step: int, values: Mapping[str, float], *, note: str = "") -> None:
-        """Records numbers by name, e.g. {"loss/total": 1.2}; `note` stands beside the bar."""
+        """Record numbers by name, e.g. {"loss/total": 1.2}; `note` is shown next to the bar."""
         record = {"step": step, **{name: float(value) for name, value in values.items()}}
         try:
             self._file.write(json.dumps(record) + "\n")
@@ -80,7 +87,7 @@ class RunLog:
         except OSError as error:
             raise InputError(
                 f"{self.path}: writing failed ({error.strerror or error}); free some space, then "
-                "the same command goes on"
+                "run the same command to resume"
             ) from None
         for name, value in values.items():
             self._board.add_scalar(name, float(value), step)
@@ -91,23 +98,23 @@ class RunLog:
             if self._plain:
                 print(f"step {step}: {note}", file=sys.stderr, flush=True)
 
-    def show(self, step: int, pictures: tuple[Picture, ...]) -> None:
-        """Puts pictures into TensorBoard and W&B."""
-        for picture in pictures:
-            self._board.add_image(picture.name, picture.pixels, step, dataformats="HWC")
+    def show(self, step: int, images: tuple[LogImage, ...]) -> None:
+        """Log images to TensorBoard and W&B."""
+        for image in images:
+            self._board.add_image(image.name, image.pixels, step, dataformats="HWC")
         self._board.flush()
         if self._wandb is not None:
             import wandb
 
-            images = {picture.name: wandb.Image(picture.pixels) for picture in pictures}
-            self._wandb.log(images, step=step)
+            values = {image.name: wandb.Image(image.pixels) for image in images}
+            self._wandb.log(values, step=step)
 
-    def say(self, text: str) -> None:
-        """A line above the bar."""
+    def message(self, text: str) -> None:
+        """Print a line above the bar."""
         self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """Ends every output; a full disk was told of before."""
+        """Close every output; a full disk was already reported by `log`."""
         self._bar.close()
         for output in (self._file, self._board):
             with suppress(OSError):
@@ -116,8 +123,8 @@ class RunLog:
             self._wandb.finish()
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Takes out records after `step`, and a line that was cut off."""
+def _truncate(path: Path, step: int) -> None:
+    """Remove the records after `step`, and an incomplete last line."""
     if not path.exists():
         return
     kept = []
@@ -131,7 +138,7 @@ def _keep_until(path: Path, step: int) -> None:
 
 
 def _start_wandb(project: str, folder: Path, recipe: Mapping[str, Any]) -> Any:
-    """The W&B run of this folder: a training that goes on goes on there, too."""
+    """Return the W&B run of this folder; a resumed training resumes its run."""
     try:
         import wandb
     except ImportError:

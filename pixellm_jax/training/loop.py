@@ -1,4 +1,4 @@
-"""The training loop: steps, log, validation, checkpoints, and a tidy end whatever ends it."""
+"""Training loop: steps, log, validation and checkpoints, with a clean end for every way to stop."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ from pixellm_jax.model import flops
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.sharding import batch_sharding, batch_share, batch_ways
 from pixellm_jax.stopwatch import Stopwatch
-from pixellm_jax.training.checkpoints import RunCheckpoints
+from pixellm_jax.training.checkpoints import (
+    SCORE,
+    RunCheckpoints,
+    refuse_other_recipe,
+    write_recipe,
+)
 from pixellm_jax.training.log import RunLog
 from pixellm_jax.training.memory import peak_memory_bytes
-from pixellm_jax.training.recipe_record import keep_recipe, refuse_other_recipe
 from pixellm_jax.training.state import (
     Blueprint,
     TrainState,
@@ -31,14 +35,14 @@ from pixellm_jax.training.state import (
     provenance,
 )
 from pixellm_jax.training.step import StepMetrics, make_step
-from pixellm_jax.training.validation import Evaluation
+from pixellm_jax.training.validation import Validation
 
-GIOU = "giou"
+Validate = Callable[[PixelLM], Validation]
 
 
 @runtime_checkable
 class Batches(Protocol):
-    """A stream of a share of every batch (`batch_share`), which says and takes back where it is."""
+    """Stream of this process's share of every batch (`batch_share`), with a restorable position."""
 
     def __next__(self) -> Batch: ...
 
@@ -48,17 +52,15 @@ class Batches(Protocol):
 
 
 class Outcome(NamedTuple):
-    """How a run ended: its state, and whether all steps were done (else it was told to stop)."""
+    """End of a run.
+
+    Attributes:
+        state: training state after the last step.
+        finished: all steps were done; otherwise the run was interrupted.
+    """
 
     state: TrainState
     finished: bool
-
-
-class _Progress:
-    """What is not in the state: the best score, and whether somebody asked to stop."""
-
-    best: float | None = None
-    stop: int | None = None
 
 
 def fit(
@@ -69,251 +71,275 @@ def fit(
     mesh: Mesh,
     init: Path | None = None,
     recipe: Mapping[str, Any] | None = None,
-    evaluate: Callable[[PixelLM], Evaluation] | None = None,
+    evaluate: Validate | None = None,
     project: str | None = None,
 ) -> Outcome:
-    """Trains until `blueprint.train.steps`, from the last checkpoint in `run` if there is one.
+    """Train until `blueprint.train.steps`, resuming from the last checkpoint in `run` if any.
 
-    init: checkpoint folder of the first weights; without it they are drawn. recipe: kept beside the
-    run as JSON. evaluate: called with the model every `evaluate_every` steps and at the end.
-    project: of Weights & Biases.
+    SIGTERM and Ctrl-C end the run with a checkpoint after the current step (with several processes,
+    Ctrl-C ends its process at once). A run that was killed resumes from its last checkpoint and
+    ends bit for bit where it would have ended.
 
-    SIGTERM, and Ctrl-C, end the run after the step in hand with a checkpoint (of several processes,
-    Ctrl-C ends one at once). A run that was killed goes on from its last checkpoint, and ends bit
-    for bit where it would have ended.
+    Args:
+        blueprint: model, trained parameters and training configuration.
+        batches: training data.
+        run: folder of the run.
+        mesh: mesh of devices.
+        init: checkpoint folder of the initial weights; without it they are random.
+        recipe: written to the run as JSON, and compared on resume.
+        evaluate: validation, called with the model every `evaluate_every` steps and at the end.
+        project: Weights & Biases project.
 
     Raises:
-        InputError: the run cannot be resumed with this recipe, a disk is full, or too many steps in
-            a row had no finite gradients.
+        InputError: the run cannot be resumed with this recipe, a disk is full, or too many
+            consecutive steps had no finite gradients.
         KeyboardInterrupt: after the checkpoint of a run that was interrupted by Ctrl-C.
     """
-    train, progress, main = blueprint.train, _Progress(), jax.process_index() == 0
-    source = provenance(init) if init is not None else None
-    checkpoints = RunCheckpoints(run, train, whole=init is None)
-    known: dict[str, Any] = {"source": source, "recipe": dict(recipe or {})}
-    state = _begin(blueprint, mesh, init, known, checkpoints, batches, progress)
+    main = jax.process_index() == 0
+    record: dict[str, Any] = {
+        "source": provenance(init) if init is not None else None,
+        "recipe": dict(recipe or {}),
+    }
+    checkpoints = RunCheckpoints(run, blueprint.train, save_frozen=init is None)
+    state, best = _restore(blueprint, mesh, init, record, checkpoints, batches)
     if main:
-        keep_recipe(run, known["recipe"])
-    start = int(state.step)
+        write_recipe(run, record["recipe"])
     log = None
+    interruption = _Interruption()
     try:
+        start = int(state.step)
         if main:
-            log = RunLog(run, steps=train.steps, start=start, recipe=recipe, project=project)
-            if start:
-                log.say(f"going on from step {start} of {run}")
-        with _stopping(progress):
-            state = _loop(
-                blueprint, mesh, state, batches, checkpoints, log, evaluate, known, progress
+            log = RunLog(
+                run, steps=blueprint.train.steps, start=start, recipe=recipe, project=project
             )
+            if start:
+                log.message(f"resuming from step {start} of {run}")
+        loop = _Loop(blueprint, mesh, batches, checkpoints, log, evaluate)
+        with interruption.handle_signals():
+            state = loop.run(state, best, record, interruption)
             checkpoints.wait()
     finally:
         checkpoints.close()
         if log is not None:
             log.close()
-    if progress.stop == signal.SIGINT:
+    if interruption.signal == signal.SIGINT:
         raise KeyboardInterrupt
-    return Outcome(state, finished=int(state.step) >= train.steps)
+    return Outcome(state, finished=int(state.step) >= blueprint.train.steps)
 
 
-def _begin(
+def _restore(
     blueprint: Blueprint,
     mesh: Mesh,
     init: Path | None,
-    known: Mapping[str, Any],
+    record: Mapping[str, Any],
     checkpoints: RunCheckpoints,
     batches: Batches,
-    progress: _Progress,
-) -> TrainState:
-    latest, source = checkpoints.latest(), known["source"]
+) -> tuple[TrainState, float | None]:
+    """Return state and best score: initial ones, or from the last checkpoint of the same run."""
+    latest = checkpoints.latest()
     if latest is None:
-        return initial_state(blueprint, mesh, init)
+        return initial_state(blueprint, mesh, init), None
     notes = checkpoints.notes(latest)
+    source = record["source"]
     if (notes["source"] or {}).get("fingerprint") != (source or {}).get("fingerprint"):
         raise InputError(
-            f"{checkpoints.folder}: the run began from {notes['source'] or 'drawn weights'}, "
-            f"now --init is {source or 'not given'}: give the same, or another --out"
+            f"{checkpoints.folder}: the run began from {notes['source'] or 'random weights'}, "
+            f"now --init is {source or 'not given'}: use the same, or another --out"
         )
-    refuse_other_recipe(checkpoints.folder.parent, notes.get("recipe") or {}, known["recipe"])
-    found = checkpoints.restore(latest, blueprint, mesh)
-    batches.set_state(found.data)
-    progress.best = notes["best"]
+    refuse_other_recipe(checkpoints.folder.parent, notes.get("recipe") or {}, record["recipe"])
+    restored = checkpoints.restore(latest, blueprint, mesh)
+    batches.set_state(restored.data)
     if init is None:
-        return TrainState(**found.state)
-    return TrainState(**found.state, frozen=frozen_values(blueprint, mesh, init))
+        return TrainState(**restored.state), notes["best"]
+    frozen = frozen_values(blueprint, mesh, init)
+    return TrainState(**restored.state, frozen=frozen), notes["best"]
 
 
-def _loop(
-    blueprint: Blueprint,
-    mesh: Mesh,
-    state: TrainState,
-    batches: Batches,
-    checkpoints: RunCheckpoints,
-    log: RunLog | None,
-    evaluate: Callable[[PixelLM], Evaluation] | None,
-    known: Mapping[str, Any],
-    progress: _Progress,
-) -> TrainState:
-    train, update = blueprint.train, make_step(blueprint, mesh)
-    peak = flops.matmul_peak(blueprint.config.dtype) * mesh.size
-    put, recent = _Put(mesh, train.accumulation), list[StepMetrics]()
-    watch = Stopwatch("data", rest="step")
-    for step in range(int(state.step) + 1, train.steps + 1):
-        with watch("data"):
-            batch = next(batches)
-        if recent:
-            jax.block_until_ready(recent[-1])  # one step at most is in flight
-            _refuse_to_diverge(recent[-1], train.max_skipped)
-        batch = put(batch)
-        state, metrics = update(state, batch)
-        recent.append(metrics)
-        if log is not None:
-            log.step()
-        score, end = None, step == train.steps
-        if step % train.log_every == 0 or end:
-            _report(log, step, recent, watch, blueprint, batch, peak)
-            _refuse_to_diverge(recent[-1], train.max_skipped)
-            recent = []
-        if evaluate is not None and train.evaluate_every:
-            if step % train.evaluate_every == 0 or end:
-                with watch.paused():
-                    score = _validate(blueprint, state, evaluate, log, step)
-        better = score is not None and (progress.best is None or score > progress.best)
-        if better:
-            progress.best = score
-        stopped = _asked_to_stop(progress, step)
-        if step % train.save_every == 0 or end or better or stopped:
-            notes = {"best": progress.best, **known}
-            checkpoints.save(step, state, data=batches.get_state(), notes=notes, score=score)
-        if stopped:
-            if log is not None:
-                log.say(f"asked to stop: saved at step {step}; the same command goes on from there")
-            break
-    return state
+class _Loop:
+    """The steps of a run and what happens between them."""
 
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        mesh: Mesh,
+        batches: Batches,
+        checkpoints: RunCheckpoints,
+        log: RunLog | None,
+        evaluate: Validate | None,
+    ) -> None:
+        self.blueprint = blueprint
+        self.train = blueprint.train
+        self.mesh = mesh
+        self.batches = batches
+        self.checkpoints = checkpoints
+        self.log = log
+        self.evaluate = evaluate
+        self.update = make_step(blueprint, mesh)
+        self.matmul_peak = flops.matmul_peak(blueprint.config.dtype) * mesh.size
+        self.recent: list[StepMetrics] = []  # metrics since the last report
+        self.watch = Stopwatch("data", rest="step")
 
-class _Put:
-    """Brings this process's rows of a batch to their devices."""
+    def run(
+        self,
+        state: TrainState,
+        best: float | None,
+        record: Mapping[str, Any],
+        interruption: _Interruption,
+    ) -> TrainState:
+        """Run all remaining steps, or until an interruption; return the last state."""
+        train = self.train
+        for step in range(int(state.step) + 1, train.steps + 1):
+            with self.watch("data"):
+                batch = next(self.batches)
+            if self.recent:
+                jax.block_until_ready(self.recent[-1])  # at most one step is in flight
+                self._refuse_to_diverge()
+            batch = self._to_devices(batch)
+            state, metrics = self.update(state, batch)
+            self.recent.append(metrics)
+            if self.log is not None:
+                self.log.step()
+            end = step == train.steps
+            if step % train.log_every == 0 or end:
+                self._report(step, batch)
+                self._refuse_to_diverge()
+                self.recent = []
+            score = None
+            if self.evaluate is not None and train.evaluate_every:
+                if step % train.evaluate_every == 0 or end:
+                    with self.watch.paused():
+                        score = self._validate(step, state, self.evaluate)
+            improved = score is not None and (best is None or score > best)
+            if improved:
+                best = score
+            stop = interruption.requested(step)
+            if step % train.save_every == 0 or end or improved or stop:
+                self.checkpoints.save(
+                    step,
+                    state,
+                    data=self.batches.get_state(),
+                    notes={"best": best, **record},
+                    score=score,
+                )
+            if stop:
+                if self.log is not None:
+                    self.log.message(
+                        f"interrupted: saved at step {step}; run the same command to resume"
+                    )
+                break
+        return state
 
-    def __init__(self, mesh: Mesh, parts: int) -> None:
-        self.sharding, (_, self.shares) = batch_sharding(mesh), batch_share(mesh)
-        self.ways = batch_ways(mesh) * parts
-
-    def __call__(self, batch: Batch) -> Batch:
-        rows = len(batch.tokens) * self.shares
-        if rows % self.ways:
+    def _to_devices(self, batch: Batch) -> Batch:
+        """Place this process's rows of a batch on their devices."""
+        _, processes = batch_share(self.mesh)
+        ways = batch_ways(self.mesh) * self.train.accumulation
+        rows = len(batch.tokens) * processes
+        if rows % ways:
             raise InputError(
-                f"data.batch={rows} is no multiple of {self.ways} (mesh data x fsdp x "
+                f"data.batch={rows} is no multiple of {ways} (mesh data x fsdp x "
                 "train.accumulation); change one of them"
             )
+        sharding = batch_sharding(self.mesh)
         return jax.tree.map(
             lambda array: jax.make_array_from_process_local_data(
-                self.sharding, array, (rows, *array.shape[1:])
+                sharding, array, (rows, *array.shape[1:])
             ),
             batch,
         )
 
+    def _refuse_to_diverge(self) -> None:
+        skipped = int(self.recent[-1].skipped_in_row)
+        if skipped >= self.train.max_skipped:
+            raise InputError(
+                f"{skipped} steps in a row had no finite gradients "
+                f"(train.max_skipped={self.train.max_skipped}); they left the weights unchanged: "
+                "lower train.optimizer.learning_rate, or check the data"
+            )
 
-def _report(
-    log: RunLog | None,
-    step: int,
-    recent: list[StepMetrics],
-    watch: Stopwatch,
-    blueprint: Blueprint,
-    batch: Batch,
-    peak: float,
-) -> None:
-    """Means over the sound steps since the last report, and speed. `peak`: FLOP/s of the mesh."""
-    found: StepMetrics = jax.device_get(recent[-1])
-    made = jax.device_get(recent)
-    sound = [metrics for metrics in made if metrics.finite] or made
-    means = jax.tree.map(lambda *values: float(np.mean(values)), *sound)
-    spent = watch.restart()
-    seconds = sum(spent.values())
-    if log is None:
-        return
-    images = len(batch.tokens)
-    examples = images * len(recent)
-    work = flops.train_flops(
-        blueprint.config,
-        blueprint.trainable,
-        images=images,
-        length=batch.tokens.shape[1],
-        targets=batch.target_valid.shape[1],
-    )
-    speed = work * len(recent) / seconds
-    values = {f"loss/{name}": value for name, value in means.losses._asdict().items()}
-    values |= {
-        "gradient_norm": means.gradient_norm,
-        "learning_rate": float(found.learning_rate),
-        "skipped": float(found.skipped),
-        "examples_per_second": examples / seconds,
-        "tokens_per_second": means.tokens * len(recent) / seconds,
-        "targets_per_second": means.targets * len(recent) / seconds,
-        "seconds_per_step": seconds / len(recent),
-        "waiting_for_data": spent["data"] / seconds,
-        "teraflops_per_second": speed / 1e12,
-        "mfu": speed / peak,
-        "memory_gib": peak_memory_bytes() / 2**30,
-    }
-    terms = means.losses
-    note = (
-        f"loss {terms.total:.3f} (text {terms.text:.3f} bce {terms.mask_bce:.3f} dice "
-        f"{terms.mask_dice:.3f}) {values['examples_per_second']:.1f} ex/s "
-        f"{values['tokens_per_second']:.0f} tok/s MFU {values['mfu']:.0%} "
-        f"{values['memory_gib']:.1f} GiB"
-    )
-    log.log(step, values, note=note)
-
-
-def _refuse_to_diverge(metrics: StepMetrics, most: int) -> None:
-    row = int(metrics.skipped_in_row)
-    if row >= most:
-        raise InputError(
-            f"{row} steps in a row had no finite gradients (train.max_skipped={most}); the weights "
-            "are as they were before them: lower train.optimizer.learning_rate, or look at the data"
+    def _report(self, step: int, batch: Batch) -> None:
+        """Log means over the finite steps since the last report, and the speed."""
+        last: StepMetrics = jax.device_get(self.recent[-1])
+        metrics = jax.device_get(self.recent)
+        finite = [one for one in metrics if one.finite] or metrics
+        means = jax.tree.map(lambda *values: float(np.mean(values)), *finite)
+        elapsed = self.watch.restart()
+        if self.log is None:
+            return
+        seconds = sum(elapsed.values())
+        steps = len(self.recent)
+        images, length = batch.tokens.shape
+        work = flops.train_flops(
+            self.blueprint.config,
+            self.blueprint.trainable,
+            images=images,
+            length=length,
+            targets=batch.target_valid.shape[1],
         )
+        speed = work * steps / seconds
+        terms = means.losses
+        values = {f"loss/{name}": value for name, value in terms._asdict().items()}
+        values |= {
+            "gradient_norm": means.gradient_norm,
+            "learning_rate": float(last.learning_rate),
+            "skipped": float(last.skipped),
+            "examples_per_second": images * steps / seconds,
+            "tokens_per_second": means.tokens * steps / seconds,
+            "targets_per_second": means.targets * steps / seconds,
+            "seconds_per_step": seconds / steps,
+            "waiting_for_data": elapsed["data"] / seconds,
+            "teraflops_per_second": speed / 1e12,
+            "mfu": speed / self.matmul_peak,
+            "memory_gib": peak_memory_bytes() / 2**30,
+        }
+        note = (
+            f"loss {terms.total:.3f} (text {terms.text:.3f} bce {terms.mask_bce:.3f} dice "
+            f"{terms.mask_dice:.3f}) {values['examples_per_second']:.1f} ex/s "
+            f"{values['tokens_per_second']:.0f} tok/s MFU {values['mfu']:.0%} "
+            f"{values['memory_gib']:.1f} GiB"
+        )
+        self.log.log(step, values, note=note)
+
+    def _validate(self, step: int, state: TrainState, evaluate: Validate) -> float | None:
+        """Validate the model and return the score that chooses the best checkpoint."""
+        result = evaluate(self.blueprint.model(state))
+        if self.log is not None:
+            scores = {f"validation/{name}": value for name, value in result.scores.items()}
+            self.log.log(step, scores)
+            self.log.show(step, result.images)
+            text = "  ".join(f"{name} {value:.4f}" for name, value in result.scores.items())
+            self.log.message(f"step {step}: validation  {text}")
+        return result.scores.get(SCORE)
 
 
-def _validate(
-    blueprint: Blueprint,
-    state: TrainState,
-    evaluate: Callable[[PixelLM], Evaluation],
-    log: RunLog | None,
-    step: int,
-) -> float | None:
-    found = evaluate(blueprint.model(state))
-    if log is not None:
-        log.log(step, {f"validation/{name}": value for name, value in found.scores.items()})
-        log.show(step, found.pictures)
-        told = "  ".join(f"{name} {value:.4f}" for name, value in found.scores.items())
-        log.say(f"step {step}: validation  {told}")
-    return found.scores.get(GIOU)
+class _Interruption:
+    """Request to stop after the current step, by SIGTERM or Ctrl-C."""
 
+    def __init__(self) -> None:
+        self.signal: int | None = None
 
-@contextmanager
-def _stopping(progress: _Progress) -> Iterator[None]:
-    """SIGTERM and Ctrl-C ask to stop. Of several processes JAX watches SIGTERM itself."""
-    signals = [] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+    @contextmanager
+    def handle_signals(self) -> Iterator[None]:
+        """Take over SIGTERM and Ctrl-C; with several processes JAX handles SIGTERM itself."""
+        numbers = [] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
 
-    def ask(number: int, _: object) -> None:
-        if progress.stop is not None:
-            raise KeyboardInterrupt  # asked twice: now
-        progress.stop = number
+        def request(number: int, _: object) -> None:
+            if self.signal is not None:
+                raise KeyboardInterrupt  # the second request stops at once
+            self.signal = number
 
-    try:
-        before = {number: signal.signal(number, ask) for number in signals}
-    except ValueError:  # not the main thread: whoever runs it there stops it
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        try:
+            previous = {number: signal.signal(number, request) for number in numbers}
+        except ValueError:  # not the main thread, which alone receives signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
-
-def _asked_to_stop(progress: _Progress, step: int) -> bool:
-    """The same answer on every host."""
-    if jax.process_count() == 1:
-        return progress.stop is not None
-    return bool(multihost_utils.reached_preemption_sync_point(step))
+    def requested(self, step: int) -> bool:
+        """Return whether to stop, the same answer in every process."""
+        if jax.process_count() == 1:
+            return self.signal is not None
+        return bool(multihost_utils.reached_preemption_sync_point(step))

@@ -1,4 +1,4 @@
-"""What is trained, and how it is updated. Optimizer, checkpoints and export all ask here."""
+"""Optimizer: selection of trained parameters, learning rate schedule, AdamW or Muon."""
 
 from __future__ import annotations
 
@@ -14,62 +14,70 @@ from pixellm_jax.model.lora import LORA
 from pixellm_jax.training.config import OptimizerConfig, TrainConfig
 
 HIDDEN = frozenset(("embed", "vision", "mlp", "heads", "kv_heads", "head"))
-"""Axes between which a matrix is one of Muon's; tables of ids, places and patches are not."""
+"""Axes of the matrices that Muon updates; tables of ids, positions and patches have others."""
 
 MUON_RMS = 0.4
-"""Of the entries of Muon's updates, before the learning rate; those of AdamW are about as large."""
+"""RMS of the entries of Muon's updates before the learning rate, similar to AdamW's updates."""
 
 
 def trainable_names(
     parameters: Iterable[str], constants: Iterable[str], config: TrainConfig
 ) -> frozenset[str]:
-    """The dotted names of the parameters that are trained.
+    """Return the dotted names of the trained parameters.
 
-    The longest entry of `config.trainable` and `config.frozen` that names a parameter or a module
-    around it decides. LoRA pairs are always trained, `constants` never.
+    The longest entry of `config.trainable` and `config.frozen` that names a parameter or an
+    enclosing module decides. LoRA pairs are always trained, `constants` never.
 
     Raises:
-        InputError: a parameter is neither trainable nor frozen or both, or an entry names nothing.
+        InputError: a parameter is neither trainable nor frozen, or both; or an entry matches
+            nothing.
     """
     entries = [(entry, True) for entry in config.trainable]
     entries += [(entry, False) for entry in config.frozen]
     both = sorted({*config.trainable} & {*config.frozen})
     if both:
-        raise InputError(f"train config: {both} are both in trainable and in frozen; take one out")
-    names, unclear, used = set[str](), list[str](), set[str]()
+        raise InputError(f"train config: {both} are both in trainable and in frozen; remove one")
+    names = set[str]()
+    undecided = list[str]()
+    used = set[str]()
     for name in parameters:
         if LORA in name.split("."):
             names.add(name)
             continue
-        fitting = [(entry, kind) for entry, kind in entries if f"{name}.".startswith(f"{entry}.")]
-        used.update(entry for entry, _ in fitting)
-        if not fitting:
-            unclear.append(name)
-        elif max(fitting, key=lambda pair: len(pair[0]))[1]:
+        matches = [
+            (entry, trained) for entry, trained in entries if f"{name}.".startswith(f"{entry}.")
+        ]
+        used.update(entry for entry, _ in matches)
+        if not matches:
+            undecided.append(name)
+        elif max(matches, key=lambda pair: len(pair[0]))[1]:
             names.add(name)
-    if unclear:
+    if undecided:
         raise InputError(
-            f"train config: neither trainable nor frozen: {', '.join(sorted(unclear)[:8])}"
-            f"{' ...' if len(unclear) > 8 else ''}; name them, or a module around them"
+            f"train config: neither trainable nor frozen: {', '.join(sorted(undecided)[:8])}"
+            f"{' ...' if len(undecided) > 8 else ''}; name them, or an enclosing module"
         )
     constants = list(constants)
-    idle = [
+    unused = [
         entry
         for entry, _ in entries
         if entry not in used and not any(f"{name}.".startswith(f"{entry}.") for name in constants)
     ]
-    if idle:
-        raise InputError(f"train config: {idle} name nothing in the model; correct or remove them")
+    if unused:
+        raise InputError(
+            f"train config: {unused} match nothing in the model; correct or remove them"
+        )
     return frozenset(names)
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by update: linear from 0 over the warm-up, then down to 0 at `steps`.
+    """Return the learning rate by update: linear warm-up from 0, then decay to 0 at `steps`.
 
     Update 0 runs at learning_rate / warmup; DeepSpeed's off-by-one is not copied
     (docs/reference_notes.md 4.1).
     """
-    peak, warmup = config.learning_rate, config.warmup
+    peak = config.learning_rate
+    warmup = config.warmup
     rest = max(steps - warmup, 1)
     after = {
         "linear": optax.linear_schedule(peak, 0.0, rest),
@@ -85,9 +93,12 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, steps: int, axes: Mapping[str, str]
 ) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW or Muon with `schedule`.
+    """Return clipping by the global norm, then AdamW or Muon with `schedule`.
 
-    axes: logical axes of every parameter that is trained, by its dotted name.
+    Args:
+        config: optimizer configuration.
+        steps: updates of the run.
+        axes: logical axes of every trained parameter by dotted name.
     """
     rate = schedule(config, steps)
     if config.method == "adamw":
@@ -98,7 +109,9 @@ def make_optimizer(
         update = muon(
             rate,
             consistent_rms=MUON_RMS,
-            muon_weight_dimension_numbers={name: _matrix(own) for name, own in axes.items()},
+            muon_weight_dimension_numbers={
+                name: _matrix_axes(names) for name, names in axes.items()
+            },
             weight_decay=config.weight_decay,
             adam_learning_rate=rate,
             adam_b1=config.b1,
@@ -109,10 +122,10 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(config.clip), update)
 
 
-def _matrix(axes: str) -> MuonDimensionNumbers | None:
-    """Which axes are the rows and the columns of a matrix of `HIDDEN`; None: it is none.
+def _matrix_axes(axes: str) -> MuonDimensionNumbers | None:
+    """Return the axes of the rows and columns of a matrix of `HIDDEN` axes, None for other tensors.
 
-    "layer embed heads head" is one matrix of (1) x (2, 3) for every layer.
+    "layer embed heads head" is one matrix of (1) x (2, 3) per layer.
     """
     names = logical_axes(axes)
     sides: list[list[int]] = []
@@ -132,7 +145,7 @@ def state_shardings(
     shardings: Mapping[str, jax.sharding.Sharding],
     other: jax.sharding.Sharding,
 ) -> optax.OptState:
-    """Moments, under the names of their parameters, lie where these do; the rest at `other`."""
+    """Return shardings of the optimizer state: moments as their parameters, the rest `other`."""
 
     def place(path: tuple, _: object) -> jax.sharding.Sharding:
         name = getattr(path[-1], "key", None) if path else None

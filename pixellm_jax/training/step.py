@@ -1,4 +1,4 @@
-"""One update: gradients of the loss over the global batch, clipped, applied if they are finite."""
+"""Training step: gradients of the loss over the global batch, clipped, applied if finite."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pixellm_jax.training.state import Blueprint, TrainState
 
 
 class StepMetrics(NamedTuple):
-    """What a step says: float32 scalars over the global batch, and counters."""
+    """Metrics of a step: float32 scalars over the global batch, and counters."""
 
     losses: Losses
     gradient_norm: Float[Array, ""]
@@ -37,11 +37,11 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
 def make_step(blueprint: Blueprint, mesh: Mesh) -> Step:
-    """The jitted update on a mesh; it takes over (donates) the state it is given.
+    """Return the jitted update on a mesh; it donates its input state.
 
-    Losses are sums over every device and micro-batch divided by the counts of the global batch, so
-    that the update does not depend on the mesh or on `accumulation` (but for the dropout drawn).
-    Gradients that are not finite leave weights and moments as they were.
+    Losses are sums over all devices and micro-batches divided by the counts of the global batch, so
+    that the update does not depend on the mesh or on `accumulation` (dropout excepted). Gradients
+    that are not finite leave weights and moments unchanged.
     """
     train = blueprint.train
     optimizer = blueprint.optimizer
@@ -67,9 +67,9 @@ def make_step(blueprint: Blueprint, mesh: Mesh) -> Step:
         finite = jnp.isfinite(norm) & jnp.isfinite(terms.total)
         updates, moments = optimizer.update(total, state.optimizer, state.trainable)
         updated = (optax.apply_updates(state.trainable, updates), moments)
-        kept = (state.trainable, state.optimizer)
+        previous = (state.trainable, state.optimizer)
         trainable, moments = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), updated, kept
+            lambda new, old: jnp.where(finite, new, old), updated, previous
         )
         skipped = 1 - finite.astype(jnp.int32)
         after = TrainState(
@@ -80,11 +80,11 @@ def make_step(blueprint: Blueprint, mesh: Mesh) -> Step:
             skipped=state.skipped + skipped,
             skipped_in_row=(state.skipped_in_row + 1) * skipped,
         )
-        done = state.step - state.skipped
+        applied = state.step - state.skipped
         return after, StepMetrics(
             losses=terms,
             gradient_norm=norm,
-            learning_rate=jnp.asarray(rate(done), jnp.float32),
+            learning_rate=jnp.asarray(rate(applied), jnp.float32),
             finite=finite,
             skipped=after.skipped,
             skipped_in_row=after.skipped_in_row,
@@ -92,11 +92,11 @@ def make_step(blueprint: Blueprint, mesh: Mesh) -> Step:
             targets=counts.targets,
         )
 
-    places = jax.tree.map(lambda leaf: leaf.sharding, blueprint.state(mesh))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.state(mesh))
     return jax.jit(
         step,
-        in_shardings=(places, batch_sharding(mesh)),
-        out_shardings=(places, replicated(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
 
@@ -104,11 +104,11 @@ def make_step(blueprint: Blueprint, mesh: Mesh) -> Step:
 def batch_spec(
     config: ModelConfig, mesh: Mesh, *, batch: int, length: int, targets: int, masks: int
 ) -> Batch:
-    """Shapes, dtypes and places of a batch, to lower a step with; arguments as `batch.spec`."""
+    """Return shapes, dtypes and shardings of a batch to lower a step; arguments as `batch.spec`."""
     spec = batches.spec(config, batch=batch, length=length, targets=targets, masks=masks)
-    place = batch_sharding(mesh)
+    sharding = batch_sharding(mesh)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), spec
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), spec
     )
 
 
@@ -119,9 +119,9 @@ def _accumulate(
     key: Key[Array, ""],
     parts: int,
 ) -> tuple[dict[str, Array], Losses]:
-    """Sums gradients and loss terms over micro-batches, one after the other.
+    """Sum gradients and loss terms over micro-batches, one after the other.
 
-    Row i belongs to micro-batch i % parts, so that every device keeps its own rows.
+    Row i belongs to micro-batch i % parts, so that no row moves to another device.
     """
 
     def split(array: Array) -> Array:
@@ -129,10 +129,11 @@ def _accumulate(
         return jnp.swapaxes(array.reshape(rows, parts, *array.shape[1:]), 0, 1)
 
     def add(sums: tuple, part: tuple[Batch, Array]) -> tuple[tuple, None]:
-        found = gradient(trainable, part[0], part[1])
-        return jax.tree.map(jnp.add, sums, found), None
+        return jax.tree.map(jnp.add, sums, gradient(trainable, *part)), None
 
-    micro = (jax.tree.map(split, batch), jax.random.split(key, parts))
-    shapes = jax.eval_shape(gradient, trainable, jax.tree.map(lambda a: a[0], micro[0]), key)
+    micro_batches = (jax.tree.map(split, batch), jax.random.split(key, parts))
+    shapes = jax.eval_shape(
+        gradient, trainable, jax.tree.map(lambda a: a[0], micro_batches[0]), key
+    )
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.scan(add, zeros, micro)[0]
+    return jax.lax.scan(add, zeros, micro_batches)[0]

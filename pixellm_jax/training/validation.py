@@ -1,4 +1,8 @@
-"""Scores of a model while it trains: the answer is given, its codebook tokens included."""
+"""Validation during training, teacher-forced: the model reads the true answers.
+
+Its scores cannot be compared with those of free-running evaluation, where the model writes its
+answers itself.
+"""
 
 from __future__ import annotations
 
@@ -19,89 +23,102 @@ from pixellm_jax.model.layers import resize_bilinear
 from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.sharding import batch_sharding, replicated
 from pixellm_jax.training.config import LossConfig
-from pixellm_jax.training.log import Picture
+from pixellm_jax.training.log import LogImage
 from pixellm_jax.training.losses import Losses, count, losses
 
-PICTURES = 4
-"""Rows of the first batch that are drawn, at most: those of one device."""
+MAX_IMAGES = 4
+"""Rows of the first batch to render, among those on the first device of this process."""
 
 
-class Evaluation(NamedTuple):
-    """What a validation found: scores by name ("giou" chooses the best checkpoint), pictures."""
+class Validation(NamedTuple):
+    """Result of a validation.
+
+    Attributes:
+        scores: scores by name; "giou" chooses the best checkpoint.
+        images: truth and prediction side by side.
+    """
 
     scores: dict[str, float]
-    pictures: tuple[Picture, ...] = ()
+    images: tuple[LogImage, ...] = ()
 
 
-class _Found(NamedTuple):
+class _Measured(NamedTuple):
     areas: Areas
     losses: Losses
     inside: Bool[Array, "b m Y X"]
 
 
-def evaluate_given(
-    model: PixelLM, batches: Iterable[Batch], mesh: Mesh, loss: LossConfig
-) -> Evaluation:
-    """gIoU, cIoU and losses on the canvas, at the resolution of the batches' masks.
+def validate(model: PixelLM, batches: Iterable[Batch], mesh: Mesh, loss: LossConfig) -> Validation:
+    """Return gIoU, cIoU and losses on the canvas, at the resolution of the batches' masks.
 
-    `batches`: this host's share of each; scores are those of all hosts together. Mode `given`: not
-    to be compared with numbers where the model writes its answers itself.
+    Args:
+        model: model on the devices of `mesh`.
+        batches: this process's share of each batch; the scores cover all processes.
+        mesh: mesh of devices.
+        loss: weights of the loss terms.
     """
-    place = batch_sharding(mesh)
-    put = partial(jax.make_array_from_process_local_data, place)
-    sums, terms, weights = list[Sums](), list[Losses](), list[Losses]()
-    pictures: tuple[Picture, ...] = ()
+    put = partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    sums = list[Sums]()
+    terms = list[Losses]()
+    weights = list[Losses]()
+    images: tuple[LogImage, ...] = ()
     for batch in batches:
-        whole = jax.tree.map(put, batch)
-        measured = _measure(model, whole, mesh, loss)
-        areas, parts, valid, counts = jax.device_get(
-            (measured.areas, measured.losses, _whole(whole.target_valid, mesh), count(whole))
+        global_batch = jax.tree.map(put, batch)
+        measured = _measure(model, global_batch, mesh, loss)
+        areas, batch_terms, valid, counts = jax.device_get(
+            (
+                measured.areas,
+                measured.losses,
+                _replicate(global_batch.target_valid, mesh),
+                count(global_batch),
+            )
         )
         sums.append(tally(areas, valid=valid))
-        terms.append(parts)
+        terms.append(batch_terms)
         weights.append(Losses(counts.tokens, counts.tokens, counts.targets, counts.targets))
-        if not pictures:
-            shard = measured.inside.addressable_shards[0].data  # the first of this host's rows
-            rows = min(PICTURES, len(shard))
-            pictures = tuple(_draw(batch, shard, row) for row in range(rows))
+        if not images:
+            shard = measured.inside.addressable_shards[0].data  # the first rows of this process
+            rows = min(MAX_IMAGES, len(shard))
+            images = tuple(_render(batch, shard, row) for row in range(rows))
     result = scores(merge(*sums))
-    found, shares = np.asarray(terms, float), np.maximum(np.asarray(weights, float), 1e-9)
-    _, text, bce, dice = map(float, (found * shares).sum(0) / shares.sum(0))
+    shares = np.maximum(np.asarray(weights, float), 1e-9)
+    means = (np.asarray(terms, float) * shares).sum(0) / shares.sum(0)
+    _, text, bce, dice = map(float, means)
     values = {"giou": result.giou, "ciou": result.ciou, "loss": text + bce + dice}
     values |= {"text": text, "mask_bce": bce, "mask_dice": dice}
-    return Evaluation(values, pictures)
+    return Validation(values, images)
 
 
 @partial(jax.jit, static_argnames=("mesh", "loss"))
-def _measure(model: PixelLM, batch: Batch, mesh: Mesh, loss: LossConfig) -> _Found:
+def _measure(model: PixelLM, batch: Batch, mesh: Mesh, loss: LossConfig) -> _Measured:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         prediction = model(batch)
         side = batch.masks.shape[-2:]
         logits = resize_bilinear(prediction.mask_logits[..., None], *side)[..., 0]
         areas = measure(logits > 0, batch.masks)
         terms = losses(prediction, batch, loss)
-    whole = replicated(mesh)
-    areas, terms = jax.lax.with_sharding_constraint((areas, terms), whole)
-    return _Found(areas, terms, jax.lax.with_sharding_constraint(logits > 0, batch_sharding(mesh)))
+    areas, terms = jax.lax.with_sharding_constraint((areas, terms), replicated(mesh))
+    inside = jax.lax.with_sharding_constraint(logits > 0, batch_sharding(mesh))
+    return _Measured(areas, terms, inside)
 
 
 @partial(jax.jit, static_argnames="mesh")
-def _whole(array: Array, mesh: Mesh) -> Array:
+def _replicate(array: Array, mesh: Mesh) -> Array:
     return jax.lax.with_sharding_constraint(array, replicated(mesh))
 
 
-def _draw(batch: Batch, inside: Array, row: int) -> Picture:
-    """Truth on the left, prediction on the right."""
+def _render(batch: Batch, inside: Array, row: int) -> LogImage:
+    """Render the truth on the left, the prediction on the right."""
     y, x = (int(size) for size in batch.image_hw[row])
-    picture = np.asarray(batch.image[row])
+    canvas = np.asarray(batch.image[row])
     valid = np.asarray(batch.target_valid[row])
     halves = []
     for masks in (np.asarray(batch.masks[row]) == 1, np.asarray(inside[row])):
-        large = [
-            np.asarray(Image.fromarray(mask).resize(picture.shape[1::-1], Image.Resampling.NEAREST))
+        resized = [
+            np.asarray(Image.fromarray(mask).resize(canvas.shape[1::-1], Image.Resampling.NEAREST))
             for mask in masks[valid]
         ]
-        stack = np.asarray(large, bool).reshape(-1, *picture.shape[:2])
+        stack = np.asarray(resized, bool).reshape(-1, *canvas.shape[:2])
         names = [str(number + 1) for number in range(len(stack))]
-        halves.append(np.asarray(draw_overlay(picture[:y, :x], stack[:, :y, :x], names)))
-    return Picture(f"validation/{row}", np.concatenate(halves, axis=1))
+        halves.append(np.asarray(draw_overlay(canvas[:y, :x], stack[:, :y, :x], names)))
+    return LogImage(f"validation/{row}", np.concatenate(halves, axis=1))

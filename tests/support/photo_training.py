@@ -35,7 +35,7 @@ from pixellm_jax.training.config import OptimizerConfig, TrainConfig
 from pixellm_jax.training.export import write_model
 from pixellm_jax.training.loop import Outcome, fit
 from pixellm_jax.training.state import make_blueprint
-from pixellm_jax.training.validation import Evaluation, evaluate_given
+from pixellm_jax.training.validation import Validation, validate
 from pixellm_jax.weights import checkpoint
 from tests.support.small_training import EVERYTHING
 
@@ -118,11 +118,11 @@ def learn_photos(root: Path, out: Path, *, photos: int, steps: int, evaluate_eve
     mesh = make_mesh(train.mesh, jax.local_devices()[:1])
     load = partial(Loader, model=config, vocabulary=vocabulary, datasets={MUSE: examples})
 
-    def evaluate(model: object) -> Evaluation:
+    def evaluate(model: object) -> Validation:
         batches = load(seen)
         try:
             once = itertools.islice(batches, photos // data.batch)
-            return evaluate_given(model, once, mesh, train.loss)
+            return validate(model, once, mesh, train.loss)
         finally:
             batches.close()
 

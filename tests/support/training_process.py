@@ -1,6 +1,6 @@
-"""A training in a process of its own, for tests that kill it: RUN STEPS SAVE_EVERY.
+"""Training in a process of its own, for tests that kill it: RUN STEPS SAVE_EVERY.
 
-All that must survive has a part in it: LoRA with dropout, a best score, and steps slow enough that
+Everything that must survive takes part: LoRA with dropout, a best score, and steps slow enough that
 a kill falls between any two of them.
 """
 
@@ -23,15 +23,15 @@ from pixellm_jax.model.pixellm import PixelLM
 from pixellm_jax.sharding import make_mesh
 from pixellm_jax.training.loop import fit
 from pixellm_jax.training.state import make_blueprint
-from pixellm_jax.training.validation import Evaluation
+from pixellm_jax.training.validation import Validation
 from tests.support.small_training import lora_train, small_loader, small_model
 
 SECONDS = 0.1
-"""Of a step, at least."""
+"""Shortest duration of a step."""
 
 
-class Slowly:
-    """A loader that takes its time."""
+class SlowLoader:
+    """Loader that waits before every batch."""
 
     def __init__(self, batches: Loader) -> None:
         self.batches = batches
@@ -47,14 +47,14 @@ class Slowly:
         self.batches.set_state(state)
 
 
-def worse_and_worse(model: PixelLM) -> Evaluation:
-    """A score that falls as LoRA grows from nothing: the first one is the best."""
-    grown = jnp.abs(model.language_model.layers.query.lora.up[...]).sum()
-    return Evaluation({"giou": -float(grown)})
+def falling_score(model: PixelLM) -> Validation:
+    """Return a score that falls as LoRA grows from zero: the first one is the best."""
+    size = jnp.abs(model.language_model.layers.query.lora.up[...]).sum()
+    return Validation({"giou": -float(size)})
 
 
 def main(run: Path, steps: int, save_every: int) -> None:
-    """Trains over all devices and writes the last weights to RUN/final.npz."""
+    """Train on all devices and write the last weights to RUN/final.npz."""
     train = lora_train(
         steps=steps,
         save_every=save_every,
@@ -66,7 +66,7 @@ def main(run: Path, steps: int, save_every: int) -> None:
     batches = small_loader()
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     blueprint = make_blueprint(small_model(), train)
-    outcome = fit(blueprint, Slowly(batches), run=run, mesh=mesh, evaluate=worse_and_worse)
+    outcome = fit(blueprint, SlowLoader(batches), run=run, mesh=mesh, evaluate=falling_score)
     batches.close()
     if outcome.finished:
         np.savez(run / "final.npz", *jax.tree.leaves(jax.device_get(outcome.state)))

@@ -1,4 +1,4 @@
-"""The log of a run: Weights & Biases, a full disk, and what counts as time."""
+"""The log of a run: Weights & Biases, and a full disk."""
 
 from __future__ import annotations
 
@@ -12,59 +12,59 @@ import pytest
 
 from pixellm_jax.errors import InputError
 from pixellm_jax.stopwatch import Stopwatch
-from pixellm_jax.training.log import Picture, RunLog
+from pixellm_jax.training.log import LogImage, RunLog
 
 
 class Service:
-    """Stands for the module `wandb`: keeps what it is told."""
+    """Stand-in for the module `wandb` that records its calls."""
 
     def __init__(self) -> None:
-        self.begun: list[dict] = []
-        self.told: list[tuple[int, dict]] = []
+        self.started: list[dict] = []
+        self.logged: list[tuple[int, dict]] = []
         self.finished = 0
 
     def init(self, **options):
-        self.begun.append(options)
-        return SimpleNamespace(id=options["id"] or "drawn", log=self._log, finish=self._finish)
+        self.started.append(options)
+        return SimpleNamespace(id=options["id"] or "new", log=self._log, finish=self._finish)
 
     def Image(self, pixels):
         return pixels
 
     def _log(self, values, step):
-        self.told.append((step, values))
+        self.logged.append((step, values))
 
     def _finish(self):
         self.finished += 1
 
 
-def test_a_run_that_goes_on_is_one_run_there(tmp_path, monkeypatch):
+def test_resumed_run_is_one_run_in_wandb(tmp_path, monkeypatch):
     service = Service()
     monkeypatch.setitem(sys.modules, "wandb", service)
-    picture = Picture("truth", np.zeros((2, 3, 3), np.uint8))
+    image = LogImage("truth", np.zeros((2, 3, 3), np.uint8))
     for start in (0, 4):
         log = RunLog(tmp_path, steps=8, start=start, recipe={"seed": 3}, project="shapes")
         log.log(start + 2, {"loss/total": 1.5})
-        log.show(start + 2, (picture,))
+        log.show(start + 2, (image,))
         log.close()
-    assert [options["id"] for options in service.begun] == [None, "drawn"]
+    assert [options["id"] for options in service.started] == [None, "new"]
     assert all(
         options["project"] == "shapes" and options["config"] == {"seed": 3}
-        for options in service.begun
+        for options in service.started
     )
-    assert service.told[0] == (2, {"loss/total": 1.5})
-    assert service.told[1][0] == 2 and service.told[1][1]["truth"] is picture.pixels
-    assert [step for step, _ in service.told] == [2, 2, 6, 6]
+    assert service.logged[0] == (2, {"loss/total": 1.5})
+    assert service.logged[1][0] == 2 and service.logged[1][1]["truth"] is image.pixels
+    assert [step for step, _ in service.logged] == [2, 2, 6, 6]
     assert service.finished == 2
 
 
-def test_without_the_package_one_line_says_what_to_install(tmp_path, monkeypatch):
+def test_missing_wandb_names_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match="pip install"):
         RunLog(tmp_path, steps=8, project="shapes")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the full disk of Linux")
-def test_a_full_disk_is_one_line(tmp_path):
+def test_full_disk_is_one_line(tmp_path):
     log = RunLog(tmp_path, steps=8)
     log._file.close()
     log._file = open("/dev/full", "a")  # noqa: SIM115 (closed by the log)

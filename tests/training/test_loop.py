@@ -1,4 +1,4 @@
-"""A run: it learns, survives being killed at any moment, and ends tidily when it is told to."""
+"""A run: it learns, survives a kill at any moment, and ends cleanly when interrupted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pixellm_jax.training.config import OptimizerConfig
 from pixellm_jax.training.export import write_model
 from pixellm_jax.training.loop import fit
 from pixellm_jax.training.state import make_blueprint
-from pixellm_jax.training.validation import Evaluation
+from pixellm_jax.training.validation import Validation
 from pixellm_jax.weights import checkpoint
 from tests.support.small_training import (
     lora_train,
@@ -83,9 +83,9 @@ def start(run: Path, cache: Path) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> str:
-    told, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, told[-2000:]
-    return told
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-2000:]
+    return output
 
 
 def final(run: Path) -> list[np.ndarray]:
@@ -99,15 +99,15 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, cache):
-    """A run that nobody disturbed."""
-    run = tmp_path_factory.mktemp("whole")
+def undisturbed(tmp_path_factory, cache):
+    """An uninterrupted run."""
+    run = tmp_path_factory.mktemp("undisturbed")
     finish(start(run, cache))
     return run
 
 
 def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
-    """Until this process, not one before it, has made so many steps of the run."""
+    """Wait until this process, not an earlier one, has logged a step."""
     path = run / "metrics.jsonl"
     before = path.stat().st_mtime_ns if path.exists() else 0
     while True:
@@ -119,83 +119,86 @@ def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
         time.sleep(0.005)
 
 
-def assert_same_run(whole: Path, run: Path) -> None:
-    """Every bit of the state, every loss and score, and which checkpoints are kept."""
-    for one, other in zip(final(whole), final(run), strict=True):
+def assert_same_run(undisturbed: Path, run: Path) -> None:
+    """Compare every bit of the state, every loss and score, and the kept checkpoints."""
+    for one, other in zip(final(undisturbed), final(run), strict=True):
         np.testing.assert_array_equal(one, other)
-    told, checkpoints = [], []
-    for path in (whole, run):
-        told.append(
+    logs = []
+    checkpoints = []
+    for path in (undisturbed, run):
+        logs.append(
             [
                 {k: v for k, v in r.items() if k.startswith(("step", "loss", "validation"))}
                 for r in records(path)
             ]
         )
         checkpoints.append({int(p.name) for p in (path / CHECKPOINTS).iterdir()})
-    assert told[0] == told[1]
+    assert logs[0] == logs[1]
     assert checkpoints[0] == checkpoints[1] == {SAVE_EVERY, STEPS - SAVE_EVERY, STEPS}
 
 
-def killed_and_resumed(whole: Path, run: Path, cache: Path, rng: random.Random, kills: int) -> bool:
-    """Kills a run at random moments, then lets it end, and compares every bit; whether it resumed.
+def killed_and_resumed(
+    undisturbed: Path, run: Path, cache: Path, rng: random.Random, kills: int
+) -> bool:
+    """Kill a run at random moments, let it finish, compare every bit; return whether it resumed.
 
-    Every kill but for some of those after the first falls between two steps, or in one.
+    Every kill, except for some after the first, falls between two steps or within one.
     """
     reached = 0
     for number, step in enumerate(sorted(rng.sample(range(1, STEPS - 1), kills))):
         process = start(run, cache)
         if number and rng.random() < 0.3:
-            time.sleep(rng.uniform(0, 2))  # at times while it starts or restores
+            time.sleep(rng.uniform(0, 2))  # sometimes while it starts or restores
         else:
             wait_for_step(process, run, step)
             time.sleep(rng.uniform(0, SECONDS))
             reached = step
         process.kill()
         process.communicate()
-        if reached > 2 * SAVE_EVERY:  # the first checkpoint was whole before the second was begun
+        if reached > 2 * SAVE_EVERY:  # the first was complete before the second began
             assert [path for path in (run / CHECKPOINTS).iterdir() if path.name.isdigit()]
-    resumed = "going on from step" in finish(start(run, cache))
+    resumed = "resuming from step" in finish(start(run, cache))
     assert resumed or reached <= 2 * SAVE_EVERY
-    assert_same_run(whole, run)
+    assert_same_run(undisturbed, run)
     return resumed
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_bit_for_bit_where_it_would_have(whole, tmp_path, cache):
+def test_killed_run_ends_bit_for_bit_like_an_undisturbed_one(undisturbed, tmp_path, cache):
     """Killed after five and after ten steps."""
-    assert killed_and_resumed(whole, tmp_path, cache, random.Random(13), kills=2)
+    assert killed_and_resumed(undisturbed, tmp_path, cache, random.Random(13), kills=2)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(20))
-def test_twenty_rounds_of_kill(whole, tmp_path, cache, seed):
-    killed_and_resumed(whole, tmp_path, cache, random.Random(seed), kills=1 + seed % 3)
+def test_twenty_rounds_of_kill(undisturbed, tmp_path, cache, seed):
+    killed_and_resumed(undisturbed, tmp_path, cache, random.Random(seed), kills=1 + seed % 3)
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_with_zero(whole, tmp_path, cache):
+def test_sigterm_saves_and_exits_with_zero(undisturbed, tmp_path, cache):
     process = start(tmp_path, cache)
     wait_for_step(process, tmp_path, 2)
     process.send_signal(signal.SIGTERM)
-    told = finish(process)
-    assert "the same command goes on from there" in told
+    output = finish(process)
+    assert "run the same command to resume" in output
     assert not (tmp_path / "final.npz").exists()
     saved = max(int(p.name) for p in (tmp_path / CHECKPOINTS).iterdir())
     assert 2 <= saved < STEPS
-    told = finish(start(tmp_path, cache))
-    assert f"going on from step {saved}" in told
-    for one, other in zip(final(whole), final(tmp_path), strict=True):
+    output = finish(start(tmp_path, cache))
+    assert f"resuming from step {saved}" in output
+    for one, other in zip(final(undisturbed), final(tmp_path), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.slow
-def test_it_learns_and_a_checkpoint_moves_to_another_mesh(tmp_path):
+def test_run_learns_and_checkpoint_moves_to_another_mesh(tmp_path):
     config = small_train(steps=30, log_every=5, save_every=15)
     train(tmp_path, config)
     losses = [r["loss/total"] for r in records(tmp_path)]
     assert losses[-1] < 0.9 * losses[0]
     blueprint = make_blueprint(small_model(), config)
-    checkpoints = RunCheckpoints(tmp_path, config, whole=True)
+    checkpoints = RunCheckpoints(tmp_path, config, save_frozen=True)
     meshes = mesh_of(), mesh_of(2, 2, 1), mesh_of(1, 2, 2)
     one, *others = (checkpoints.restore(30, blueprint, mesh).state for mesh in meshes)
     checkpoints.close()
@@ -208,15 +211,15 @@ def test_it_learns_and_a_checkpoint_moves_to_another_mesh(tmp_path):
     assert outcome.finished and int(outcome.state.step) == 32
     head = outcome.state.trainable["language_model.head"]
     assert len(head.sharding.device_set) == 4
-    # The loss goes on where it was, not where it began.
+    # The loss continues where it was, not where it began.
     assert records(tmp_path)[-1]["loss/total"] < 0.9 * losses[0]
 
 
-def test_the_best_checkpoint_stays_beside_the_latest(tmp_path):
-    found = iter([0.2, 0.9, 0.5, 0.4, 0.3, 0.1])
+def test_best_checkpoint_is_kept_with_the_latest(tmp_path):
+    scores = iter([0.2, 0.9, 0.5, 0.4, 0.3, 0.1])
 
     def evaluate(model):
-        return Evaluation({"giou": next(found)})
+        return Validation({"giou": next(scores)})
 
     config = small_train(steps=6, evaluate_every=1, save_every=1, keep_last=1, keep_best=1)
     train(tmp_path, config, evaluate=evaluate)
@@ -224,7 +227,7 @@ def test_the_best_checkpoint_stays_beside_the_latest(tmp_path):
     assert kept == [2, 6]
 
 
-def test_the_model_of_a_run_has_its_lora_merged(tmp_path):
+def test_exported_model_has_lora_merged(tmp_path):
     config = lora_train(steps=2)
     outcome = train(tmp_path / "run", config)
     blueprint = make_blueprint(small_model(), config)
@@ -235,7 +238,7 @@ def test_the_model_of_a_run_has_its_lora_merged(tmp_path):
     down, up = (np.asarray(values[f"{name}.lora.{half}"]) for half in ("down", "up"))
     assert np.abs(up).max() > 0
     expected = np.asarray(values[f"{name}.weight"]) + 8.0 * np.einsum("ldr,lrnh->ldnh", down, up)
-    # One product in float32, in another order.
+    # The same float32 products, summed in another order.
     np.testing.assert_allclose(
         loaded.language_model.layers.query.weight[...], expected, rtol=1e-5, atol=1e-6
     )
@@ -245,7 +248,7 @@ def test_the_model_of_a_run_has_its_lora_merged(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_from_a_checkpoint_keeps_the_frozen_weights_out(tmp_path):
+def test_training_from_a_checkpoint_does_not_save_frozen_weights(tmp_path):
     first = lora_train(steps=1)
     train(tmp_path / "first", first)
     blueprint = make_blueprint(small_model(), first)
@@ -254,12 +257,12 @@ def test_training_from_a_checkpoint_keeps_the_frozen_weights_out(tmp_path):
     train(tmp_path / "run", config, init=tmp_path / "model")
     saved = checkpoint.open_arrays(tmp_path / "run" / CHECKPOINTS / "2", "state")
     assert not [name for name in saved if name.startswith("frozen")]
-    with pytest.raises(InputError, match="give the same, or another --out"):
+    with pytest.raises(InputError, match="use the same, or another --out"):
         train(tmp_path / "run", dataclasses.replace(config, steps=3), init=None)
 
 
-def test_a_run_that_diverges_stops_and_says_why(tmp_path):
-    """After the first step, with a rate that leaves nothing finite."""
+def test_diverging_run_stops_with_a_reason(tmp_path):
+    """Diverges after the first step, at a learning rate that leaves nothing finite."""
     wild = OptimizerConfig(warmup=0, learning_rate=1e38, schedule="constant")
     config = small_train(steps=50, max_skipped=3, optimizer=wild, save_every=50)
     with pytest.raises(InputError, match=r"^3 steps in a row .*train.max_skipped=3\); .*lower"):
@@ -268,31 +271,33 @@ def test_a_run_that_diverges_stops_and_says_why(tmp_path):
     assert records(tmp_path)[-1]["skipped"] == 3
 
 
-def test_a_run_of_another_model_is_not_resumed(tmp_path):
+def test_run_of_another_model_is_not_resumed(tmp_path):
     train(tmp_path, small_train(steps=1))
     other = dataclasses.replace(
         small_train(steps=2),
         frozen=("vision_encoder",),
         trainable=tuple(name for name in small_train().trainable if name != "vision_encoder"),
     )
-    with pytest.raises(InputError, match="cannot go on from here"):
+    with pytest.raises(InputError, match="cannot resume from here"):
         train(tmp_path, other)
 
 
-def test_an_unwritable_folder_is_one_line(tmp_path):
+def test_unwritable_folder_is_one_line(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(InputError, match="cannot write here|writing a checkpoint failed"):
         train(tmp_path / "taken", small_train(steps=1))
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, monkeypatch, capfd):
-    """Full from step 4 on; the same command goes on where there is space again."""
+def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, monkeypatch, capfd):
+    """Full from step 4 on; the same command resumes once there is space again."""
     usage, free = shutil.disk_usage, [10**9, 1000]
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: usage(path)._replace(free=free.pop(0) if free else 10**9)
     )
-    with pytest.raises(InputError, match=r"up to .* MiB, 0\.0 are free\); the last good one is as"):
+    with pytest.raises(
+        InputError, match=r"up to .* MiB, 0\.0 are free\); the last good one is intact"
+    ):
         train(tmp_path, small_train(steps=6, save_every=2))
     assert "Traceback" not in capfd.readouterr().err
     assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["2"]

@@ -181,7 +181,7 @@ def test_a_step_without_finite_gradients_changes_nothing(batch):
 def test_every_parameter_is_trainable_or_frozen():
     with pytest.raises(InputError, match="neither trainable nor frozen: codebook"):
         make_blueprint(small_model(), small_train(trainable=("vision_encoder", "language_model")))
-    with pytest.raises(InputError, match="'nothing'.*name nothing"):
+    with pytest.raises(InputError, match="'nothing'.*match nothing"):
         make_blueprint(
             small_model(), lora_train(frozen=("vision_encoder", "language_model", "nothing"))
         )
