@@ -62,7 +62,7 @@ class Draw(grain.transforms.MapWithIndex):
         self.model = model
 
     def map_with_index(self, index: int, element: Example) -> Sample:
-        """PhiloxSampler, encodes, packs and fits one example.
+        """Sample, encode, pack and fit one example.
 
         A damaged example gives an empty row, which is reported.
         """

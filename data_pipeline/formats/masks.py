@@ -1,7 +1,8 @@
-"""Masks: every form that COCO-style files use goes in, one compressed run-length form comes out.
+"""COCO segmentations in every published form, converted to compressed run-length encodings.
 
-pycocotools encodes, decodes and fills polygons. It trusts its input down to the C code, so nothing
-gets there unchecked: what it would crash on, hang on or misread raises `DamagedError` here.
+`pixellm_jax.images.rle` encodes, decodes and fills polygons with pycocotools, which trusts its
+input down to the C code. Nothing gets there unchecked: input that it would crash on, hang on or
+misread raises `DamagedError` here.
 """
 
 from __future__ import annotations
@@ -11,25 +12,24 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, UInt8
-from pycocotools import mask as coco
 
 from data_pipeline.errors import DamagedError
 from pixellm_jax.benchmark_question import Rle
+from pixellm_jax.images import rle as codec
 from pixellm_jax.images.read import PIXEL_LIMIT
-from pixellm_jax.images.rle import read_counts
 
 COORDINATE_LIMIT = 2**20
-"""Largest distance of a polygon's corner from the origin, in pixels."""
+"""Maximum distance of a corner of a polygon from the origin, in pixels."""
 
 OUTLINE_LIMIT = 2**21
-"""Most pixels that the outlines of one mask may be long: pycocotools takes 80 bytes for each."""
+"""Maximum length of the outlines of a mask, in pixels: pycocotools takes 80 bytes for each."""
 
 
 def check_size(height: object, width: object) -> tuple[int, int]:
-    """Height and width as published, if a mask can have them.
+    """Return height and width as published if a mask can have them.
 
     Raises:
-        DamagedError: not integers, below 1, or more than `PIXEL_LIMIT` pixels.
+        DamagedError: they are not integers, below 1, or more than `PIXEL_LIMIT` pixels.
     """
     if type(height) is not int or type(width) is not int:
         raise DamagedError(f"size {_short(height)} x {_short(width)}: expected two integers")
@@ -39,9 +39,9 @@ def check_size(height: object, width: object) -> tuple[int, int]:
 
 
 def to_rle(segmentation: object, hw: tuple[int, int]) -> Rle:
-    """One mask from the `segmentation` of a COCO-style annotation, in a image of size `hw`.
+    """Convert the `segmentation` of a COCO-style annotation of an image of size `hw`.
 
-    What it may be (the parts of a list are united, also where they overlap):
+    Accepted forms (the parts of a list are united, even where they overlap):
 
     * [[x0, y0, x1, y1, ...], ...]: polygons, in pixels, origin at the top left corner of the top
       left pixel, clipped to the image. Two corners (4 numbers) are a line, which holds no pixel:
@@ -62,69 +62,85 @@ def to_rle(segmentation: object, hw: tuple[int, int]) -> Rle:
     """
     hw = check_size(*hw)
     if isinstance(segmentation, dict):
-        return _from_runs(_runs(segmentation, hw), hw)
+        return codec.from_runs(_runs(segmentation, hw), hw)
     if not isinstance(segmentation, list | tuple):
         raise DamagedError(f"segmentation {_short(segmentation)}: expected polygons or run lengths")
     parts = [segmentation] if _is_flat(segmentation) else segmentation
-    rles = [_from_runs(_runs(part, hw), hw) for part in parts if isinstance(part, dict)]
+    rles = [codec.from_runs(_runs(part, hw), hw) for part in parts if isinstance(part, dict)]
     polygons = [_polygon(part) for part in parts if not isinstance(part, dict)]
     if sum(map(_outline, polygons)) > OUTLINE_LIMIT:
         raise DamagedError(f"polygons with outlines of more than {OUTLINE_LIMIT} pixels")
     if polygons:
-        rles += [_to_text(rle) for rle in coco.frPyObjects(polygons, *hw)]
+        rles += codec.fill_polygons(polygons, hw)
     return rles[0] if len(rles) == 1 else union(rles, hw)
 
 
 def encode(mask: Bool[np.ndarray, "y x"] | UInt8[np.ndarray, "y x"]) -> Rle:
-    """The mask of all pixels that are not 0.
+    """Encode the pixels that are not 0.
 
     Raises:
         DamagedError: a size that `check_size` refuses.
     """
     check_size(*mask.shape)
-    return _to_text(coco.encode(np.asfortranarray(mask != 0, np.uint8)))
+    return codec.encode(mask)
 
 
 def decode(rle: Rle) -> UInt8[np.ndarray, "y x"]:
-    """The pixels of a mask, 0 or 1. They lie column by column in memory, as the runs do.
+    """Decode a mask to pixels 0 and 1, stored column by column as the runs are.
 
     Raises:
-        DamagedError: run lengths that do not fill the size.
+        DamagedError: the run lengths do not fill the size.
     """
-    return coco.decode(_to_bytes(rle))
+    return decode_many([rle])[0]
 
 
 def decode_many(rles: Sequence[Rle]) -> UInt8[np.ndarray, "m y x"]:
-    """The pixels of masks of one size, 0 or 1; [0 0 0] of no mask. Column by column in memory.
+    """Decode masks of one size to pixels 0 and 1; no mask gives shape [0 0 0].
 
     Raises:
-        DamagedError: masks of different sizes, or run lengths that do not fill them.
+        DamagedError: the masks differ in size, or run lengths do not fill it.
     """
     if not rles:
         return np.zeros((0, 0, 0), np.uint8)
-    hw = (rles[0]["size"][0], rles[0]["size"][1])
-    return np.moveaxis(coco.decode([_to_bytes(rle, hw) for rle in rles]), -1, 0)
+    checked = _same_size(rles)
+    height, width = checked[0]["size"]
+    return codec.decode(checked, (height, width))
 
 
 def union(rles: Sequence[Rle], hw: tuple[int, int]) -> Rle:
-    """The pixels that are in any of the masks; of no mask an empty one of size `hw`.
+    """Return the pixels that are in any of the masks; without masks an empty one of size `hw`.
 
     Raises:
         DamagedError: a mask of another size, or run lengths that do not fill it.
     """
     if not rles:
         height, width = check_size(*hw)
-        return _from_runs(np.array([height * width]), hw)
-    return _to_text(coco.merge([_to_bytes(rle, hw) for rle in rles]))
+        return codec.from_runs(np.array([height * width]), hw)
+    return codec.union([_checked(rle, hw) for rle in rles])
 
 
 def area(rle: Rle) -> int:
-    """Number of pixels inside the mask.
+    """Return the number of pixels inside the mask.
 
     Raises:
-        DamagedError: run lengths that do not fill the size.
+        DamagedError: the run lengths do not fill the size.
     """
-    return int(coco.area(_to_bytes(rle)))
+    return codec.area(_checked(rle))
+
+
+def _same_size(rles: Sequence[Rle]) -> list[Rle]:
+    first = _checked(rles[0])
+    hw = (first["size"][0], first["size"][1])
+    return [first, *(_checked(rle, hw) for rle in rles[1:])]
+
+
+def _checked(rle: Rle, hw: tuple[int, int] | None = None) -> Rle:
+    """Return a checked encoding without runs of length 0."""
+    runs = _runs(rle, hw)
+    if isinstance(rle["counts"], str) and runs[1:].all():
+        return rle
+    height, width = rle["size"]
+    return codec.from_runs(runs, (height, width))
 
 
 def _is_flat(segmentation: Sequence[object]) -> bool:
@@ -132,7 +148,7 @@ def _is_flat(segmentation: Sequence[object]) -> bool:
 
 
 def _polygon(values: object) -> np.ndarray:
-    """Checked corners x0, y0, x1, y1, ... of a polygon."""
+    """Check the corners x0, y0, x1, y1, ... of a polygon."""
     if not isinstance(values, list | tuple):
         raise DamagedError(f"polygon {_short(values)}: expected a list of numbers")
     corners = _numbers(values, "iuf", "polygon").astype(np.float64)
@@ -148,13 +164,13 @@ def _polygon(values: object) -> np.ndarray:
 
 
 def _outline(corners: np.ndarray) -> float:
-    """Length of the closed outline as pycocotools walks it, in pixels."""
+    """Return the length of the closed outline as pycocotools walks it, in pixels."""
     points = corners.reshape(-1, 2)
     return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()) + len(points)
 
 
 def _runs(rle: object, hw: tuple[int, int] | None = None) -> np.ndarray:
-    """Checked run lengths of a compressed or uncompressed encoding; they fill its size."""
+    """Check that the run lengths of an encoding, compressed or not, fill its size."""
     if not isinstance(rle, dict) or "size" not in rle or "counts" not in rle:
         raise DamagedError(f"run lengths {_short(rle)}: expected the keys size and counts")
     size, counts = rle["size"], rle["counts"]
@@ -177,46 +193,16 @@ def _runs(rle: object, hw: tuple[int, int] | None = None) -> np.ndarray:
 
 
 def _from_text(counts: str | bytes) -> np.ndarray:
-    """Run lengths of the compressed form, not yet checked against the size."""
+    """Parse compressed run lengths, not yet checked against the size."""
     text = counts if isinstance(counts, bytes) else counts.encode("utf-8", "surrogatepass")
     try:
-        return read_counts(text)
+        return codec.read_counts(text)
     except ValueError as error:
         raise DamagedError(str(error)) from None
 
 
-def _from_runs(runs: np.ndarray, hw: tuple[int, int]) -> Rle:
-    """Compresses checked run lengths.
-
-    Runs of length 0 are taken out (all but the first), since pycocotools ends a union where two of
-    them meet:
-
-        3 0 2 4  ->  5 4
-    """
-    if not runs[1:].all():
-        inside = (np.arange(len(runs)) % 2)[runs > 0]
-        start = np.flatnonzero(np.diff(inside, prepend=-1))
-        runs = np.add.reduceat(runs[runs > 0], start)
-        runs = np.concatenate([[0], runs]) if inside[0] else runs
-    return _to_text(coco.frPyObjects({"size": list(hw), "counts": runs}, *hw))
-
-
-def _to_text(rle: dict) -> Rle:
-    height, width = rle["size"]
-    return Rle(size=[int(height), int(width)], counts=rle["counts"].decode("ascii"))
-
-
-def _to_bytes(rle: Rle, hw: tuple[int, int] | None = None) -> dict:
-    """A checked encoding as pycocotools takes it."""
-    runs = _runs(rle, hw)
-    if isinstance(rle["counts"], str) and runs[1:].all():
-        return {"size": rle["size"], "counts": rle["counts"].encode("ascii")}
-    height, width = rle["size"]
-    return _to_bytes(_from_runs(runs, (height, width)))
-
-
 def _numbers(values: Sequence[object], kinds: str, what: str) -> np.ndarray:
-    """A flat list as an array, if numpy finds nothing but numbers of these kinds in it."""
+    """Convert a flat list of numbers of the given NumPy kinds to an array."""
     if not values:
         return np.zeros(0, np.int64)
     try:
@@ -229,7 +215,7 @@ def _numbers(values: Sequence[object], kinds: str, what: str) -> np.ndarray:
 
 
 def _short(value: object) -> str:
-    """At most 60 characters of what was found, whatever it is."""
+    """Return at most 60 characters that describe any value."""
     try:
         text = " ".join(reprlib.repr(value).split())
     except ValueError:  # an integer of thousands of digits

@@ -1,4 +1,4 @@
-"""Masks as COCO run lengths: {"size": [height, width], "counts": compressed text}.
+"""Run-length encoding of masks as in COCO: {"size": [height, width], "counts": compressed text}.
 
 A run-length encoding counts pixels column by column, first those outside the mask, then those
 inside, and so on. In the compressed form the counts are text: each count (from the third on its
@@ -18,32 +18,62 @@ from pycocotools import mask as coco
 from pixellm_jax.benchmark_question import Rle
 
 _LONGEST_COUNT = 7
-"""Characters of a compressed count: 35 bits, more than any mask needs."""
+"""Maximum number of characters of a compressed count: 35 bits, more than any mask needs."""
 
 
 def encode(mask: Bool[np.ndarray, "y x"] | UInt8[np.ndarray, "y x"]) -> Rle:
-    """The run lengths of all pixels that are not 0."""
-    found = coco.encode(np.asfortranarray(mask != 0, np.uint8))
-    return {"size": [int(side) for side in found["size"]], "counts": found["counts"].decode()}
+    """Encode the pixels that are not 0."""
+    return _from_coco(coco.encode(np.asfortranarray(mask != 0, np.uint8)))
 
 
 def decode(rles: Sequence[Rle], hw: tuple[int, int]) -> UInt8[np.ndarray, "m y x"]:
-    """The pixels of masks of size `hw`, 0 or 1."""
+    """Decode masks of size `hw` to pixels 0 and 1, stored column by column as the runs are."""
     if not rles:
         return np.zeros((0, *hw), np.uint8)
-    return np.moveaxis(coco.decode([_to_bytes(rle) for rle in rles]), -1, 0)
+    return np.moveaxis(coco.decode(_to_coco(rles)), -1, 0)
+
+
+def union(rles: Sequence[Rle]) -> Rle:
+    """Return the union of one or more masks of one size, none of which has a run of length 0."""
+    return _from_coco(coco.merge(_to_coco(rles)))
 
 
 def area(rle: Rle) -> int:
-    """Number of pixels inside the mask."""
-    return int(coco.area(_to_bytes(rle)))
+    """Return the number of pixels inside the mask."""
+    return int(coco.area(_to_coco([rle]))[0])
+
+
+def box(rle: Rle) -> list[float]:
+    """Return the bounding box of a mask: x and y of the top left corner, width, height."""
+    return [float(value) for value in coco.toBbox(_to_coco([rle]))[0]]
+
+
+def fill_polygons(polygons: Sequence[np.ndarray], hw: tuple[int, int]) -> list[Rle]:
+    """Encode polygons, each x0, y0, x1, y1, ... in pixels, clipped to the size `hw`."""
+    return [_from_coco(found) for found in coco.frPyObjects(list(polygons), *hw)]
+
+
+def from_runs(runs: Int64[np.ndarray, "n"], hw: tuple[int, int]) -> Rle:
+    """Compress run lengths that fill the size `hw`.
+
+    Runs of length 0 are removed (all but the first), since pycocotools ends a union where two of
+    them meet:
+
+        3 0 2 4  ->  5 4
+    """
+    if not runs[1:].all():
+        inside = (np.arange(len(runs)) % 2)[runs > 0]
+        start = np.flatnonzero(np.diff(inside, prepend=-1))
+        runs = np.add.reduceat(runs[runs > 0], start)
+        runs = np.concatenate([[0], runs]) if inside[0] else runs
+    return _from_coco(coco.frPyObjects({"size": list(hw), "counts": runs}, *hw))
 
 
 def check(rle: object) -> Rle:
-    """The value, if it is a mask.
+    """Return the value if it is an encoded mask.
 
     Raises:
-        ValueError: another shape, or run lengths that do not fill the size.
+        ValueError: the keys or types differ, or the run lengths do not fill the size.
     """
     if not isinstance(rle, dict) or rle.keys() != {"size", "counts"}:
         raise ValueError("a mask without size and counts alone")
@@ -60,10 +90,10 @@ def check(rle: object) -> Rle:
 
 
 def read_counts(text: bytes) -> Int64[np.ndarray, "n"]:
-    """Run lengths of the compressed form, not yet checked against a size; some may be negative.
+    """Parse compressed run lengths, not yet checked against a size; some may be negative.
 
     Raises:
-        ValueError: text that is not made of them.
+        ValueError: the text is not a sequence of compressed run lengths.
     """
     digits = np.frombuffer(text, np.uint8).astype(np.int64) - ord("0")
     if not ((digits >= 0) & (digits < 64)).all():
@@ -83,5 +113,10 @@ def read_counts(text: bytes) -> Int64[np.ndarray, "n"]:
     return runs
 
 
-def _to_bytes(rle: Rle) -> dict[str, Any]:
-    return {"size": rle["size"], "counts": rle["counts"].encode("ascii")}
+def _to_coco(rles: Sequence[Rle]) -> list[dict[str, Any]]:
+    return [{"size": rle["size"], "counts": rle["counts"].encode("ascii")} for rle in rles]
+
+
+def _from_coco(found: dict[str, Any]) -> Rle:
+    height, width = found["size"]
+    return Rle(size=[int(height), int(width)], counts=found["counts"].decode("ascii"))

@@ -15,8 +15,8 @@ from PIL import Image
 from data_pipeline.example import Example, Target, Turn
 from data_pipeline.formats.masks import encode
 from data_pipeline.sources import SOURCES
+from data_pipeline.statistics import Statistics, render_figure
 from data_pipeline.storage.builders import prepare
-from pixellm_jax.cli.data_stats import Statistics, draw
 from pixellm_jax.cli.main import main
 
 
@@ -40,7 +40,7 @@ def test_counts_by_hand():
     turns = (Turn("Where is it?", "Here {seg}.", (0,)), Turn("And all?", None, (0, 1, 2)))
     statistics.add(example(3, conversations=(turns, turns[:1])))
     statistics.add(example(0, masks=(encode(np.zeros((10, 20), np.uint8)),), conversations=()))
-    assert (statistics.pictures, statistics.questions, statistics.empty) == (2, 3, 1)
+    assert (statistics.images, statistics.questions, statistics.empty) == (2, 3, 1)
     assert statistics.targets == Counter({1: 2, 3: 1, 0: 1})
     assert statistics.names == Counter({"cup": 3})
     assert statistics.words == {
@@ -95,7 +95,7 @@ def test_bar_of_the_figure():
     statistics = Statistics()
     for _ in range(3):
         statistics.add(example(3, conversations=((Turn("Where?", "{seg}{seg}", (0, 1)),),)))
-    picture = Image.open(io.BytesIO(draw({"d": statistics}, "png"))).convert("RGB")
+    picture = Image.open(io.BytesIO(render_figure({"d": statistics}, "png"))).convert("RGB")
     first = np.asarray(picture)[:600, :700]
     blue = (first == (44, 155, 255)).all(-1)
     rows, columns = np.flatnonzero(blue.any(1)), np.flatnonzero(blue.any(0))
@@ -106,8 +106,8 @@ def test_odd_names_and_empty_data():
     statistics = Statistics()
     odd = Target(("$x^2 <b> " + "é" * 60, "\u4e2d"), 0)
     statistics.add(example()._replace(targets=(odd, odd._replace(phrases=()))))
-    assert draw({"a$b": statistics, "c": Statistics()}, "png")[:4] == b"\x89PNG"
-    assert draw({"c": Statistics()}, "png")[:4] == b"\x89PNG"
+    assert render_figure({"a$b": statistics, "c": Statistics()}, "png")[:4] == b"\x89PNG"
+    assert render_figure({"c": Statistics()}, "png")[:4] == b"\x89PNG"
 
 
 BAD = [
