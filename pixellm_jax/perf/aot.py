@@ -194,7 +194,7 @@ class GatheredParameter(NamedTuple):
 def gathered_parameters(text: str, blueprint: Blueprint, mesh: Mesh) -> list[GatheredParameter]:
     """Return the parameters of at least 2^20 elements that an all-gather materialises in full.
 
-    Parameters are identified by shape, so those of equal shape are reported together. A single
+    Parameters are identified by shape, so parameters of equal shape are reported together. A single
     layer of a stack has another shape than the stack; it is gathered in its turn and not listed.
     """
     gathers: dict[tuple[int, ...], Instruction] = {}

@@ -1,7 +1,7 @@
 """Benchmark of a training step: seconds, FLOPs and memory, with random weights and data.
 
-A step is forward, backward and update. Its FLOPs are those of the matrix products
-(`model.flops`); MFU divides by a measured matrix product.
+A step is forward, backward and update. Its FLOPs count the matrix products (`model.flops`); MFU
+divides by the measured speed of a matrix product.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Validation during training, teacher-forced: the model reads the true answers.
 
-Its scores cannot be compared with those of free-running evaluation, where the model writes its
+Its scores cannot be compared with scores of free-running evaluation, where the model writes its
 answers itself.
 """
 
