@@ -1,6 +1,6 @@
-"""The benchmarks by name, and their questions, image by image, in the published words.
+"""Benchmarks by name, and their questions, image by image, in the published words.
 
-Questions are those of `transforms.compose_evaluation`: nothing is drawn.
+`transforms.compose_evaluation` composes the questions; nothing is random.
 """
 
 from __future__ import annotations
@@ -138,14 +138,14 @@ def list_images(benchmark: Benchmark, root: Path, split: str) -> Sequence[Any]:
 
 
 class Questions(NamedTuple):
-    """The questions about a image, and a line for each part that was left out."""
+    """The questions about an image, and a line for each part that was left out."""
 
     questions: tuple[BenchmarkQuestion, ...]
     problems: tuple[str, ...] = ()
 
 
 def read_questions(benchmark: Benchmark, root: Path, split: str, entry: Any) -> Questions:
-    """Everything that is asked about a image.
+    """Everything that is asked about an image.
 
     Raises:
         DamagedError: the image or its annotations cannot be used.

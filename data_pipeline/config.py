@@ -1,4 +1,4 @@
-"""What configures the data: the mixture, the budgets and how conversations are drawn."""
+"""Configuration of the data: mixture, budgets and the sampling of conversations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one raw record: a image, its masks and what can be said about them, from any dataset.
+"""Raw record of any dataset: an image, its masks and the conversations about them.
 
 Readers (`sources/`) make it from published files, builders (`builders.py`) store it, transforms
 (`transforms.py`) draw conversations from it. Nothing here is random and nothing is resized.
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pixellm_jax.benchmark_question import Rle
 
 KINDS = ("names", "short", "long", "muse", "instruct", "ready")
-"""How conversations come from an example:
+"""Kinds of examples, which decide how conversations are composed:
 
 names     Targets are candidates (classes, parts, sentences about objects); questions and answers
           are drawn from templates. `conversations` is empty.

@@ -34,7 +34,7 @@ from pixellm_jax.errors import InputError
 from pixellm_jax.text.vocabulary import Vocabulary
 
 EPOCHS = 1 << 20
-"""The stream ends after so many epochs of a dataset (Grain cannot slice what has no end)."""
+"""Number of epochs after which the stream of a dataset ends (Grain cannot slice endless ones)."""
 
 THREADS = 4
 """Threads that prepare samples in this process when there are no workers."""
@@ -75,10 +75,10 @@ class Draw(grain.transforms.MapWithIndex):
 
 
 def open_datasets(data: DataConfig, folder: Path | None) -> dict[str, Sequence[Example]]:
-    """The splits that the mixture names.
+    """Open the splits that the mixture names.
 
-    Those of the shapes ("shapes/train", "shapes_simple/val") are drawn, all others are read from a
-    folder that `pixellm prepare` made; None: there is none.
+    Splits of the shapes ("shapes/train", "shapes_simple/val") are generated. All others are read
+    from `folder`, which `pixellm prepare` made; None if there is no such folder.
 
     Raises:
         InputError: one of them is missing or damaged.

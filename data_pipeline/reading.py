@@ -1,4 +1,4 @@
-"""What every reader of published files offers, and the image files they all read.
+"""Interface of the readers of published files, and the image files that they share.
 
 A reader is a `Source`: it lists the entries of a split from the index files alone, and reads one
 entry at a time. Entries are small and can be pickled, so that any worker process can read any of
@@ -86,12 +86,12 @@ class StoredImage(NamedTuple):
 
 
 def read_image_file(candidates: Iterable[Path], hw: tuple[int, int] | None = None) -> StoredImage:
-    """The first of the files that exists. Only its header is decoded.
+    """Read the first candidate that exists. Only its header is decoded.
 
-    `hw`: height and width that the annotations were made for, compared with those of the file.
+    `hw`: height and width that the annotations were made for, compared with the size of the file.
 
     Raises:
-        DamagedError: no such file, not a image, too large, or of another size than `hw`.
+        DamagedError: no such file, not an image, too large, or of another size than `hw`.
     """
     paths = list(candidates)
     for path in paths:
@@ -149,7 +149,7 @@ def below(folder: Path, name: object) -> Path:
 
 
 def coco_candidates(root: Path, folder: str, name: object) -> list[Path]:
-    """Where a COCO image may lie: with the refer sets as published, else with COCO itself.
+    """Return the paths of a COCO image: with the refer sets as published, else with COCO itself.
 
         train2014, "1.jpg"  ->  refer_seg/images/mscoco/images/train2014/1.jpg
                                 coco/train2014/1.jpg

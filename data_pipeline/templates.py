@@ -1,4 +1,4 @@
-"""The sentences that questions and answers are made of: those of the released training code.
+"""Templates of questions and answers, from the released training code.
 
 They are part of the model: released checkpoints were trained on exactly these words, slips
 ("asegment") included. `{name}` is what is asked for as a noun phrase, `{text}` a question of the
@@ -85,11 +85,11 @@ JOINT_ANSWERS = (
 
 SHORT_EVALUATION = "What is {name} in this image? Please output segmentation mask."
 LONG_EVALUATION = "{text} Please output segmentation mask."
-"""What the teacher-forced protocol asks; the text is not drawn and its case is kept."""
+"""Question of the teacher-forced protocol; the text is not sampled and its case is kept."""
 
 
 class Choices(NamedTuple):
-    """What may be drawn for one kind of example; empty where the kind needs none.
+    """Templates to sample from for one kind of example; empty where the kind needs none.
 
     answers: about one target; separate: one per target, joined; joint: about all targets at once;
     explanatory: questions that ask for the mask and an explanation.

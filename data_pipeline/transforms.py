@@ -1,4 +1,4 @@
-"""Example -> conversations: what is asked about a image, what is answered, and which masks.
+"""Example -> conversations: what is asked about an image, what is answered, and which masks.
 
 Pure functions. Every choice comes from `Sampler`, in the order in which the released training
 code makes it, so that its recorded choices give its texts; `tests/goldens/test_draws.py` does so.
@@ -34,16 +34,16 @@ IMAGE_LINE = f"{IMAGE}\n"
 """Precedes the first question of every conversation."""
 
 CATEGORY = 0.1
-"""How often a target of MUSE is called by its category, though it has a rephrased name."""
+"""Probability of naming a target of MUSE by its category although it has a rephrased name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComposeSettings:
-    """How conversations are drawn. The defaults are those of the published training.
+    """Sampling of conversations. The defaults reproduce the published training.
 
     num_classes_per_sample: questions about one image, at most (not MUSE: all of its questions).
     num_classes_per_question: targets of one question, at most (kind "names").
-    explanatory: how often a image that has an explanation is asked for the explanation alone;
+    explanatory: how often an image that has an explanation is asked for the explanation alone;
         else for the mask, with and without it equally often. None: explanations are not used.
     expanded: draw from the further questions too.
 
@@ -65,7 +65,7 @@ class ComposeSettings:
 
 
 class Composed(NamedTuple):
-    """One conversation about a image.
+    """One conversation about an image.
 
     messages: questions and answers in turn, `<image>` and a newline in front of the first; an
         answer "" is open (generation).
@@ -127,7 +127,7 @@ def compose(
 def compose_evaluation(
     example: Example, *, group_text: str, group: tuple[int, ...] | None = None
 ) -> tuple[Composed, ...]:
-    r"""The conversations that a model is evaluated on: nothing is drawn.
+    r"""Compose the conversations that a model is evaluated on: nothing is random.
 
     names: all targets in order by their preferred phrase, in lower case, with answers (teacher
         forcing). `group` asks for several at once: (6, 5, 4) for 6, 5, 4, 6, 5, 4, ... of them.
@@ -143,7 +143,7 @@ def compose_evaluation(
             "[SEG0] [SEG1]."                                                          masks 1
 
     The blank after the newline, and the full stop that is missing where `group` leaves one target
-    alone, are those of the released protocol.
+    alone, belong to the released protocol.
 
     Raises:
         DamagedError: as `compose`.

@@ -17,14 +17,14 @@ from pixellm_jax.errors import InputError
 
 
 class Place(NamedTuple):
-    """Where an annotation lies in the file, and the name of its category, not checked yet."""
+    """Location of an annotation in the file, and the name of its category, both unchecked."""
 
     span: Span
     category: object
 
 
 class CocoEntry(NamedTuple):
-    """A image of a file, and its annotations in the order of the file.
+    """An image of a file, and its annotations in the order of the file.
 
     folders: where the image may lie. name, size: what the file says, not checked yet.
     fault: why the entry cannot be read at all, "" if it can.
@@ -53,7 +53,7 @@ class Instance(NamedTuple):
 def list_images(file: Path, split: str, folders: tuple[Path, ...]) -> list[CocoEntry]:
     """One entry per image, in the order of the file, by the key "split/image id".
 
-    A image that is listed twice, is no object or has no id, and annotations of images that are
+    An image that is listed twice, is no object or has no id, and annotations of images that are
     not listed, give entries with a fault.
 
     Raises:

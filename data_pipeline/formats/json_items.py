@@ -24,7 +24,7 @@ _SPACE = " \t\n\r"
 
 
 class Span(NamedTuple):
-    """Where an item lies in its file, in bytes."""
+    """Byte range of an item in its file."""
 
     start: int
     length: int

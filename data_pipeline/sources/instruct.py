@@ -1,7 +1,7 @@
-"""LLaVA-Instruct: conversations about a image, without masks.
+"""LLaVA-Instruct: conversations about an image, without masks.
 
 Layout: docs/reference_notes.md 1.7. `llava_dataset/llava_instruct_150k.json` is a list of
-`{id, image, conversations: [{from: "human" | "gpt", value}, ...]}`, images are those of COCO.
+`{id, image, conversations: [{from: "human" | "gpt", value}, ...]}`, with images of COCO.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HUMAN, ASSISTANT = "human", "gpt"
 
 
 class InstructEntry(NamedTuple):
-    """Where a conversation lies in the index, and the folder of its image.
+    """Location of a conversation in the index, and the folder of its image.
 
     key: number of the entry in the file and its published id, which several entries share.
     """
@@ -80,7 +80,7 @@ class LlavaInstruct:
         return Reading(example, problems)
 
     def image_path(self, entry: InstructEntry) -> Path:
-        """Where the image of an entry lies."""
+        """Return the path of an entry's image."""
         return below(entry.image_folder, _fetch(entry)["image"])
 
 

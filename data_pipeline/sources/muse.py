@@ -1,4 +1,4 @@
-"""MUSE: several questions about a image, each answered by one or many objects.
+"""MUSE: several questions about an image, each answered by one or many objects.
 
 A file is a list of images with the keys of the published files
 (https://github.com/MaverickRen/PixelLM): `file_name` or `coco_url`, `height`, `width`, and the
@@ -132,7 +132,7 @@ class Muse:
 
 
 def _image_paths(root: Path, item: dict[str, Any]) -> list[Path]:
-    """`file_name` is a image of COCO 2014; `coco_url` tells the folder of COCO 2017."""
+    """`file_name` is an image of COCO 2014; `coco_url` tells the folder of COCO 2017."""
     if item.get("file_name") is not None:
         return coco_candidates(root, "train2014", item["file_name"])
     url = check_text(item.get("coco_url"), "neither file_name nor coco_url: the latter")
@@ -141,7 +141,7 @@ def _image_paths(root: Path, item: dict[str, Any]) -> list[Path]:
 
 
 def _part(item: dict[str, Any], key: str, number: int, *kinds: type) -> Any:
-    """What a parallel list holds for a question."""
+    """Return the item of a parallel list that belongs to a question."""
     values = item.get(key)
     if not isinstance(values, list) or number >= len(values):
         raise DamagedError(f"{key} has nothing for it")

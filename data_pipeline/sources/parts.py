@@ -48,7 +48,7 @@ class PascalPart:
 
 
 def part_phrases(category: str) -> tuple[str, ...]:
-    """What a category is called. Underscores between words stay, as published.
+    """Return the phrases for a category. Underscores between words stay, as published.
 
     "laptop_computer"          ->  ("laptop_computer",)
     "car_(automobile):wheel"   ->  ("car wheel", "the wheel of the car")

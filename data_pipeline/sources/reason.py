@@ -1,4 +1,4 @@
-"""ReasonSeg: a few questions about one thing in a image, which a person has outlined.
+"""ReasonSeg: a few questions about one thing in an image, which a person has outlined.
 
 Layout (docs/reference_notes.md 1.4):
 `reason_seg/<name>/<split>/<stem>.json` with `<stem>.jpg` beside it, and
@@ -44,7 +44,7 @@ class ReasonSeg:
     """The reader. `folder`: name of the dataset below `reason_seg`.
 
     A target has one mask, shared by all questions of the image; regions labelled as "ignore" are
-    void. Each question is a conversation of its own. A image for which there is an explanation
+    void. Each question is a conversation of its own. An image for which there is an explanation
     gives it as the answer of each question.
     """
 
@@ -160,7 +160,7 @@ def _texts(labels: dict[str, Any]) -> tuple[tuple[str, ...], list[str]]:
 
 
 def _shapes(given: object) -> list[Shape]:
-    """What is to be drawn: "flag" is a note without meaning, "...ignore..." is void."""
+    """Return the shapes to render: "flag" is a note without meaning, "...ignore..." is void."""
     if not isinstance(given, list):
         raise DamagedError(f"shapes is a {type(given).__name__}, expected a list")
     shapes = []

@@ -1,7 +1,7 @@
-"""refCOCO, refCOCO+, refCOCOg, refCLEF and gRefCOCO: sentences about objects of a image.
+"""refCOCO, refCOCO+, refCOCOg, refCLEF and gRefCOCO: sentences about objects of an image.
 
 `refer_seg/<dataset>/` holds `instances.json` (COCO style) and `refs(<split by>).p`, a pickled list
-of refs: one or several annotations of a image with the sentences about them
+of refs: one or several annotations of an image with the sentences about them
 (https://github.com/lichengunc/refer, https://github.com/henghuiding/gRefCOCO).
 """
 
@@ -44,7 +44,7 @@ class Ref(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A image of a split with its refs, in the order of the file.
+    """An image of a split with its refs, in the order of the file.
 
     key: "split/image id", or "split/ref number" of a ref that names no image.
     image: where its record lies in `instances.json`; None if it has none.
@@ -66,7 +66,7 @@ class Entry(NamedTuple):
 class Refer:
     """Reads one of the sets.
 
-    A image gives one example of kind "names". Its targets are all pairs of a sentence and what it
+    An image gives one example of kind "names". Its targets are all pairs of a sentence and what it
     is about, in the order of the file; the sentences of a ref share a mask. `ids` of a target are
     (ref id, annotation ids..., sentence id). A sentence of gRefCOCO may be about several objects:
     its mask is their union; or about none: its mask is empty, and the annotation id -1.
@@ -124,7 +124,7 @@ class Refer:
         ]
 
     def read(self, entry: Entry) -> Reading:
-        """The example of a image.
+        """The example of an image.
 
         A ref whose annotation is missing or damaged is left out alone and reported.
 
@@ -279,7 +279,7 @@ def _records(index: Path) -> Iterator[Any]:
 
 
 def _places(path: Path, chosen: _Chosen) -> tuple[dict[int, Span], dict[int, Span]]:
-    """Where the records of the chosen images and of their annotations lie, by their ids."""
+    """Return the byte ranges of the chosen images and of their annotations, by id."""
     wanted = {
         "images": chosen.refs.keys(),
         "annotations": {i for refs in chosen.refs.values() for ref in refs for i in ref.ann_ids},

@@ -1,6 +1,6 @@
 """Semantic sets: ADE20K, COCO-Stuff and Mapillary Vistas 2.0, a class number for every pixel.
 
-Layout and numbers: docs/reference_notes.md 1.5. Every class in a image is a target, in
+Layout and numbers: docs/reference_notes.md 1.5. Every class in an image is a target, in
 ascending order of class numbers; ignored pixels are void.
 """
 
@@ -38,7 +38,7 @@ COCOSTUFF_CLASSES = _published("cocostuff_classes.json")
 
 
 class SemanticEntry(NamedTuple):
-    """A image, its label map, and what the values of the map mean: class -> name.
+    """An image, its label map, and what the values of the map mean: class -> name.
 
     `ignored`: classes whose pixels are void.
     """

@@ -38,17 +38,18 @@ from pixellm_jax.errors import InputError
 
 
 class ExampleBuilder(FileReaderBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """The TFDS builder of one split: `download_and_prepare()` stores what `source` reads.
+    """TFDS builder of one split: `download_and_prepare()` stores the examples that `source` reads.
 
-    What is damaged is left out, counted in `info.metadata` and listed in skipped.jsonl with its key
-    and reason; with `strict` it is refused. `run`: entries per shard. `progress` is told how many
-    more entries were dealt with, and of how many. `writing`: options of `shards.write_shards`.
+    Damaged entries are left out, counted in `info.metadata` and listed in skipped.jsonl with key
+    and reason; with `strict` they are an error. `run`: entries per shard. `progress` is called
+    with the number of further entries done and the total. `writing`: options of
+    `shards.write_shards`.
 
     Raises:
         AbsentError: (`download_and_prepare`, as all of these) there are no entries.
         InputError: no entry can be used, `strict` and something is damaged, or another process
             prepares the split. There is no folder then; finished shards are kept, and the next call
-            goes on from them.
+            resumes from them.
     """
 
     VERSION = tfds.core.Version(VERSION)
@@ -113,7 +114,7 @@ class ExampleBuilder(FileReaderBuilder, skip_registration=True):  # type: ignore
         """TFDS would announce on standard output what it is about to download: nothing."""
 
     def _log_download_done(self) -> None:
-        """As above."""
+        """Do nothing: there is no download to log."""
 
     def _remove_leftovers(self) -> None:
         """Temporary folders of earlier calls that were killed."""
@@ -166,9 +167,9 @@ class Prepared(NamedTuple):
 
 
 def prepare(source: Source, split: str, root: Path, out: Path, **options: Any) -> Prepared:
-    """Stores a split below `out`, goes on where it was interrupted, or finds it finished.
+    """Store a split below `out`, resume an interrupted run, or return a finished one.
 
-    `options`: those of `ExampleBuilder`.
+    `options`: as of `ExampleBuilder`.
 
     Raises:
         InputError: as `ExampleBuilder`, or the folder cannot be written, or the disk is full.
@@ -197,7 +198,7 @@ def prepare(source: Source, split: str, root: Path, out: Path, **options: Any) -
 
 
 def read_skips(stored: StoredSplit) -> tuple[Skip, ...]:
-    """What was left out of a prepared split, in the order of its entries."""
+    """Return the entries left out of a prepared split, in their order."""
     with (stored.folder / SKIPPED).open(encoding="utf-8") as lines:
         return tuple(Skip(**json.loads(line)) for line in lines)
 

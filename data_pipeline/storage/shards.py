@@ -53,7 +53,7 @@ class Skip(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What became of the entries of a run; `targets` and `turns` are those of the examples kept."""
+    """Outcome of a run of entries; `targets` and `turns` count the stored examples only."""
 
     entries: int
     examples: int
@@ -63,7 +63,7 @@ class Report(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a split becomes shards: `run` entries for each, written into `folder`."""
+    """Partition of a split into shards: `run` entries each, written into `folder`."""
 
     source: Source
     root: Path
@@ -147,7 +147,7 @@ def working_folder(plan: Plan, entries: Sequence[Any]) -> Iterator[None]:
 
 
 def _fingerprint(plan: Plan, entries: Sequence[Any]) -> str:
-    """Of all that decides the shards, but for the images themselves."""
+    """Return a digest of everything that determines the shards, except the images themselves."""
     digest = hashlib.sha256(repr((VERSION, __version__, plan._replace(folder=Path()))).encode())
     for entry in entries:
         digest.update(repr(entry).encode("utf-8", "surrogatepass"))

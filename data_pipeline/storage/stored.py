@@ -23,7 +23,7 @@ from data_pipeline.example import Example, from_json, to_json
 from pixellm_jax.errors import InputError
 
 VERSION = "1.0.0"
-"""Of the stored records; a change of the first number cannot be read by older code."""
+"""Version of the stored records; older code cannot read another first number."""
 
 INFO, METADATA, SKIPPED = "dataset_info.json", "metadata.json", "skipped.jsonl"
 UNFINISHED = ".unfinished"
@@ -33,7 +33,7 @@ _DEPTH = 3  # dataset / split / version
 
 
 def features() -> tfds.features.FeaturesDict:
-    """What a record holds, for TFDS: the encoded image, its key, and all else as JSON."""
+    """Return the TFDS features of a record: the encoded image, its key, and the rest as JSON."""
     text = tfds.features.Text
     return tfds.features.FeaturesDict(
         {"image": tfds.features.Image(), "key": text(), "record": text()}

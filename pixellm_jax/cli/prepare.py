@@ -36,7 +36,7 @@ COLUMNS = {
     "skipped": "skipped",
     "parts_left_out": "parts left out",
 }
-"""Of the summary: what is counted, and how it is called."""
+"""Counted fields of the summary, and their labels."""
 
 SHOWN = 3
 """Reasons of a split that are shown; skipped.jsonl has them all."""
@@ -125,7 +125,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _datasets(options: argparse.Namespace) -> tuple[Path, list[Known]]:
-    """What is to be read, and the folder where it is."""
+    """Return the source folder and the datasets to read."""
     name, place = str(options.dataset), Path(options.source)
     if options.format == JSONL and re.fullmatch(r"[A-Za-z]\w*", name):
         file = place if place.is_file() else place / "data.jsonl"
@@ -191,7 +191,7 @@ def _table(splits: Sequence[StoredSplit]) -> str:
 
 
 def _notes(row: Row) -> Iterator[str]:
-    """What a reader of the table should know of a split: where it is, what was left out and why."""
+    """Yield notes on a split: where it is, what was left out and why."""
     if row.prepared is None:
         return
     name, (stored, skips, found) = f"{row.dataset}/{row.split}", row.prepared

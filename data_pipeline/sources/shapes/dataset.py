@@ -43,7 +43,7 @@ _SMALLEST = 64
 
 
 class GeneratedExample(NamedTuple):
-    """What an example is made of. `image`: an encoded PNG."""
+    """Parts of a generated example. `image`: an encoded PNG."""
 
     scene: Scene
     questions: tuple[Question, ...]

@@ -58,7 +58,7 @@ KINDS = {
     "absent": 12,
     "nowhere": 4,
 }
-"""What is asked, and how often it is tried; what a scene does not allow is drawn again.
+"""Kinds of questions with their sampling weights; kinds that a scene rules out are sampled again.
 
 names        one to four things by colour and shape
 attribute    all that have a colour, a shape, a size, or a size and a shape
@@ -79,7 +79,7 @@ model learned that a relation always has a target.
 """
 
 MOST_TARGETS, MOST_NAMES = 6, 4
-"""Of a question, and of one that asks by name."""
+"""Maximum number of targets of a question, and of names in a question that asks by name."""
 
 TARGETS_PER_QUESTION = 3
 """Most targets of the questions about a scene, on average: the budget of a batch is known."""
@@ -88,7 +88,7 @@ TRIES = 8
 """Questions of a kind that are tried before another kind is."""
 
 _ORDER = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-"""Of the targets in an answer, unless the question has one."""
+"""Order of the targets in an answer, unless the question implies one."""
 
 
 class Question(NamedTuple):
@@ -101,7 +101,7 @@ class Question(NamedTuple):
 
 
 class Noun(NamedTuple):
-    """What things are called together, and which of them; None: any."""
+    """Common noun of several things, with their attributes; None: any."""
 
     word: str
     colour: str | None = None
@@ -317,7 +317,7 @@ _WITHOUT_TARGETS: dict[str, dict[str, Callable[[Scene, Sampler], _Asked | None]]
 
 
 def _sample_noun(scene: Scene | None, sampler: Sampler) -> Noun:
-    """What a thing of the scene, or any thing, can be called together with others."""
+    """Sample a noun that names a thing of the scene, or any thing, together with others."""
     if scene is not None:
         thing = scene.things[sampler.index(len(scene.things))]
         colour, shape, size = thing.colour, thing.shape, thing.size
@@ -334,7 +334,7 @@ def _sample_noun(scene: Scene | None, sampler: Sampler) -> Noun:
 
 
 def _sample_wide_noun(scene: Scene, sampler: Sampler) -> Noun:
-    """As `_sample_noun`, but mostly any thing."""
+    """Sample a noun as `_sample_noun` does, but mostly one for any thing."""
     narrow, generic = _sample_noun(scene, sampler), Noun(_pick(GENERIC, sampler))
     return generic if sampler.index(3) else narrow
 

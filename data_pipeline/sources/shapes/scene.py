@@ -1,7 +1,7 @@
 """Scenes of coloured shapes: what is in them, where, and their pixels.
 
 Drawn without smoothing: a pixel belongs to the topmost shape that covers its centre, so image and
-masks agree exactly. Lengths are in pixels of a image of `UNIT` pixels and grow with its side.
+masks agree exactly. Lengths are in pixels of an image of `UNIT` pixels and grow with its side.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ UNIT = 96
 """Side of the image that lengths are given for."""
 
 JITTER, NOISE = 12, 8
-"""How far a colour may lie from its name's, and grey values of the grain, of 255."""
+"""Maximum deviation of a colour from its name's, and of the grain's grey values, on 0..255."""
 
 HIDDEN = 0.3
 """Largest part of a thing that others may hide."""
@@ -141,7 +141,7 @@ def sample_scene(sampler: Sampler, settings: SceneSettings, side: int) -> Scene:
     """Sample a scene of side x side pixels.
 
     The things share a few colours and shapes. Every thing shows at least 1 - `HIDDEN` of its
-    pixels, and those of one colour never touch. Where there is no room, a scene has fewer things.
+    pixels, and things of one colour never touch. Where there is no room, a scene has fewer things.
     """
     wanted = settings.fewest + sampler.index(settings.most - settings.fewest + 1)
     colours = sampler.subset(len(COLOURS), 3 + sampler.index(4))
@@ -222,7 +222,7 @@ def _thing(number: int, place: _Place, area: int, owner: UInt8[np.ndarray, "y x"
 def _inside(
     shape: str, x: Float[np.ndarray, "y x"], y: Float[np.ndarray, "y x"]
 ) -> Bool[np.ndarray, "y x"]:
-    """Which points are inside; x to the right and y down from the centre, in radii."""
+    """Return which points are inside; x to the right and y down from the centre, in radii."""
     match shape:
         case "circle":
             return x * x + y * y <= 1
@@ -242,7 +242,7 @@ def _inside_lines(
     directions: tuple[int, ...],
     distance: float,
 ) -> Bool[np.ndarray, "y x"]:
-    """Which points are on the inner side of all lines; normals in degrees from x to y."""
+    """Return which points are on the inner side of all lines; normals in degrees from x to y."""
     inside = np.ones(x.shape, bool)
     for degrees in directions:
         angle = math.radians(degrees)
@@ -251,7 +251,7 @@ def _inside_lines(
 
 
 def depth(centre: float, third: int, side: int) -> float:
-    """How far a centre is inside a third of the image, along an axis; below 0 outside."""
+    """Return how far a centre is inside a third of the image, along an axis; negative outside."""
     low = centre - third * side / 3 if third > 0 else math.inf
     high = (third + 1) * side / 3 - centre if third < 2 else math.inf
     return min(low, high)
@@ -264,7 +264,7 @@ def cell(scene: Scene, thing: Thing) -> tuple[int, int]:
 
 
 def along(direction: str, thing: Thing) -> float:
-    """How far a thing is in a direction of `SUPERLATIVES`: what is larger is farther."""
+    """Return how far a thing is in a direction of `SUPERLATIVES`: larger is farther."""
     match direction:
         case "left":
             return -thing.x
