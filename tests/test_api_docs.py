@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
+import jax
 import pytest
 from PIL import Image
 
@@ -50,11 +51,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_predictor():
-    """Load equal checkpoints once, so that their programs are compiled once."""
+    """Load equal checkpoints once, and compile fast: most of the time is compilation."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
     load = functools.cache(Predictor.load)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Predictor, "load", load)
         yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
