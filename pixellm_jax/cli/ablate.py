@@ -35,6 +35,7 @@ from pixellm_jax.experiments.ablation_run import (
 )
 from pixellm_jax.experiments.recipe import Recipe
 from pixellm_jax.experiments.shapes_recipe import DEMO_OVERRIDES
+from pixellm_jax.training.memory import keep_freed_memory_on_cpu
 from pixellm_jax.training.state import make_blueprint
 
 SCENES = DEMO_OVERRIDES["train.evaluate_batches"] * DEMO_OVERRIDES["validation.batch"]
@@ -89,6 +90,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Print the settings and an estimate, run what is missing, print where the results are."""
+    keep_freed_memory_on_cpu()
     base = base_recipe(options.level, options.steps)
     grid = select_settings(make_grid(base.model), options.only)
     seeds = list(dict.fromkeys(options.seeds))

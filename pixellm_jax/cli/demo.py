@@ -19,6 +19,7 @@ from pixellm_jax.experiments.shapes_quiz import (
 from pixellm_jax.experiments.shapes_recipe import demo_recipe
 from pixellm_jax.experiments.shapes_training import train
 from pixellm_jax.files import whole_folder
+from pixellm_jax.training.memory import keep_freed_memory_on_cpu
 
 EXAMPLES = """examples:
   pixellm demo
@@ -90,6 +91,7 @@ def _show(options: argparse.Namespace, folder: Path) -> None:
 
 def _train_and_show(options: argparse.Namespace, folder: Path) -> None:
     """Train a model, then let it answer."""
+    keep_freed_memory_on_cpu()
     scenes = shapes_demo.select_simple_scenes(options.scenes, seed=options.seed)
     recipe = demo_recipe(seed=options.seed)
     trained = train(recipe, folder / shapes_demo.MODEL)

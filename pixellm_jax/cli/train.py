@@ -15,6 +15,7 @@ from pixellm_jax.cli.options import (
 from pixellm_jax.config import DTYPES
 from pixellm_jax.experiments.recipe import read_recipe
 from pixellm_jax.experiments.train_run import train_recipe, with_checkpoint_model
+from pixellm_jax.training.memory import keep_freed_memory_on_cpu
 
 EXAMPLES = """examples:
   pixellm train --config configs/shapes.py --out runs/shapes
@@ -63,6 +64,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Train and export the model to RUN/model."""
+    keep_freed_memory_on_cpu()
     options.when_interrupted = "run the same command to resume from the last checkpoint"
     recipe, _ = read_recipe(options.config, options.overrides)
     if options.init is not None:

@@ -10,6 +10,9 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from typing import Any
 
 import jax
 
@@ -44,6 +47,20 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):
         return False
     return all(mallopt(option, value) == 1 for option, value in _KEEP.items())
+
+
+def keep_freed_memory_on_cpu() -> bool:
+    """Call `keep_freed_memory` if JAX is going to run on the CPU; return whether it took effect.
+
+    JAX itself cannot be asked: that would start its threads, after which the setting has no effect.
+    The CPU is expected where `JAX_PLATFORMS` says so, or where no accelerator plugin is installed.
+    """
+    config: Any = jax.config  # its flags are not typed
+    platforms = config.jax_platforms
+    if platforms:
+        return platforms == "cpu" and keep_freed_memory()
+    accelerated = entry_points(group="jax_plugins") or find_spec("libtpu")
+    return not accelerated and keep_freed_memory()
 
 
 def peak_memory_bytes() -> int:

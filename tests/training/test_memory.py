@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from pixellm_jax.training import memory
 
 PROGRAM = """
 import resource, sys
@@ -30,3 +33,21 @@ def test_freed_memory_is_reused():
 
     assert faults("keep") < 10
     assert faults() > 20  # 64 MiB in pages of 4 KiB or of 2 MiB
+
+
+@pytest.mark.parametrize(
+    ("platforms", "plugins", "expected"),
+    [
+        ("cpu", ["cuda"], True),
+        ("cuda,cpu", [], False),
+        (None, [], True),
+        (None, ["cuda"], False),
+    ],
+)
+def test_memory_is_kept_where_jax_will_run_on_the_cpu(monkeypatch, platforms, plugins, expected):
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(memory, "entry_points", lambda group: plugins)
+    monkeypatch.setattr(memory, "find_spec", lambda name: None)
+    config = SimpleNamespace(jax_platforms=platforms)
+    monkeypatch.setattr(memory, "jax", SimpleNamespace(config=config))
+    assert memory.keep_freed_memory_on_cpu() == expected
