@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pixellm_jax.errors import InputError
 from pixellm_jax.experiments.ablation_grid import (
@@ -55,17 +54,14 @@ a time, a core each:
 """
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command and its options."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "ablate",
-        help="train without one part of the method at a time, on shapes",
-        description="Trains the small model of `pixellm demo --train` from scratch, with one part "
+    parser.description = (
+        "Trains the small model of `pixellm demo --train` from scratch, with one part "
         "of the method changed at a time and the same number of steps each, and scores it on "
-        f"{SCENES} held-out scenes (teacher-forced).",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        f"{SCENES} held-out scenes (teacher-forced)."
     )
+    parser.epilog = EXAMPLES
     parser.add_argument(
         "--out",
         type=Path,
@@ -85,7 +81,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help=f"print the settings and a time estimate (without results: from {TRIAL_STEPS} steps)",
     )
     parser.set_defaults(when_interrupted="the same command resumes from there")
-    return parser
 
 
 def run(options: argparse.Namespace) -> None:

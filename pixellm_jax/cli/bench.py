@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from data_pipeline.sources.shapes.tokenizer import FOLDER
-from pixellm_jax.cli.console import format_table
+from pixellm_jax.cli.console import HelpFormatter, format_table
 from pixellm_jax.config import DTYPES, ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.model import flops
@@ -107,17 +107,12 @@ GENERATE_BASELINE_HEAD = (
 )
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command and its two benchmarks."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "bench",
-        help="measure speed and memory on this machine",
-        description="Measures with random weights and data; writes no files.",
-    )
+    parser.description = "Measures with random weights and data; writes no files."
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     _add_train_parser(kinds).set_defaults(measure=bench_train)
     _add_generate_parser(kinds).set_defaults(measure=bench_generate)
-    return parser
 
 
 def run(options: argparse.Namespace) -> None:
@@ -212,7 +207,7 @@ def _add_train_parser(kinds: Any) -> argparse.ArgumentParser:
         help="a training step",
         description="Times training steps on random images and conversations.",
         epilog=TRAIN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--size", choices=BENCH_SIZES, default="ref47m")
     parser.add_argument(
@@ -245,7 +240,7 @@ def _add_generate_parser(kinds: Any) -> argparse.ArgumentParser:
         help="answers, with their masks",
         description="Times answers of a known length to questions about random images.",
         epilog=GENERATE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--size", choices=BENCH_SIZES, default="ref47m")

@@ -14,20 +14,16 @@ EXAMPLES = """example:
 """
 
 
-def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "compare",
-        help="compare two evaluations",
-        description="Compare two folders that `pixellm evaluate` wrote, question by question, and "
-        "print a table in Markdown: both scores and their difference, with confidence intervals.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser.description = (
+        "Compare two folders that `pixellm evaluate` wrote, question by question, and "
+        "print a table in Markdown: both scores and their difference, with confidence intervals."
     )
+    parser.epilog = EXAMPLES
     parser.add_argument("first", type=Path, metavar="A", help="folder of the first evaluation")
     parser.add_argument("second", type=Path, metavar="B", help="folder of the second evaluation")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write a page (.html)")
-    return parser
 
 
 def run(options: argparse.Namespace) -> None:

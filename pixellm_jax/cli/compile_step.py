@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -41,16 +40,13 @@ several times faster, but to another program, whose memory differs by a few perc
 """
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "compile",
-        help="compile a training step for TPUs, without one",
-        description="Compiles the training step of a recipe for the chips of a TPU topology, and "
-        "prints the memory per chip, the largest arrays and the traffic between chips.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser.description = (
+        "Compiles the training step of a recipe for the chips of a TPU topology, and "
+        "prints the memory per chip, the largest arrays and the traffic between chips."
     )
+    parser.epilog = EXAMPLES
     add_recipe_option(parser)
     parser.add_argument(
         "--topology", required=True, metavar="NAME", help="generation and chips, such as v5e:4x4"
@@ -58,7 +54,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="write the compiled program (HLO) to a file"
     )
-    return parser
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,11 +1,21 @@
-"""Console output that several commands share: plain-text tables and progress bars."""
+"""Console output that several commands share: help pages, plain-text tables and progress bars."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tqdm import tqdm
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps a description of one paragraph and keeps the line breaks of examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return text
+        return super()._fill_text(text, width, indent)
 
 
 def format_table(rows: Sequence[Sequence[object]], *, names: int) -> str:

@@ -20,17 +20,14 @@ EXAMPLES = """examples:
 """
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command and its options."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "convert",
-        help="PyTorch weights of PixelLM (or LLaVA) and CLIP -> a checkpoint",
-        description="Reads a PixelLM folder (merged, or with LoRA tensors), or with --from-llava a "
+    parser.description = (
+        "Reads a PixelLM folder (merged, or with LoRA tensors), or with --from-llava a "
         "LLaVA folder, and a CLIP folder; writes an Orbax checkpoint with its config and "
-        "tokenizer.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "tokenizer."
     )
+    parser.epilog = EXAMPLES
     parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="PixelLM or LLaVA")
     parser.add_argument("--vision", type=Path, required=True, metavar="DIR", help="CLIP ViT")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
@@ -67,7 +64,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         ("--seed", "S", "seed of the random weights (0)"),
     ):
         start.add_argument(option, type=int, metavar=metavar, help=text)
-    return parser
 
 
 def run(options: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -26,20 +25,14 @@ most frequent names, and where the targets are.
 """
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser = commands.add_parser(
-        "data-stats",
-        help="statistics of prepared data: a table and a figure",
-        description="Counts what is in prepared data.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser.description = "Counts what is in prepared data."
+    parser.epilog = EXAMPLES
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="prepared data")
     parser.add_argument("--dataset", metavar="NAME", help="only this one")
     parser.add_argument("--split", metavar="S", help="only this one")
     parser.add_argument("--out", type=Path, metavar="FIG", help="a figure, .png, .pdf or .svg")
-    return parser
 
 
 def run(options: argparse.Namespace) -> None:

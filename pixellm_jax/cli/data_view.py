@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.config import DataConfig
 from data_pipeline.storage.stored import find_splits
@@ -23,16 +22,11 @@ With a checkpoint the page shows its canvas, and the packed sequence token by to
 """
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command."""
     data = DataConfig()
-    parser = commands.add_parser(
-        "data-view",
-        help="a page of samples as the model receives them",
-        description="Write an HTML page of samples with their conversations and masks.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser.description = "Write an HTML page of samples with their conversations and masks."
+    parser.epilog = EXAMPLES
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="prepared data")
     parser.add_argument("--out", type=Path, required=True, metavar="PAGE", help="an .html file")
     parser.add_argument("--dataset", metavar="NAME", help="only this dataset")
@@ -54,7 +48,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
             metavar="N",
             help=f"budget of {unit} in a sequence ({default})",
         )
-    return parser
 
 
 def run(options: argparse.Namespace) -> None:

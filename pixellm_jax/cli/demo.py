@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pixellm_jax.errors import InputError
 from pixellm_jax.experiments import shapes_demo
@@ -31,16 +30,13 @@ the same results in numbers; with --train also model/, a checkpoint that --check
 """
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command and its options."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "demo",
-        help="watch a small model answer, or train one in minutes; no download",
-        description="Asks the shipped model about rendered scenes that it has never seen, prints "
-        "the answers and writes a page with images, masks and scores.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser.description = (
+        "Asks the shipped model about rendered scenes that it has never seen, prints "
+        "the answers and writes a page with images, masks and scores."
     )
+    parser.epilog = EXAMPLES
     parser.add_argument(
         "--out",
         type=Path,
@@ -60,7 +56,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="first train a smaller model on simpler scenes, from scratch: about 3 minutes",
     )
-    return parser
 
 
 def run(options: argparse.Namespace) -> None:

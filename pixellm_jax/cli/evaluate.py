@@ -54,17 +54,14 @@ resume an interrupted evaluation.
 """
 
 
-def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "evaluate",
-        help="score a model on a benchmark",
-        description="Asks a model the questions of a benchmark and compares its masks with the "
+    parser.description = (
+        "Asks a model the questions of a benchmark and compares its masks with the "
         "true ones, at the resolution of the annotation. OUT receives one line per question as it "
-        "is scored, and the report: report.json, report.md, index.html.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "is scored, and the report: report.json, report.md, index.html."
     )
+    parser.epilog = EXAMPLES
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
     parser.add_argument(
         "--benchmark", required=True, metavar="NAME[/SPLIT]", help=", ".join(BENCHMARKS)
@@ -100,7 +97,6 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     add_distributed_option(parser)
     add_judge_options(parser)
-    return parser
 
 
 def run(options: argparse.Namespace) -> None:

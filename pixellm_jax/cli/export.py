@@ -22,18 +22,15 @@ EXAMPLES = """examples:
 """
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command and its options."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "export",
-        help="a checkpoint -> PyTorch weights in the released layout, or StableHLO programs",
-        description="--hf writes the released PyTorch layout as safetensors, and the CLIP folder "
+    parser.description = (
+        "--hf writes the released PyTorch layout as safetensors, and the CLIP folder "
         f"next to it as {VISION_FOLDER}/; `pixellm convert` reads both back, bit for bit. "
         "--stablehlo writes compiled programs for fixed shapes, their weights, and a runner that "
-        "does not need this package.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "does not need this package."
     )
+    parser.epilog = EXAMPLES
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
     out = parser.add_mutually_exclusive_group(required=True)
     out.add_argument("--hf", type=Path, metavar="OUT", help="a new folder")
@@ -50,7 +47,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     shapes.add_argument("--platforms", nargs="+", choices=PLATFORMS, help="target platforms (all)")
     shapes.add_argument("--dtype", choices=DTYPES, help="compute dtype (the checkpoint's)")
-    return parser
 
 
 def run(options: argparse.Namespace) -> None:

@@ -25,17 +25,14 @@ Replies are cached: run the same command again to retry only what failed.
 """
 
 
-def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "judge",
-        help="judge the answers of a MUSE evaluation",
-        description="Each mask in an answer is replaced by the description of the true mask it was "
+    parser.description = (
+        "Each mask in an answer is replaced by the description of the true mask it was "
         "matched with, and a language model scores from 1 to 10 how well that fits. A target below "
-        "the threshold counts with intersection 0.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "the threshold counts with intersection 0."
     )
+    parser.epilog = EXAMPLES
     parser.add_argument(
         "--report",
         type=Path,
@@ -47,7 +44,6 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--data", type=Path, metavar="DIR", help="folder of the images, for the page"
     )
     add_judge_options(parser)
-    return parser
 
 
 def run(options: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from pixellm_jax import __version__
+from pixellm_jax.cli.console import HelpFormatter
 from pixellm_jax.errors import InputError
 
 
@@ -25,8 +26,8 @@ class Command(NamedTuple):
     """Entry of the command table.
 
     Attributes:
-        module: dotted name of the module that has `add_parser(commands)` and `run(options)`.
-        summary: line in `pixellm --help`; the module's own parser shows the same.
+        module: dotted name of the module that has `add_options(parser)` and `run(options)`.
+        summary: line in `pixellm --help`.
     """
 
     module: str
@@ -106,11 +107,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
     for name, command in COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.summary, formatter_class=HelpFormatter)
         if name == chosen:
             module = import_module(command.module)
-            module.add_parser(commands).set_defaults(run=module.run)
-        else:
-            commands.add_parser(name, help=command.summary)
+            module.add_options(subparser)
+            subparser.set_defaults(run=module.run)
     options, overrides = parser.parse_known_args(arguments)
     options.overrides = overrides
     if options.overrides and not getattr(options, "takes_overrides", False):

@@ -10,7 +10,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -68,15 +68,12 @@ class Row(NamedTuple):
     reason: str = ""
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser = commands.add_parser(
-        "prepare",
-        help="published datasets -> shards for training and evaluation",
-        description="Reads datasets in their published form and stores them as ArrayRecord shards.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser.description = (
+        "Reads datasets in their published form and stores them as ArrayRecord shards."
     )
+    parser.epilog = EXAMPLES
     parser.add_argument("--dataset", required=True, metavar="NAME", help=f"see below, or {ALL!r}")
     parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="all datasets")
     parser.add_argument(
@@ -100,7 +97,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="for Beam; repeatable",
     )
     parser.set_defaults(when_interrupted="finished shards are kept, run it again to go on")
-    return parser
 
 
 def run(options: argparse.Namespace) -> None:

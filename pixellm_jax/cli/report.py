@@ -13,21 +13,17 @@ EXAMPLES = """example:
 """
 
 
-def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "report",
-        help="write the report of an evaluation again",
-        description="Read questions.jsonl and settings.json from a folder that `pixellm evaluate` "
-        f"wrote, and write {JSON}, {MARKDOWN} and {PAGE} into it. No model is needed.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser.description = (
+        "Read questions.jsonl and settings.json from a folder that `pixellm evaluate` "
+        f"wrote, and write {JSON}, {MARKDOWN} and {PAGE} into it. No model is needed."
     )
+    parser.epilog = EXAMPLES
     parser.add_argument("out", type=Path, metavar="DIR", help="folder of the evaluation")
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="folder of the images; without it, masks on grey"
     )
-    return parser
 
 
 def run(options: argparse.Namespace) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -48,15 +47,10 @@ and to retry questions without an answer.
 """
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser = commands.add_parser(
-        "segment",
-        help="ask about images: text and one mask per target",
-        description="Answer questions about images with text and one mask per target.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser.description = "Answer questions about images with text and one mask per target."
+    parser.epilog = EXAMPLES
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
     parser.add_argument("--image", type=Path, metavar="PATH", help="an image or a folder of images")
     parser.add_argument("--question", metavar="TEXT", help="question about --image")
@@ -80,7 +74,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--tensor", type=int, default=1, metavar="N", help="devices that share the weights (1)"
     )
-    return parser
 
 
 def run(options: argparse.Namespace) -> None:

@@ -26,16 +26,12 @@ After an interruption the same command resumes from the last checkpoint in --out
 """
 
 
-def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "train",
-        help="train a model by a recipe",
-        description="Trains by a recipe of configs/; --config.KEY=VALUE overrides any of its "
-        "values.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser.description = (
+        "Trains by a recipe of configs/; --config.KEY=VALUE overrides any of its values."
     )
+    parser.epilog = EXAMPLES
     add_recipe_option(parser)
     parser.add_argument(
         "--out",
@@ -59,7 +55,6 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases, too")
     add_distributed_option(parser)
-    return parser
 
 
 def run(options: argparse.Namespace) -> None:
