@@ -27,6 +27,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = draw_rooms.PACKAGES
 LAUNCHERS = ("scripts", "configs")  # above all rooms; nobody imports them
 LONGEST_FILE = 500
+SHORTEST_FILE = 40
+SHORT_FILES = {
+    "pixellm_jax.__main__": "`python -m pixellm_jax` needs a file of this name",
+    "pixellm_jax.errors": "the contract's errors, which every room imports",
+    "data_pipeline.errors": "the errors of every reader",
+    "pixellm_jax.cli.report": "one file per command",
+}
+"""Files below `SHORTEST_FILE` lines that stay files of their own, with the reason."""
+
+MAX_CLI_LINES = 2500
 
 # The layer rule: a room imports from the rooms before it and from itself. Rooms of one tier never
 # meet, nor do the pairs of `STRANGERS`. The files beside the rooms are the contract.
@@ -187,6 +197,21 @@ def test_the_figure_of_the_rooms_is_that_of_the_imports():
     assert draw_rooms.insert_figure(text) == text and draw_rooms.figure() in text, (
         "run `python scripts/draw_rooms.py --write`"
     )
+
+
+def line_count(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def test_short_files_have_a_reason():
+    files = [path for path in modules(*PACKAGES) if path.name != "__init__.py"]
+    short = {module_name(path) for path in files if line_count(path) < SHORTEST_FILE}
+    assert short == SHORT_FILES.keys()
+
+
+def test_the_contract_and_the_command_line_stay_small():
+    assert len(list((ROOT / "pixellm_jax").glob("*.py"))) <= 16
+    assert sum(map(line_count, modules("pixellm_jax/cli"))) < MAX_CLI_LINES
 
 
 def test_every_folder_of_a_package_is_installed():
