@@ -1,4 +1,4 @@
-"""One reader for each family of published datasets; all are `reading.Source`s."""
+"""Readers of the published datasets, one per family; each implements `reading.Source`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from data_pipeline.sources.refer import GREFCOCO, REFCLEF, REFCOCO, REFCOCO_PLUS
 from data_pipeline.sources.semantic import Ade20k, CocoStuff, Mapillary
 
 
-class Known(NamedTuple):
-    """A dataset and its splits; unions of them, which some sources read too, are not listed."""
+class PublishedDataset(NamedTuple):
+    """A reader and the disjoint splits of its dataset, without unions such as "train_val"."""
 
     source: Source
     splits: tuple[str, ...]
@@ -39,8 +39,10 @@ _SOURCES: tuple[Source, ...] = (
     Coco(splits=("train2017", "val2017")),
 )
 
-SOURCES: Mapping[str, Known] = {
-    source.dataset: Known(source, tuple(split for split in source.splits if split != "train_val"))
+SOURCES: Mapping[str, PublishedDataset] = {
+    source.dataset: PublishedDataset(
+        source, tuple(split for split in source.splits if split != "train_val")
+    )
     for source in _SOURCES
 }
-"""Every published dataset by its name. (`Coco` and `Jsonl` read people's own data, too.)"""
+"""Published datasets by name. (`Coco` and `Jsonl` also read user-supplied data.)"""

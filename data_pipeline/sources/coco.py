@@ -1,10 +1,11 @@
-"""Plain COCO instance files: people's own data, and COCO itself.
+"""Reader of COCO instance files: COCO itself and user-supplied data in the same format.
 
     <root>/<folder>/annotations/instances_<split>.json   {"images": [...], "annotations": [...],
     <root>/<folder>/<split>/<file_name>                   "categories": [...]}
 
-The file may also be `annotations/<split>.json`, `<split>.json` or `<split>/_annotations.coco.json`,
-images may also lie in `images/<split>/`, `images/` or the folder itself.
+The index may also be `annotations/<split>.json`, `<split>.json` or
+`<split>/_annotations.coco.json`; images may also be in `images/<split>/`, `images/` or the folder
+itself.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ from pixellm_jax.benchmark_question import Rle
 
 @dataclass(frozen=True, kw_only=True)
 class Coco:
-    """The reader. Targets are called by the names of their categories.
+    """Reader of COCO instance annotations. The phrase of a target is its category name.
 
-    merge: one target for all instances of a class, since they are all called the same (ids: the
-        class). False: each instance is a target (ids: the annotation).
-    Crowd regions are outlined loosely. They are void where no instance lies, never targets.
+    Crowd regions are outlined loosely, so they are never targets. They become void except where an
+    instance covers them.
+
+    Attributes:
+        merge: merge all instances of a class, which share one phrase, into one target (ids: the
+            category). False: each instance is a target (ids: the annotation).
     """
 
     dataset: str = "coco"
@@ -59,7 +63,9 @@ class Coco:
             targets, masks = _merge(single, stored.hw)
         else:
             masks = [instance.mask for instance in single]
-            targets = [Target((each.category,), i, each.ids) for i, each in enumerate(single)]
+            targets = [
+                Target((instance.category,), i, instance.ids) for i, instance in enumerate(single)
+            ]
         example = Example(
             key=entry.key,
             dataset=self.dataset,
@@ -69,27 +75,28 @@ class Coco:
             hw=stored.hw,
             masks=tuple(masks),
             targets=tuple(targets),
-            void=_outside(crowds, masks, stored.hw) if crowds else None,
+            void=_uncovered(crowds, masks, stored.hw) if crowds else None,
         )
         return Reading(example, tuple(problems))
 
 
 def _merge(instances: Sequence[Instance], hw: tuple[int, int]) -> tuple[list[Target], list[Rle]]:
-    """One target per class, in the order in which the classes first occur.
+    """Merge the instances of each class into one target, in order of first occurrence.
 
     cat 1, dog 2, cat 3   ->   targets cat (mask 0), dog (mask 1); masks 1 | 3, 2
     """
-    members: dict[int | str, list[Instance]] = {}
+    groups: dict[int | str, list[Instance]] = {}
     for instance in instances:
-        members.setdefault(instance.category_id, []).append(instance)
+        groups.setdefault(instance.category_id, []).append(instance)
     targets = [
         Target((group[0].category,), i, (category,) if isinstance(category, int) else ())
-        for i, (category, group) in enumerate(members.items())
+        for i, (category, group) in enumerate(groups.items())
     ]
-    return targets, [union([each.mask for each in group], hw) for group in members.values()]
+    masks = [union([instance.mask for instance in group], hw) for group in groups.values()]
+    return targets, masks
 
 
-def _outside(crowds: Sequence[Rle], masks: Sequence[Rle], hw: tuple[int, int]) -> Rle | None:
-    """The crowd regions without the pixels of any mask; None if nothing is left."""
+def _uncovered(crowds: Sequence[Rle], masks: Sequence[Rle], hw: tuple[int, int]) -> Rle | None:
+    """Return the crowd regions minus the pixels of all masks, or None if nothing remains."""
     void = decode(union(crowds, hw)) & ~decode(union(masks, hw)) & 1
     return encode(void) if void.any() else None

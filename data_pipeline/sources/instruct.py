@@ -1,7 +1,7 @@
-"""LLaVA-Instruct: conversations about an image, without masks.
+"""Reader of LLaVA-Instruct: visual instruction-tuning conversations without masks.
 
 Layout: docs/reference_notes.md 1.7. `llava_dataset/llava_instruct_150k.json` is a list of
-`{id, image, conversations: [{from: "human" | "gpt", value}, ...]}`, with images of COCO.
+`{id, image, conversations: [{from: "human" | "gpt", value}, ...]}`, with images from COCO.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HUMAN, ASSISTANT = "human", "gpt"
 class InstructEntry(NamedTuple):
     """Location of a conversation in the index, and the folder of its image.
 
-    key: number of the entry in the file and its published id, which several entries share.
+    key: index of the entry in the file and its published id, which is not unique.
     """
 
     key: str
@@ -43,7 +43,11 @@ class InstructEntry(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LlavaInstruct:
-    """The reader. `file`: name of the index in `llava_dataset`, without ".json"."""
+    """Reader of one LLaVA-Instruct file.
+
+    Attributes:
+        file: name of the index in `llava_dataset`, without ".json".
+    """
 
     dataset: str = "llava_instruct"
     file: str = "llava_instruct_150k"
@@ -94,7 +98,7 @@ def _fetch(entry: InstructEntry) -> dict[str, Any]:
 
 
 def _messages(conversation: object) -> list[tuple[str, str]]:
-    """Who says what: ("human", "Where is the cup?"), ("gpt", "On the table."), ..."""
+    """Return (speaker, text) pairs: ("human", "Where is it?"), ("gpt", "On the table."), ..."""
     if not isinstance(conversation, list):
         raise DamagedError(f"conversations is a {type(conversation).__name__}, expected a list")
     messages = []
@@ -108,24 +112,26 @@ def _messages(conversation: object) -> list[tuple[str, str]]:
 
 
 def _turns(messages: Sequence[tuple[str, str]]) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
-    r"""Questions with their answers, and what was left out.
+    r"""Pair questions with their answers; also return a note on each part that was dropped.
 
-    An answer before the first question is dropped, as the released code does. `<image>` and the
-    blanks around such a text go, too: the image stands in front of every conversation anyway.
+    An answer before the first question is dropped, as in the released code. `<image>` is removed
+    and the text around it stripped, because every conversation starts with the image anyway.
 
     gpt    "Hello!"
     human  "Where is the cup?\n<image>"    ->   Turn("Where is the cup?", "On the table.")
     gpt    "On the table."
     """
     start = int(bool(messages) and messages[0][0] == ASSISTANT)
-    spoken = messages[start:]
-    wrong = [i for i, (speaker, _) in enumerate(spoken) if speaker != (HUMAN, ASSISTANT)[i % 2]]
+    dialogue = messages[start:]
+    wrong = [i for i, (speaker, _) in enumerate(dialogue) if speaker != (HUMAN, ASSISTANT)[i % 2]]
     if wrong:
         raise DamagedError(f"message {start + wrong[0]} is by the same speaker as the one before")
-    places = [i for i, (_, text) in enumerate(spoken) for _ in range(text.count(IMAGE))]
-    if len(places) > 1 or any(places):
-        raise DamagedError(f"{IMAGE} in messages {places}, expected it once, in the first question")
-    texts = [text.replace(IMAGE, "").strip() if IMAGE in text else text for _, text in spoken]
+    positions = [i for i, (_, text) in enumerate(dialogue) for _ in range(text.count(IMAGE))]
+    if len(positions) > 1 or any(positions):
+        raise DamagedError(
+            f"{IMAGE} in messages {positions}, expected it once, in the first question"
+        )
+    texts = [text.replace(IMAGE, "").strip() if IMAGE in text else text for _, text in dialogue]
     turns = tuple(map(Turn, texts[::2], texts[1::2]))
     if not turns:
         raise DamagedError("a conversation without an answered question")

@@ -1,4 +1,4 @@
-"""People's own data: one JSON object per line. docs/data-format.md describes it with an example.
+"""Reader of user-supplied data in JSON Lines (docs/data-format.md explains the format).
 
 {"image": "photos/1.jpg",
  "targets": [{"phrase": "the red cup", "mask": "masks/1.png"}],
@@ -35,7 +35,7 @@ TURN_KEYS = frozenset({"question", "answer", "targets"})
 
 
 class JsonlEntry(NamedTuple):
-    """A line of the file; `fault` says why it cannot be read at all."""
+    """Location of a line in the file; `fault` is non-empty if the line cannot be read at all."""
 
     key: str
     split: str
@@ -46,9 +46,10 @@ class JsonlEntry(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Jsonl:
-    """The reader of `<root>/<file>`.
+    """Reader of `<root>/<file>`.
 
-    Lines with conversations give examples of kind "ready", lines with targets only of kind "names".
+    A line with conversations becomes an example of kind "ready", a line with targets only an
+    example of kind "names".
     """
 
     dataset: str = "jsonl"
@@ -56,10 +57,13 @@ class Jsonl:
     splits: tuple[str, ...] = ("train", "val", "test")
 
     def entries(self, root: Path, split: str) -> Sequence[JsonlEntry]:
-        """The lines of a split in the order of the file.
+        """Return the lines of a split in file order.
 
-        Lines that name no split belong to the first one, and so do lines that are not JSON or name
-        a split that there is not, to be reported once.
+        Lines without a split belong to the first split. So do lines that are not JSON or name an
+        unknown split, so that each is reported exactly once.
+
+        Raises:
+            InputError: an unknown split, no such file, or a line that is too long.
         """
         check_split(self, split)
         path = find_index([root / self.file])
@@ -71,24 +75,24 @@ class Jsonl:
                 span, start = Span(start, len(line)), start + len(line)
                 if not line.strip():
                     continue
-                key, own_split, fault = _heading(line, number, self.splits)
+                key, line_split, fault = _heading(line, number, self.splits)
                 if key in keys:
                     key, fault = f"line {number}", fault or f"a second line of key {key!r}"
                 keys.add(key)
-                if own_split == split:
+                if line_split == split:
                     entries.append(JsonlEntry(key, split, path, span, fault))
         return entries
 
     def read(self, entry: JsonlEntry) -> Reading:
         if entry.fault:
             raise DamagedError(entry.fault)
-        line = _keys(fetch(entry.file, entry.span), LINE_KEYS, "the line")
+        line = _object(fetch(entry.file, entry.span), LINE_KEYS, "the line")
         folder = entry.file.parent
         image, hw = read_image_file([below(folder, line.get("image"))])
-        given = _list(line.get("targets", []), "targets")
+        values = _list(line.get("targets", []), "targets")
         targets, masks = [], []
-        for number, value in enumerate(given):
-            fields = _keys(value, TARGET_KEYS, f"target {number}")
+        for number, value in enumerate(values):
+            fields = _object(value, TARGET_KEYS, f"target {number}")
             phrase = check_text(fields.get("phrase"), f"phrase of target {number}")
             masks.append(_mask(fields.get("mask"), folder, hw, f"mask of target {number}"))
             targets.append(Target((phrase,), number))
@@ -113,13 +117,17 @@ class Jsonl:
         return Reading(example, problems)
 
     def image_path(self, entry: JsonlEntry) -> Path:
-        """The file of the entry's image. Raises `DamagedError` as `read`."""
-        line = _keys(fetch(entry.file, entry.span), LINE_KEYS, "the line")
+        """Return the path of an entry's image.
+
+        Raises:
+            DamagedError: the line is unreadable or names no valid image path.
+        """
+        line = _object(fetch(entry.file, entry.span), LINE_KEYS, "the line")
         return below(entry.file.parent, line.get("image"))
 
 
 def _heading(line: bytes, number: int, splits: Sequence[str]) -> tuple[str, str, str]:
-    """Key and split of a line, and why it cannot be read ("" if it can)."""
+    """Return the key and split of a line, and why it cannot be read ("" if it can)."""
     key, first = f"line {number}", splits[0]
     try:
         value = json.loads(line)
@@ -138,7 +146,7 @@ def _heading(line: bytes, number: int, splits: Sequence[str]) -> tuple[str, str,
 
 
 def _mask(value: object, folder: Path, hw: tuple[int, int], what: str) -> Rle:
-    """Run lengths or polygons as in COCO files, or the name of a PNG file: 0 is outside."""
+    """Convert a COCO-style RLE, polygons, or the path of a PNG (0: background) to an RLE."""
     try:
         if isinstance(value, str):
             return encode(read_label_map(below(folder, value), hw))
@@ -148,22 +156,22 @@ def _mask(value: object, folder: Path, hw: tuple[int, int], what: str) -> Rle:
 
 
 def _conversations(
-    given: object, targets: int
+    value: object, num_targets: int
 ) -> tuple[tuple[tuple[Turn, ...], ...], tuple[str, ...]]:
-    """Conversations that can be used, and why others cannot.
+    """Return the usable conversations and the reasons for dropping the others.
 
     Raises:
-        DamagedError: there are some, but none can be used.
+        DamagedError: all conversations of the line are unusable.
     """
-    if given is None:
+    if value is None:
         return (), ()
     conversations: list[tuple[Turn, ...]] = []
     problems: list[str] = []
-    for number, turns in enumerate(_list(given, "conversations", least=1)):
+    for number, turns in enumerate(_list(value, "conversations", min_length=1)):
         what = f"conversation {number}"
         try:
             conversations.append(
-                tuple(_turn(turn, targets, what) for turn in _list(turns, what, least=1))
+                tuple(_turn(turn, num_targets, what) for turn in _list(turns, what, min_length=1))
             )
         except DamagedError as reason:
             problems.append(str(reason))
@@ -172,33 +180,33 @@ def _conversations(
     return tuple(conversations), tuple(problems)
 
 
-def _turn(value: object, targets: int, what: str) -> Turn:
-    fields = _keys(value, TURN_KEYS, f"a turn of {what}")
+def _turn(value: object, num_targets: int, what: str) -> Turn:
+    fields = _object(value, TURN_KEYS, f"a turn of {what}")
     question = check_text(fields.get("question"), f"a question of {what}")
     answer = check_text(fields.get("answer"), f"an answer of {what}")
-    meant = _list(fields.get("targets", []), f"targets of {what}")
-    for index in meant:
-        if type(index) is not int or not 0 <= index < targets:
-            raise DamagedError(f"{what} names target {index!r} of {targets}"[:200])
-    if answer.count(SEG) != len(meant) or SEG in question:
+    targets = _list(fields.get("targets", []), f"targets of {what}")
+    for index in targets:
+        if type(index) is not int or not 0 <= index < num_targets:
+            raise DamagedError(f"{what} names target {index!r} of {num_targets}"[:200])
+    if answer.count(SEG) != len(targets) or SEG in question:
         raise DamagedError(
-            f"{what}: an answer holds {answer.count(SEG)} {SEG} for {len(meant)} targets, a "
+            f"{what}: an answer holds {answer.count(SEG)} {SEG} for {len(targets)} targets, a "
             f"question {question.count(SEG)} for none"
         )
     if IMAGE in question or IMAGE in answer:
         raise DamagedError(f"{what} holds {IMAGE}: leave it out, the picture comes first anyway")
-    return Turn(question, answer, tuple(meant))
+    return Turn(question, answer, tuple(targets))
 
 
-def _list(value: object, what: str, least: int = 0) -> list[Any]:
-    if not isinstance(value, list) or len(value) < least:
-        expected = "a list that is not empty" if least else "a list"
+def _list(value: object, what: str, min_length: int = 0) -> list[Any]:
+    if not isinstance(value, list) or len(value) < min_length:
+        expected = "a list that is not empty" if min_length else "a list"
         raise DamagedError(f"{what} is {repr(value)[:60]}, expected {expected}")
     return value
 
 
-def _keys(value: object, known: frozenset[str], what: str) -> dict[str, Any]:
-    """An object without keys that nobody would read, such as misspelt ones."""
+def _object(value: object, known: frozenset[str], what: str) -> dict[str, Any]:
+    """Return an object after rejecting unknown keys, such as misspelt ones."""
     if not isinstance(value, dict):
         raise DamagedError(f"{what} is a {type(value).__name__}, expected an object")
     unknown = sorted(value.keys() - known)

@@ -1,10 +1,10 @@
-"""MUSE: several questions about an image, each answered by one or many objects.
+"""Reader of MUSE: several questions per image, each answered by one or more objects.
 
 A file is a list of images with the keys of the published files
 (https://github.com/MaverickRen/PixelLM): `file_name` or `coco_url`, `height`, `width`, and the
 parallel lists `questions` (text), `answers` (lists of objects with `segmentation`, `category_name`
-and perhaps `rephrased_name`, `id`) and perhaps `text_answers` (text with one `{seg}` per object, or
-null).
+and optionally `rephrased_name`, `id`) and optionally `text_answers` (text with one `{seg}` per
+object, or null).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pixellm_jax.benchmark_question import Rle
 
 
 class Entry(NamedTuple):
-    """An item of a MUSE file; `key` is "split/number", the number counted from 0 in the file."""
+    """Location of an item in a MUSE file; `key` is "split/index", with the index in the file."""
 
     key: str
     split: str
@@ -42,12 +42,13 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Muse:
-    """Reads `muse_<split>.json` or `MUSE_<split>.json` in the root or in its folder `muse`.
+    """Reader of `muse_<split>.json` or `MUSE_<split>.json` in the root or its folder `muse`.
 
-    An item gives one example of kind "muse": each question is a conversation of one turn, and
-    `targets` are the objects of all answers, in their order; an object that answers two questions
-    is two targets, which share a mask. A broken question (no text, a broken object, a text answer
-    whose `{seg}` do not match) is left out alone and reported (docs/reference_notes.md D12).
+    An item becomes one example of kind "muse": each question is a single-turn conversation, and
+    `targets` are the objects of all answers in order; an object that answers two questions becomes
+    two targets that share a mask. A damaged question (no text, a damaged object, a text answer with
+    the wrong number of `{seg}`) is dropped and reported without affecting the other questions
+    (docs/reference_notes.md D12).
 
         {"coco_url": ".../train2017/000000000030.jpg", "height": 4, "width": 6,
          "questions": ["What is it?"], "text_answers": ["It is the {seg}."],
@@ -61,10 +62,10 @@ class Muse:
     splits: tuple[str, ...] = ("train", "val", "test_less", "test_many")
 
     def entries(self, root: Path, split: str) -> Sequence[Entry]:
-        """One entry for each item of the file, in its order.
+        """Return one entry per item, in file order.
 
         Raises:
-            InputError: no such split or file, or the file is not JSON.
+            InputError: an unknown split, no such file, or a file that is not JSON.
         """
         check_split(self, split)
         path = find_index(
@@ -80,10 +81,10 @@ class Muse:
         ]
 
     def read(self, entry: Entry) -> Reading:
-        """The example of an item.
+        """Read the example of an item.
 
         Raises:
-            DamagedError: no usable question, no image, or one of another size than the item says.
+            DamagedError: no usable question, no image, or an image whose size is not the item's.
         """
         item = fetch(entry.path, entry.span)
         if not isinstance(item, dict):
@@ -93,14 +94,15 @@ class Muse:
             raise DamagedError("no questions")
         image = read_image_file(_image_paths(entry.root, item), hw).image
         train = entry.split == "train"
-        masks: dict[str, tuple[int, Rle]] = {}  # by counts: number and mask
+        masks: dict[str, tuple[int, Rle]] = {}  # RLE counts -> (index, mask)
         targets: list[Target] = []
         conversations: list[tuple[Turn, ...]] = []
         problems: list[str] = []
         for number, text in enumerate(questions):
             try:
                 question = check_text(text, "question")
-                objects = [_object(value, hw) for value in _part(item, "answers", number, list)]
+                values = _parallel_value(item, "answers", number, list)
+                objects = [_object(value, hw) for value in values]
                 answer, problem = _answer(item, number, len(objects), train)
             except DamagedError as reason:
                 problems.append(f"question {number}: {reason}")
@@ -127,12 +129,16 @@ class Muse:
         return Reading(example, tuple(problems))
 
     def image_path(self, entry: Entry) -> Path:
-        """The file of the entry's image. Raises `DamagedError` as `read`."""
+        """Return the path of an entry's image.
+
+        Raises:
+            DamagedError: the item is unreadable or its image does not exist.
+        """
         return find_image_file(_image_paths(entry.root, fetch(entry.path, entry.span)))
 
 
 def _image_paths(root: Path, item: dict[str, Any]) -> list[Path]:
-    """`file_name` is an image of COCO 2014; `coco_url` tells the folder of COCO 2017."""
+    """Return candidate paths: `file_name` is in COCO 2014, `coco_url` names a COCO 2017 folder."""
     if item.get("file_name") is not None:
         return coco_candidates(root, "train2014", item["file_name"])
     url = check_text(item.get("coco_url"), "neither file_name nor coco_url: the latter")
@@ -140,8 +146,8 @@ def _image_paths(root: Path, item: dict[str, Any]) -> list[Path]:
     return coco_candidates(root, folder, url.rpartition("/")[2])
 
 
-def _part(item: dict[str, Any], key: str, number: int, *kinds: type) -> Any:
-    """Return the item of a parallel list that belongs to a question."""
+def _parallel_value(item: dict[str, Any], key: str, number: int, *kinds: type) -> Any:
+    """Return the value of a parallel list for question `number`."""
     values = item.get(key)
     if not isinstance(values, list) or number >= len(values):
         raise DamagedError(f"{key} has nothing for it")
@@ -151,7 +157,7 @@ def _part(item: dict[str, Any], key: str, number: int, *kinds: type) -> Any:
 
 
 def _object(value: Any, hw: tuple[int, int]) -> tuple[tuple[str, ...], Rle, tuple[int, ...]]:
-    """Phrases, mask and annotation id of an object; it may lack a `rephrased_name`.
+    """Return phrases, mask and annotation id of an object; `rephrased_name` is optional.
 
     See docs/reference_notes.md D15.
     """
@@ -166,20 +172,22 @@ def _object(value: Any, hw: tuple[int, int]) -> tuple[tuple[str, ...], Rle, tupl
 
 
 def _answer(
-    item: dict[str, Any], number: int, objects: int, train: bool
+    item: dict[str, Any], number: int, num_objects: int, train: bool
 ) -> tuple[str | None, str | None]:
-    """The text answer, and what is wrong with one that was left out.
+    """Return the text answer, and the reason if it was dropped.
 
-    Only training needs it: elsewhere a wrong one is left out and its question stays, so that every
-    published question is measured. Braces other than `{seg}` are ordinary text.
+    Only training needs text answers. In other splits a damaged one is dropped while its question is
+    kept, so that every published question is evaluated. Braces other than `{seg}` are plain text.
     """
     try:
         answer = None
         if item.get("text_answers") is not None:
-            answer = _part(item, "text_answers", number, str, type(None))
-        if answer is not None and check_text(answer, "text answer").count(SEG) != objects:
-            raise DamagedError(f"text answer with {answer.count(SEG)} {SEG} for {objects} objects")
-        if answer is None and not objects and train:
+            answer = _parallel_value(item, "text_answers", number, str, type(None))
+        if answer is not None and check_text(answer, "text answer").count(SEG) != num_objects:
+            raise DamagedError(
+                f"text answer with {answer.count(SEG)} {SEG} for {num_objects} objects"
+            )
+        if answer is None and not num_objects and train:
             raise DamagedError("neither objects nor a text answer")
     except DamagedError as reason:
         if train:

@@ -1,6 +1,6 @@
-"""Part sets: PACO-LVIS and PASCAL-Part, objects and their parts in COCO-style files.
+"""Readers of part segmentation datasets in COCO format: PACO-LVIS and PASCAL-Part.
 
-Layout and names: docs/reference_notes.md 1.6. Every annotation is a target of its own.
+Layout and names: docs/reference_notes.md 1.6. Every annotation becomes a separate target.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from data_pipeline.reading import Reading, check_split, find_index
 
 @dataclass(frozen=True, kw_only=True)
 class PacoLvis:
-    """PACO-LVIS: objects ("cup") and parts ("cup:rim") on images of COCO."""
+    """Reader of PACO-LVIS: objects ("cup") and parts ("cup:rim") in COCO images."""
 
     dataset: str = "paco_lvis"
     splits: tuple[str, ...] = ("train", "val", "test")
@@ -32,7 +32,7 @@ class PacoLvis:
 
 @dataclass(frozen=True, kw_only=True)
 class PascalPart:
-    """PASCAL-Part: parts of objects ("horse:leg") on images of PASCAL VOC 2010."""
+    """Reader of PASCAL-Part: object parts ("horse:leg") in PASCAL VOC 2010 images."""
 
     dataset: str = "pascal_part"
     splits: tuple[str, ...] = ("train", "val")
@@ -48,7 +48,7 @@ class PascalPart:
 
 
 def part_phrases(category: str) -> tuple[str, ...]:
-    """Return the phrases for a category. Underscores between words stay, as published.
+    """Return the phrases for a category. Underscores between words are kept, as published.
 
     "laptop_computer"          ->  ("laptop_computer",)
     "car_(automobile):wheel"   ->  ("car wheel", "the wheel of the car")

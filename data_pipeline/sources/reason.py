@@ -1,12 +1,12 @@
-"""ReasonSeg: a few questions about one thing in an image, which a person has outlined.
+"""Reader of ReasonSeg: reasoning segmentation, a few questions about one outlined target per image.
 
 Layout (docs/reference_notes.md 1.4):
-`reason_seg/<name>/<split>/<stem>.json` with `<stem>.jpg` beside it, and
-`reason_seg/<name>/explanatory/train.json` with explanations for some of the training images.
+`reason_seg/<name>/<split>/<stem>.json` next to `<stem>.jpg`, and
+`reason_seg/<name>/explanatory/train.json` with explanations of some training images.
 
-The published masks are what OpenCV up to 4.10 makes of the outlines (4.11 changed its filling), so
-`rasterise` follows that: the corners are cut to whole pixels, the outline is drawn and the inside
-is filled from outline to outline.
+The published masks were rasterised from the outlines by OpenCV up to 4.10 (4.11 changed polygon
+filling), and `rasterise` reproduces that: corners are truncated to whole pixels, the outline is
+drawn, and the interior is filled from outline to outline.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from data_pipeline.reading import Reading, check_split, check_text, read_image_f
 from pixellm_jax.errors import InputError
 
 TARGET, VOID = 1, 255
-"""Values of a rasterised map; 0 is everything else."""
+"""Pixel values of a rasterised map; 0 is background."""
 
 
 class ReasonEntry(NamedTuple):
-    """A label file, its image, and the explanation of the image (None: it has none)."""
+    """A label file, its image, and the explanation of the image, if any."""
 
     key: str
     split: str
@@ -41,11 +41,14 @@ class ReasonEntry(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ReasonSeg:
-    """The reader. `folder`: name of the dataset below `reason_seg`.
+    """Reader of ReasonSeg.
 
-    A target has one mask, shared by all questions of the image; regions labelled as "ignore" are
-    void. Each question is a conversation of its own. An image for which there is an explanation
-    gives it as the answer of each question.
+    All questions of an image share one target with one mask; regions labelled "ignore" are void.
+    Each question becomes a separate conversation. The explanation of an image, if there is one, is
+    the answer to each of its questions.
+
+    Attributes:
+        folder: name of the dataset folder in `reason_seg`.
     """
 
     folder: str = "ReasonSeg"
@@ -59,7 +62,7 @@ class ReasonSeg:
         return ("train", "val", "test", "train_val")
 
     def entries(self, root: Path, split: str) -> Sequence[ReasonEntry]:
-        """Files in the order of their names; "train_val" is "train", then "val"."""
+        """Return the label files sorted by name; "train_val" is "train" followed by "val"."""
         check_split(self, split)
         base = root / "reason_seg" / self.folder
         explanations = _explanations(base / "explanatory" / "train.json")
@@ -107,23 +110,23 @@ class ReasonSeg:
         return Reading(example, tuple(problems))
 
     def image_path(self, entry: ReasonEntry) -> Path:
-        """The file of the entry's image."""
+        """Return the path of an entry's image."""
         return entry.image_path
 
 
 def _explanations(file: Path) -> dict[str, object]:
-    """Explanations, not checked yet, by the name of the image; none without the file."""
-    found = {}
+    """Return unchecked explanations by image name; empty if the file does not exist."""
+    explanations = {}
     for number, item in enumerate(items(file) if file.is_file() else ()):
         name = item.value.get("image") if isinstance(item.value, dict) else None
         if not isinstance(name, str):
-            raise InputError(f"'{file}': row {number} names no image; download the file again")
-        found[name] = item.value.get("outputs", "")
-    return found
+            raise InputError(f"'{file}': row {number} names no image: download the file again")
+        explanations[name] = item.value.get("outputs", "")
+    return explanations
 
 
 def _labels(file: Path) -> dict[str, Any]:
-    """A label file in UTF-8, or, as some of the published ones, in code page 1252."""
+    """Parse a label file in UTF-8 or, like some published files, code page 1252."""
     try:
         data = file.read_bytes()
     except OSError:
@@ -144,12 +147,12 @@ def _labels(file: Path) -> dict[str, Any]:
 
 
 def _texts(labels: dict[str, Any]) -> tuple[tuple[str, ...], list[str]]:
-    """The questions, and what was left out."""
-    given = labels.get("text")
-    if not isinstance(given, list):
-        raise DamagedError(f"text is a {type(given).__name__}, expected a list of questions")
+    """Return the questions, and the reasons for dropping others."""
+    values = labels.get("text")
+    if not isinstance(values, list):
+        raise DamagedError(f"text is a {type(values).__name__}, expected a list of questions")
     texts, problems = [], []
-    for number, text in enumerate(given):
+    for number, text in enumerate(values):
         try:
             texts.append(check_text(text, f"question {number}"))
         except DamagedError as reason:
@@ -159,29 +162,29 @@ def _texts(labels: dict[str, Any]) -> tuple[tuple[str, ...], list[str]]:
     return tuple(texts), problems
 
 
-def _shapes(given: object) -> list[Shape]:
-    """Return the shapes to render: "flag" is a note without meaning, "...ignore..." is void."""
-    if not isinstance(given, list):
-        raise DamagedError(f"shapes is a {type(given).__name__}, expected a list")
+def _shapes(value: object) -> list[Shape]:
+    """Return the shapes to rasterise: "flag" is skipped as a mere note, "...ignore..." is void."""
+    if not isinstance(value, list):
+        raise DamagedError(f"shapes is a {type(value).__name__}, expected a list")
     shapes = []
-    for number, shape in enumerate(given):
+    for number, shape in enumerate(value):
         label = shape.get("label") if isinstance(shape, dict) else None
         if not isinstance(label, str):
             raise DamagedError(f"shape {number} has no label")
         if label.lower() != "flag":
-            value = VOID if "ignore" in label.lower() else TARGET
-            shapes.append(Shape(_corners(shape.get("points"), number), value))
+            pixel_value = VOID if "ignore" in label.lower() else TARGET
+            shapes.append(Shape(_corners(shape.get("points"), number), pixel_value))
     return shapes
 
 
 def _corners(points: object, number: int) -> tuple[Point, ...]:
-    """Whole pixels: [[3.9, -0.5], [4, 7]]  ->  (3, 0), (4, 7)."""
+    """Truncate corners to whole pixels: [[3.9, -0.5], [4, 7]]  ->  (3, 0), (4, 7)."""
     corners = []
     for point in points if isinstance(points, list) else ():
         if not isinstance(point, list) or len(point) != 2:
             raise DamagedError(f"shape {number}: corner {point!r}, expected [x, y]"[:200])
         for value in point:
-            # Not a number compares false, too.
+            # NaN compares false and is rejected, too.
             if type(value) not in (int, float) or not abs(value) <= COORDINATE_LIMIT:
                 raise DamagedError(f"shape {number}: corner {point!r}, expected two numbers"[:200])
         corners.append((int(point[0]), int(point[1])))

@@ -1,7 +1,7 @@
-"""refCOCO, refCOCO+, refCOCOg, refCLEF and gRefCOCO: sentences about objects of an image.
+"""Reader of referring segmentation: refCOCO, refCOCO+, refCOCOg, refCLEF and gRefCOCO.
 
-`refer_seg/<dataset>/` holds `instances.json` (COCO style) and `refs(<split by>).p`, a pickled list
-of refs: one or several annotations of an image with the sentences about them
+`refer_seg/<dataset>/` contains `instances.json` (COCO format) and `refs(<split by>).p`, a pickled
+list of refs: one or more annotations of an image with the sentences that refer to them
 (https://github.com/lichengunc/refer, https://github.com/henghuiding/gRefCOCO).
 """
 
@@ -32,11 +32,11 @@ from pixellm_jax.benchmark_question import Rle
 from pixellm_jax.errors import InputError
 
 NO_TARGET = -1
-"""Annotation id of gRefCOCO for a sentence about something that is not in the image."""
+"""Annotation id in gRefCOCO of a sentence whose referent is not in the image."""
 
 
 class Ref(NamedTuple):
-    """A ref of the index; its sentences are pairs of number and text."""
+    """A ref of the index; `sentences` are (sentence id, text) pairs."""
 
     ref_id: int
     ann_ids: tuple[int, ...]
@@ -44,12 +44,12 @@ class Ref(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An image of a split with its refs, in the order of the file.
+    """An image of a split with its refs in file order.
 
-    key: "split/image id", or "split/ref number" of a ref that names no image.
-    image: where its record lies in `instances.json`; None if it has none.
-    annotations: where those that the refs name lie.
-    problems: refs and sentences of the image that were left out.
+    key: "split/image id", or "split/ref number" for a ref that names no image.
+    image: byte range of its record in `instances.json`, or None if there is no record.
+    annotations: byte ranges of the annotations that the refs name, by annotation id.
+    problems: reasons for the refs and sentences of the image that were dropped.
     """
 
     key: str
@@ -64,21 +64,22 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Refer:
-    """Reads one of the sets.
+    """Reader of one referring segmentation dataset.
 
-    An image gives one example of kind "names". Its targets are all pairs of a sentence and what it
-    is about, in the order of the file; the sentences of a ref share a mask. `ids` of a target are
-    (ref id, annotation ids..., sentence id). A sentence of gRefCOCO may be about several objects:
-    its mask is their union; or about none: its mask is empty, and the annotation id -1.
+    An image becomes one example of kind "names" with one target per sentence, in file order; the
+    sentences of a ref share a mask. `ids` of a target are (ref id, annotation ids..., sentence id).
+    A sentence of gRefCOCO may refer to several objects: its mask is their union; or to none: its
+    mask is empty and the annotation id -1.
 
         ref 7 of annotation 5: "cup", "red cup"; ref 8 of annotation 6: "plate"
             ->  Target(("cup",), 0, (7, 5, 0))  Target(("red cup",), 0, (7, 5, 1))
                 Target(("plate",), 1, (8, 6, 2))
 
-    dataset: the name of its folder below `refer_seg`.
-    split_by: who made the splits; part of the file name.
-    splits: those that were published; `entries` also takes others that the index holds.
-    generalised: gRefCOCO: refs may name several annotations or none; the index is called grefs.
+    Attributes:
+        dataset: name of the folder in `refer_seg`.
+        split_by: author of the splits; part of the file name.
+        splits: the published splits; `entries` also accepts other splits that the index contains.
+        generalised: gRefCOCO: refs may name several annotations or none; the index is named grefs.
     """
 
     dataset: str
@@ -87,25 +88,25 @@ class Refer:
     generalised: bool = False
 
     def entries(self, root: Path, split: str) -> Sequence[Entry]:
-        """One entry for each image of the split, by ascending image id.
+        """Return one entry per image of the split, by ascending image id.
 
-        Whole refs and sentences about the same image stay in the order of the file. The split
-        "testA" is every ref with an A in its split, so "testAB" counts for testA and testB; "test"
-        is every ref with "test" in it; any other split is exactly that.
+        Refs and sentences of the same image stay in file order. The split "testA" contains every
+        ref whose published split contains an A, so "testAB" belongs to testA and testB; "test"
+        contains every ref whose split contains "test"; any other split must match exactly.
 
         Raises:
-            InputError: a file is missing or damaged as a whole, or no ref has such a split.
+            InputError: an index file is missing or damaged, or no ref belongs to such a split.
         """
         folder = root / "refer_seg" / self.dataset
         name = f"{'grefs' if self.generalised else 'refs'}({self.split_by})"
         index = find_index([folder / f"{name}.p", folder / f"{name}.json"])
-        chosen = _choose(_records(index), split, self.generalised)
-        if not (chosen.refs or split in self.splits):
+        selection = _select(_records(index), split, self.generalised)
+        if not (selection.refs or split in self.splits):
             raise InputError(
                 f"{str(index)!r} has no split {split!r}: use one of {', '.join(self.splits)}"
             )
         path = find_index([folder / "instances.json"])
-        images, annotations = _places(path, chosen)
+        images, annotations = _locate(path, selection)
         return [
             Entry(
                 f"{split}/{image_id}",
@@ -115,21 +116,21 @@ class Refer:
                 images.get(image_id),
                 {i: annotations[i] for ref in refs for i in ref.ann_ids if i in annotations},
                 tuple(refs),
-                tuple(chosen.problems[image_id]),
+                tuple(selection.problems[image_id]),
             )
-            for image_id, refs in sorted(chosen.refs.items())
+            for image_id, refs in sorted(selection.refs.items())
         ] + [
             Entry(f"{split}/ref {number}", split, root, path, None, {}, (), (problem,))
-            for number, problem in chosen.lost
+            for number, problem in selection.without_image
         ]
 
     def read(self, entry: Entry) -> Reading:
-        """The example of an image.
+        """Read the example of an image.
 
-        A ref whose annotation is missing or damaged is left out alone and reported.
+        A ref whose annotation is missing or damaged is dropped and reported; the others are kept.
 
         Raises:
-            DamagedError: no usable sentence, no image, or one of another size than its record says.
+            DamagedError: no usable sentence, no image, or an image whose size is not the record's.
         """
         if entry.image is None:
             missing = f"no image {entry.key!r} in {entry.path.name!r}"
@@ -138,20 +139,20 @@ class Refer:
         hw = check_size(record.get("height"), record.get("width"))
         image = read_image_file(self._image_paths(entry.root, record.get("file_name")), hw).image
         problems = list(entry.problems)
-        numbers: dict[tuple[int, ...], int] = {}  # of the mask of these annotations
+        mask_indices: dict[tuple[int, ...], int] = {}  # by annotation ids
         masks: list[Rle] = []
         targets: list[Target] = []
         for ref in entry.refs:
-            if ref.ann_ids not in numbers:
+            if ref.ann_ids not in mask_indices:
                 try:
                     masks.append(self._mask(ref, entry, record["id"], hw))
                 except DamagedError as reason:
                     problems.append(f"ref {ref.ref_id}: {reason}")
                     continue
-                numbers[ref.ann_ids] = len(numbers)
+                mask_indices[ref.ann_ids] = len(mask_indices)
             targets += [
-                Target((text,), numbers[ref.ann_ids], (ref.ref_id, *ref.ann_ids, sentence))
-                for sentence, text in ref.sentences
+                Target((text,), mask_indices[ref.ann_ids], (ref.ref_id, *ref.ann_ids, sentence_id))
+                for sentence_id, text in ref.sentences
             ]
         if not targets:
             raise DamagedError(f"no usable sentence: {'; '.join(problems)}")
@@ -168,7 +169,11 @@ class Refer:
         return Reading(example, tuple(problems))
 
     def image_path(self, entry: Entry) -> Path:
-        """The file of the entry's image. Raises `DamagedError` as `read`."""
+        """Return the path of an entry's image.
+
+        Raises:
+            DamagedError: the image has no record or does not exist.
+        """
         if entry.image is None:
             raise DamagedError(f"no image {entry.key!r} in {entry.path.name!r}")
         name = fetch(entry.path, entry.image).get("file_name")
@@ -180,7 +185,7 @@ class Refer:
         return coco_candidates(root, "train2014", name)
 
     def _mask(self, ref: Ref, entry: Entry, image_id: int, hw: tuple[int, int]) -> Rle:
-        """The union of the annotations of a ref."""
+        """Return the union of the annotation masks of a ref."""
         rles = []
         for number in ref.ann_ids:
             if number == NO_TARGET and self.generalised:
@@ -202,7 +207,9 @@ GREFCOCO = Refer("grefcoco", "unc", ("train", "val", "testA", "testB"), generali
 
 
 def in_split(split: str, published: str) -> bool:
-    """Whether a ref with the split `published` belongs to `split`; see `Refer.entries`.
+    """Return whether a ref whose published split is `published` belongs to `split`.
+
+    See `Refer.entries` for the rule.
 
     ("testA", "testAB") -> True   ("test", "testA") -> True   ("train", "trainval") -> False
     """
@@ -211,28 +218,30 @@ def in_split(split: str, published: str) -> bool:
     return "test" in published if split == "test" else split == published
 
 
-class _Chosen(NamedTuple):
-    """The refs of a split and the refs and sentences left out, by image id.
+class _Selection(NamedTuple):
+    """The refs of a split, and the reasons for dropped refs and sentences, by image id.
 
-    lost: number in the index, and what is wrong, of refs that name no image.
+    without_image: (index, problem) pairs of the refs that name no image.
     """
 
     refs: defaultdict[int, list[Ref]]
     problems: defaultdict[int, list[str]]
-    lost: list[tuple[int, str]]
+    without_image: list[tuple[int, str]]
 
 
-def _choose(records: Iterable[Any], split: str, generalised: bool) -> _Chosen:
-    chosen = _Chosen(defaultdict(list), defaultdict(list), [])
+def _select(records: Iterable[Any], split: str, generalised: bool) -> _Selection:
+    selection = _Selection(defaultdict(list), defaultdict(list), [])
     for number, record in enumerate(records):
         published = record.get("split") if isinstance(record, dict) else None
         if isinstance(published, str) and not in_split(split, published):
             continue
         image_id = record.get("image_id") if isinstance(record, dict) else None
         if not isinstance(published, str) or type(image_id) is not int:
-            chosen.lost.append((number, f"ref {number} of the index has no split or image_id"))
+            problem = f"ref {number} of the index has no split or image_id"
+            selection.without_image.append((number, problem))
             continue
-        refs, problems = chosen.refs[image_id], chosen.problems[image_id]
+        refs = selection.refs[image_id]
+        problems = selection.problems[image_id]
         try:
             ref = _ref(record, generalised, problems)
         except DamagedError as reason:
@@ -240,11 +249,11 @@ def _choose(records: Iterable[Any], split: str, generalised: bool) -> _Chosen:
             continue
         if ref.sentences:
             refs.append(ref)
-    return chosen
+    return selection
 
 
 def _ref(record: dict[Any, Any], generalised: bool, problems: list[str]) -> Ref:
-    """A checked ref; what is wrong with single sentences is added to the problems."""
+    """Parse and check a ref; append the problems of individual sentences to `problems`."""
     ref_id: Any = record.get("ref_id")
     ann_id: Any = record.get("ann_id")
     ann_ids = ann_id if generalised and isinstance(ann_id, list) else [ann_id]
@@ -269,24 +278,26 @@ def _sentence(sentence: Any) -> tuple[int, str]:
 
 
 def _records(index: Path) -> Iterator[Any]:
-    """The refs of an index, pickled or in JSON."""
+    """Iterate over the refs of a pickled or JSON index."""
     if index.suffix == ".json":
         return (item.value for item in items(index))
     records = load(index)
     if not isinstance(records, list):
-        raise InputError(f"{str(index)!r} holds a {type(records).__name__}, expected a list")
+        raise InputError(
+            f"{str(index)!r} holds a {type(records).__name__}, expected a list of refs"
+        )
     return iter(records)
 
 
-def _places(path: Path, chosen: _Chosen) -> tuple[dict[int, Span], dict[int, Span]]:
-    """Return the byte ranges of the chosen images and of their annotations, by id."""
+def _locate(path: Path, selection: _Selection) -> tuple[dict[int, Span], dict[int, Span]]:
+    """Return the byte ranges of the selected images and annotations, by id."""
     wanted = {
-        "images": chosen.refs.keys(),
-        "annotations": {i for refs in chosen.refs.values() for ref in refs for i in ref.ann_ids},
+        "images": selection.refs.keys(),
+        "annotations": {i for refs in selection.refs.values() for ref in refs for i in ref.ann_ids},
     }
-    places: dict[str, dict[int, Span]] = {"images": {}, "annotations": {}}
+    spans: dict[str, dict[int, Span]] = {"images": {}, "annotations": {}}
     for key, value, span in items(path):
         number = value.get("id") if isinstance(value, dict) else None
         if type(number) is int and key in wanted and number in wanted[key]:
-            places[key][number] = span
-    return places["images"], places["annotations"]
+            spans[key][number] = span
+    return spans["images"], spans["annotations"]

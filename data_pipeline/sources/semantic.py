@@ -1,7 +1,7 @@
-"""Semantic sets: ADE20K, COCO-Stuff and Mapillary Vistas 2.0, a class number for every pixel.
+"""Readers of semantic segmentation datasets: ADE20K, COCO-Stuff and Mapillary Vistas 2.0.
 
-Layout and numbers: docs/reference_notes.md 1.5. Every class in an image is a target, in
-ascending order of class numbers; ignored pixels are void.
+Layout and class ids: docs/reference_notes.md 1.5. Every class in an image is a target, in
+ascending order of class ids; ignored pixels are void.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from data_pipeline.reading import Reading, check_split, check_text, read_image_f
 from pixellm_jax.errors import InputError
 
 IGNORED = 255
-"""Number of pixels that belong to no class; there can be 255 classes."""
+"""Class id of ignored pixels, which leaves 255 ids for classes."""
 
 
-def _published(file: str) -> tuple[str, ...]:
+def _read_names(file: str) -> tuple[str, ...]:
     return tuple(json.loads(Path(__file__).with_name(file).read_text(encoding="utf-8")))
 
 
-ADE20K_CLASSES = _published("ade20k_classes.json")
-"""Names by class number, which is one less than the value in the label map."""
+ADE20K_CLASSES = _read_names("ade20k_classes.json")
+"""Names by class id, which is the value in the label map minus one."""
 
-COCOSTUFF_CLASSES = _published("cocostuff_classes.json")
-"""Names by class number, which is the value in the label map."""
+COCOSTUFF_CLASSES = _read_names("cocostuff_classes.json")
+"""Names by class id, which is the value in the label map."""
 
 
 class SemanticEntry(NamedTuple):
-    """An image, its label map, and what the values of the map mean: class -> name.
+    """An image and its label map.
 
-    `ignored`: classes whose pixels are void.
+    names: class names by class id.
+    ignored: class ids whose pixels are void.
     """
 
     key: str
@@ -53,7 +54,7 @@ class SemanticEntry(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Ade20k:
-    """ADE20K scene parsing, 150 classes. Value 0 (unlabelled) is ignored; 255 is, too."""
+    """Reader of ADE20K scene parsing, 150 classes. Values 0 (unlabelled) and 255 are ignored."""
 
     dataset: str = "ade20k"
     splits: tuple[str, ...] = ("train", "val")
@@ -72,9 +73,10 @@ class Ade20k:
 
 @dataclass(frozen=True, kw_only=True)
 class CocoStuff:
-    """COCO-Stuff: 182 classes, of which 28 are ignored: those with a "-", such as "wall-brick".
+    """Reader of COCO-Stuff, 182 classes.
 
-    They are kinds and leftovers of other classes ("floor-other"), which nobody would ask for.
+    The 28 classes with a "-" in their name are ignored: they are subtypes ("wall-brick") and
+    remainders ("floor-other") of other classes, which make unnatural questions.
     """
 
     dataset: str = "cocostuff"
@@ -95,11 +97,13 @@ class CocoStuff:
 
 @dataclass(frozen=True, kw_only=True)
 class Mapillary:
-    """Mapillary Vistas 2.0: the classes of its `config_v2.0.json`, by their readable names.
+    """Reader of Mapillary Vistas 2.0: classes of `config_v2.0.json` under their readable names.
 
-    Classes whose full name begins with "void--" (`void--ego-vehicle`, `void--unlabeled`, ...) are
-    what the authors of the set leave out of its evaluation; their pixels are ignored.
-    `void_is_target`: make targets of them, as the released training code does.
+    Classes whose full name starts with "void--" (`void--ego-vehicle`, `void--unlabeled`, ...) are
+    excluded from evaluation by the authors of the dataset; their pixels are ignored.
+
+    Attributes:
+        void_is_target: make targets of the void classes, as the released training code does.
     """
 
     void_is_target: bool = False
@@ -123,7 +127,7 @@ class Mapillary:
 
 
 def _mapillary_names(config: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Full and readable names, by class number: ("animal--bird", ...), ("bird", ...)."""
+    """Return full and readable names by class id: ("animal--bird", ...), ("bird", ...)."""
     full: list[str] = []
     readable: list[str] = []
     for number, item in enumerate(item for item in items(config) if item.key == "labels"):
@@ -132,7 +136,7 @@ def _mapillary_names(config: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
             try:
                 names.append(check_text(label.get(key), f"{key} of label {number}"))
             except DamagedError as reason:
-                raise InputError(f"'{config}': {reason}; download the file again") from None
+                raise InputError(f"'{config}': {reason}: download the file again") from None
     if not 0 < len(full) <= IGNORED:
         raise InputError(
             f"'{config}' has {len(full)} labels, expected 1 to {IGNORED}: download the file again"
@@ -140,15 +144,15 @@ def _mapillary_names(config: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(full), tuple(name.lower() for name in readable)
 
 
-def _stems(folder: Path, ending: str) -> set[str]:
-    """Names of the files without their ending.
+def _stems(folder: Path, extension: str) -> set[str]:
+    """Return the stems of the files with an extension.
 
     Raises:
-        InputError: there are none.
+        AbsentError: there are no such files.
     """
-    stems = {path.stem for path in folder.glob(f"*.{ending}")}
+    stems = {path.stem for path in folder.glob(f"*.{extension}")}
     if not stems:
-        raise AbsentError(f"found no *.{ending} in '{folder}': put the published files there")
+        raise AbsentError(f"found no *.{extension} in '{folder}': put the published files there")
     return stems
 
 
@@ -160,7 +164,7 @@ def _entries(
     names: tuple[str, ...],
     ignored: frozenset[int] = frozenset(),
 ) -> list[SemanticEntry]:
-    """Entries in the order of the files' names, endings included: "a-b.jpg", "a.jpg"."""
+    """Return entries sorted by file name with extension: "a-b.jpg", "a.jpg"."""
     return [
         SemanticEntry(
             stem, split, image_folder / f"{stem}.jpg", labels / f"{stem}.png", names, ignored
@@ -170,7 +174,7 @@ def _entries(
 
 
 def _read(dataset: str, entry: SemanticEntry, first: int = 0) -> Reading:
-    """One target per class. Value `first` means class 0, the next one class 1, and so on.
+    """Read one target per class. Value `first` is class 0, `first` + 1 is class 1, and so on.
 
     first 1, names wall, tree, sky, ignored {2}    2 2 0        targets wall, tree
                                                    1 1 3   ->   void    0 0 1
@@ -178,17 +182,17 @@ def _read(dataset: str, entry: SemanticEntry, first: int = 0) -> Reading:
     """
     image, hw = read_image_file([entry.image_path])
     values = read_label_map(entry.labels, hw)
-    meaning = np.full(256, -1)
-    meaning[[0] * first + [IGNORED]] = IGNORED
-    meaning[first : first + len(entry.names)] = [
+    class_of_value = np.full(256, -1)
+    class_of_value[[0] * first + [IGNORED]] = IGNORED
+    class_of_value[first : first + len(entry.names)] = [
         IGNORED if i in entry.ignored else i for i in range(len(entry.names))
     ]
-    found = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
-    if (meaning[found] < 0).any():
-        unknown = found[meaning[found] < 0].tolist()
+    occurring = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
+    if (class_of_value[occurring] < 0).any():
+        unknown = occurring[class_of_value[occurring] < 0].tolist()
         raise DamagedError(f"label map {entry.labels.name!r} has values {unknown}: no such classes")
-    classes = meaning.astype(np.uint8)[values]
-    present = [i for i in meaning[found].tolist() if i != IGNORED]
+    classes = class_of_value.astype(np.uint8)[values]
+    present = [i for i in class_of_value[occurring].tolist() if i != IGNORED]
     if not present:
         raise DamagedError(f"label map {entry.labels.name!r} has no class, all of it is ignored")
     void = classes == IGNORED
