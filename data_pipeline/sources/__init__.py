@@ -15,8 +15,8 @@ from data_pipeline.sources.refer import GREFCOCO, REFCLEF, REFCOCO, REFCOCO_PLUS
 from data_pipeline.sources.semantic import Ade20k, CocoStuff, Mapillary
 
 
-class PublishedDataset(NamedTuple):
-    """A reader and the disjoint splits of its dataset, without unions such as "train_val"."""
+class SourceSplits(NamedTuple):
+    """A reader and its disjoint splits (without unions such as "train_val")."""
 
     source: Source
     splits: tuple[str, ...]
@@ -39,8 +39,8 @@ _SOURCES: tuple[Source, ...] = (
     Coco(splits=("train2017", "val2017")),
 )
 
-SOURCES: Mapping[str, PublishedDataset] = {
-    source.dataset: PublishedDataset(
+SOURCES: Mapping[str, SourceSplits] = {
+    source.dataset: SourceSplits(
         source, tuple(split for split in source.splits if split != "train_val")
     )
     for source in _SOURCES

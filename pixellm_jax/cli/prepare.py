@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data_pipeline.errors import AbsentError
 from data_pipeline.reading import Source
-from data_pipeline.sources import SOURCES, PublishedDataset
+from data_pipeline.sources import SOURCES, SourceSplits
 from data_pipeline.sources.coco import Coco
 from data_pipeline.sources.jsonl import Jsonl
 from data_pipeline.storage.builders import Prepared, prepare
@@ -120,18 +120,18 @@ def run(options: argparse.Namespace) -> None:
         print(line)
 
 
-def _datasets(options: argparse.Namespace) -> tuple[Path, list[PublishedDataset]]:
+def _datasets(options: argparse.Namespace) -> tuple[Path, list[SourceSplits]]:
     """Return the source folder and the datasets to read."""
     name, place = str(options.dataset), Path(options.source)
     if options.format == JSONL and re.fullmatch(r"[A-Za-z]\w*", name):
         file = place if place.is_file() else place / "data.jsonl"
         jsonl = Jsonl(dataset=name, file=file.name)
-        return file.parent, [PublishedDataset(jsonl, jsonl.splits)]
+        return file.parent, [SourceSplits(jsonl, jsonl.splits)]
     if not place.is_dir():
         raise InputError(f"no folder {place}: name the one that holds the datasets")
     if options.format == COCO and re.fullmatch(r"[A-Za-z]\w*", name):
         coco = Coco(dataset=name, folder=".")
-        return place, [PublishedDataset(coco, coco.splits)]
+        return place, [SourceSplits(coco, coco.splits)]
     if options.format:
         raise InputError(f"dataset name {name!r}: expected letters, digits and _, a letter first")
     if name == ALL:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_pipeline.sources.shapes.dataset import DATASETS
-from data_pipeline.sources.shapes.questions import MOST_TARGETS
+from data_pipeline.sources.shapes.questions import MAX_TARGETS
 from data_pipeline.sources.shapes.tokenizer import FOLDER
 from pixellm_jax.config import CodebookConfig, ModelConfig
 from pixellm_jax.errors import InputError
@@ -30,7 +30,7 @@ LEVELS = {level: dataset for dataset, level in DATASETS.items()}
 
 BUDGETS: dict[str, dict[str, int]] = {
     "simple": {},
-    "full": {"length": 312, "targets": DEMO_QUESTIONS * MOST_TARGETS},
+    "full": {"length": 312, "targets": DEMO_QUESTIONS * MAX_TARGETS},
 }
 """Fields of the demo's data config that must grow for every conversation of a level to fit."""
 

@@ -1,1 +1,1 @@
-"""Drawn scenes of coloured shapes with MUSE-like questions."""
+"""Synthetic dataset: rendered scenes of coloured shapes with MUSE-like questions."""

@@ -1,10 +1,10 @@
-"""Scenes of coloured shapes with conversations about them: data without end, without any files.
+"""Synthetic dataset of coloured shapes with conversations, generated on the fly without any files.
 
 Two levels:
 
-simple  two to four shapes apart from each other; one to three of them asked for by name
-full    two to six shapes that may hide parts of each other; all kinds of questions, for training
-        more of those that are rare and hard
+simple  two to four shapes that do not overlap; questions name one to three of them
+full    two to six shapes that may hide parts of each other; all kinds of questions, with the rare
+        and hard kinds more frequent in training
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from data_pipeline.formats.masks import encode
 from data_pipeline.sampling import PhiloxSampler
 from data_pipeline.sources.shapes.questions import (
     KINDS,
-    MOST_TARGETS,
-    TRAINED_KINDS,
+    MAX_TARGETS,
+    TRAIN_KINDS,
     Question,
-    ask,
+    sample_questions,
 )
 from data_pipeline.sources.shapes.scene import Scene, SceneSettings, render, sample_scene
 from pixellm_jax.errors import InputError
 
 SPLITS = {"train": 1 << 20, "val": 1000, "test": 1000}
-"""Names and lengths; the images of a split are drawn from a seed of its own."""
+"""Number of images per split; every split is sampled from a different seed."""
 
 DATASETS = {"shapes": "full", "shapes_simple": "simple"}
-"""Level of each dataset's name."""
+"""Level of each dataset, by name."""
 
-_SCENES = {"simple": SceneSettings(most=4, overlap=False), "full": SceneSettings()}
-_MOST = {"simple": 3, "full": MOST_TARGETS}
-_SMALLEST = 64
+_SCENES = {"simple": SceneSettings(max_things=4, overlap=False), "full": SceneSettings()}
+_MAX_TARGETS = {"simple": 3, "full": MAX_TARGETS}
+_MIN_SIDE = 64
 
 
 class GeneratedExample(NamedTuple):
-    """Parts of a generated example. `image`: an encoded PNG."""
+    """A generated scene with its questions and its image as an encoded PNG."""
 
     scene: Scene
     questions: tuple[Question, ...]
@@ -52,10 +52,18 @@ class GeneratedExample(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes(Sequence[Example]):
-    """The examples of a split, each a pure function of (split, level, index); kind "ready".
+    """Sequence of the examples of a split, each a pure function of (split, level, index).
 
-    `level`: "simple" or "full". `side`: of the images, in pixels. `questions`: conversations of
-    one question each, about every image.
+    Examples have the kind "ready".
+
+    Example:
+        >>> example = Shapes(split="val", level="simple")[0]
+        >>> example.conversations[0][0].question
+
+    Attributes:
+        level: "simple" or "full".
+        side: side of the square images, in pixels.
+        questions: number of conversations per image, of one question each.
 
     Raises:
         InputError: an unknown split or level, a side below 64, or not 1 to 8 questions.
@@ -70,8 +78,8 @@ class Shapes(Sequence[Example]):
         for name, value, known in (("split", self.split, SPLITS), ("level", self.level, _SCENES)):
             if value not in known:
                 raise InputError(f"shapes: no {name} {value!r}; choose from {', '.join(known)}")
-        if self.side < _SMALLEST:
-            raise InputError(f"shapes: side={self.side} must be at least {_SMALLEST}")
+        if self.side < _MIN_SIDE:
+            raise InputError(f"shapes: side={self.side} must be at least {_MIN_SIDE}")
         if not 1 <= self.questions <= 8:
             raise InputError(f"shapes: questions={self.questions} must be 1 to 8")
 
@@ -98,27 +106,28 @@ class Shapes(Sequence[Example]):
         )
 
     def generate(self, index: SupportsIndex) -> GeneratedExample:
-        """The scene of an example, its image, and its questions with their kinds."""
+        """Generate the scene of an example, its image, and its questions with their kinds."""
         number = self._number(index)
-        seed, level = list(SPLITS).index(self.split), list(_SCENES).index(self.level)
+        seed = list(SPLITS).index(self.split)
+        level = list(_SCENES).index(self.level)
         sampler = PhiloxSampler(seed=seed, epoch=level, index=number)
         scene = sample_scene(sampler, _SCENES[self.level], self.side)
         key, counter = np.array([seed, level], np.uint64), np.array([0, 0, 1, number], np.uint64)
         image = render(scene, sampler, np.random.Philox(key=key, counter=counter))
-        kinds = TRAINED_KINDS if self.split == "train" else KINDS
-        questions = ask(
+        kinds = TRAIN_KINDS if self.split == "train" else KINDS
+        questions = sample_questions(
             scene,
             sampler,
             self.questions,
             kinds={"names": 1} if self.level == "simple" else kinds,
-            most=_MOST[self.level],
+            max_targets=_MAX_TARGETS[self.level],
         )
         stream = io.BytesIO()
         Image.fromarray(image).save(stream, "PNG", compress_level=1)
         return GeneratedExample(scene, questions, stream.getvalue())
 
     def kinds(self, index: SupportsIndex) -> tuple[str, ...]:
-        """The kind of each conversation, of `shapes_questions.KINDS`."""
+        """Return the kind of each conversation, one of `questions.KINDS`."""
         return tuple(question.kind for question in self.generate(index).questions)
 
     def _number(self, index: SupportsIndex) -> int:

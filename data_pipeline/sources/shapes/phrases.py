@@ -1,4 +1,4 @@
-"""The words of questions about shapes, and of their answers."""
+"""Templates and vocabulary of the questions about shapes and their answers."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ PHRASINGS: dict[str, tuple[tuple[str, str], ...]] = {
         ("Find everything that you can see.", "Found: {places}."),
     ),
 }
-"""Questions and the answers that go with them. {places}: a list that says where each target is."""
+"""Pairs of question and answer templates by kind; {places} lists targets with their positions."""
 
 NOTHING = "There is no such object."
-"""The answer if there is no target."""
+"""Answer to a question without targets."""
 
 GENERIC = ("object", "thing", "shape")
-"""Stand for things of any kind, with colours, sizes and sides."""
+"""Nouns for a thing of any shape."""
 
 SIDES = {
     "left": ("left of", "to the left of"),
@@ -80,14 +80,14 @@ SIDES = {
     "down": ("below", "lower than"),
 }
 HALVES = {"left": "left", "right": "right", "up": "top", "down": "bottom"}
-"""The same sides of the image itself."""
+"""Names of the halves of the image in the directions of `SIDES`."""
 
 PLACES = (
     ("at the top left", "at the top", "at the top right"),
     ("at the left", "in the middle", "at the right"),
     ("at the bottom left", "at the bottom", "at the bottom right"),
 )
-"""Rows of the ninths of the image: where a thing is, by its centre."""
+"""Names of the nine cells of the image, row by row; the centre of a thing determines its cell."""
 
 SUPERLATIVES = {
     "left": ("leftmost",),
@@ -102,16 +102,16 @@ VERBS = (
     {"is": "is", "here": "Here is", "there": "There is"},
     {"is": "are", "here": "Here are", "there": "There are"},
 )
-"""With one target, with several."""
+"""Verb forms for one target and for several targets."""
 
 
 def plural(noun: str) -> str:
-    """circle -> circles, cross -> crosses."""
+    """Return the plural of a noun: circle -> circles, cross -> crosses."""
     return f"{noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def words() -> list[str]:
-    """Every word and mark of questions and answers, in lower case and in alphabetical order."""
+    """Return all words and punctuation of questions and answers, in lower case and sorted."""
     texts = [text for pairs in PHRASINGS.values() for pair in pairs for text in pair]
     texts = [text for t in texts for text, *_ in string.Formatter().parse(t)] + [NOTHING, "and ,"]
     texts += [text for forms in VERBS for text in forms.values()]

@@ -1,7 +1,8 @@
-"""Scenes of coloured shapes: what is in them, where, and their pixels.
+"""Sampling and rendering of scenes of coloured shapes.
 
-Drawn without smoothing: a pixel belongs to the topmost shape that covers its centre, so image and
-masks agree exactly. Lengths are in pixels of an image of `UNIT` pixels and grow with its side.
+Shapes are rasterised without antialiasing: a pixel belongs to the topmost shape that covers its
+centre, so image and masks agree exactly. Lengths are in pixels of an image with a side of `UNIT`
+pixels and scale with the side.
 """
 
 from __future__ import annotations
@@ -23,39 +24,42 @@ COLOURS = {
     "purple": (140, 50, 180),
     "black": (28, 28, 28),
 }
-"""Red, green and blue of each name; every shape differs from it by at most `JITTER`."""
+"""RGB value of each colour name; the colour of a shape deviates by at most `JITTER`."""
 
 SIZES = {"small": 9.0, "large": 16.0}
-"""Radii. A large shape that is hidden by `HIDDEN` still shows more than any small one."""
+"""Radii. A large shape of which `MAX_HIDDEN` is hidden still shows more than any small one."""
 
 GRID = 6.0
-"""Centres lie on multiples of it. A small vision transformer that nobody trained before does not
-know that a shape is the same wherever it lies: off the grid, or turned, or of any radius, it still
-guesses shapes after what is here enough to tell them."""
+"""Spacing of the grid of shape centres.
+
+A small vision transformer trained from scratch has no translation invariance: with arbitrary
+positions, rotations or radii, it still guesses shapes after a training run that suffices to learn
+them on this grid.
+"""
 
 UNIT = 96
-"""Side of the image that lengths are given for."""
+"""Side of the reference image of all lengths, in pixels."""
 
 JITTER, NOISE = 12, 8
-"""Maximum deviation of a colour from its name's, and of the grain's grey values, on 0..255."""
+"""Maximum deviation of a shape's colour, and number of grey levels of the grain, on 0..255."""
 
-HIDDEN = 0.3
-"""Largest part of a thing that others may hide."""
+MAX_HIDDEN = 0.3
+"""Maximum fraction of a thing that other things may hide."""
 
-GAP = 1.5
-"""Things of one colour stay about so far apart."""
+MIN_GAP = 1.5
+"""Approximate minimum distance between things of the same colour."""
 
-TRIES = 24
-"""Places that are tried for a thing before the scene does without it."""
+MAX_ATTEMPTS = 24
+"""Number of placements to try for a thing before leaving it out."""
 
 MARGIN = 16.0
-"""By how much centres must differ along an axis to be compared, in pixels of `UNIT`."""
+"""Minimum distance of centres along an axis for a comparison to be unambiguous."""
 
-NEAR = 4.0
-"""By how much centres must lie inside a ninth of the image that is asked about."""
+CELL_MARGIN = 4.0
+"""Minimum distance of centres from the borders of a cell (ninth) that a question is about."""
 
-RATIO = 1.25
-"""By how much radii and areas must differ to be compared."""
+SIZE_RATIO = 1.25
+"""Minimum ratio of radii and areas for a comparison of sizes to be unambiguous."""
 
 _Window = tuple[slice, slice]
 
@@ -66,26 +70,33 @@ REACH = {
     "triangle": 1.38,
     "cross": math.hypot(1.12, 0.36),
 }
-"""The shapes, and their farthest point from the centre, in radii; areas are 2.4 to 3.2 radii^2."""
+"""Distance of a shape's farthest point from its centre, in radii; areas: 2.4 to 3.2 radii^2."""
 
 SHAPES = tuple(REACH)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SceneSettings:
-    """Fewest and most things of a scene, and whether they may hide a part of each other."""
+    """Settings of `sample_scene`."""
 
-    fewest: int = 2
-    most: int = 6
+    min_things: int = 2
+    """Minimum number of things to aim for."""
+
+    max_things: int = 6
+    """Maximum number of things."""
+
     overlap: bool = True
+    """Allow things to hide parts of each other."""
 
 
 class Thing(NamedTuple):
-    """A shape of a scene; no other of the scene has its colour and shape.
+    """A shape of a scene; its pair of colour and shape is unique in the scene.
 
-    x, y: centre in pixels from the top left corner of the image. area: pixels that it covers,
-    hidden ones too. visible: pixels that show. box: x and y of the first visible pixels, then of
-    the last ones + 1.
+    Attributes:
+        x, y: centre in pixels from the top left corner of the image.
+        area: number of covered pixels, including hidden ones.
+        visible: number of visible pixels.
+        box: bounding box (x0, y0, x1, y1) of the visible pixels; x1 and y1 are exclusive.
     """
 
     colour: str
@@ -104,18 +115,18 @@ class Thing(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """Things from bottom to top; `owner` is 0 for the background, i + 1 where thing i shows."""
+    """Things from bottom to top; `owner` is 0 for background and i + 1 where thing i is visible."""
 
     things: tuple[Thing, ...]
     owner: UInt8[np.ndarray, "y x"]
 
     def masks(self) -> Bool[np.ndarray, "m y x"]:
-        """The visible pixels of every thing."""
+        """Return the visible pixels of every thing."""
         return self.owner == np.arange(1, len(self.things) + 1)[:, None, None]
 
 
-class _Place(NamedTuple):
-    """A form in a place: what is drawn before it is known what shows of it."""
+class _Placement(NamedTuple):
+    """A shape at a position, before its visible pixels are known."""
 
     colour: str
     shape: str
@@ -125,7 +136,7 @@ class _Place(NamedTuple):
     y: float
 
     def covers(self, side: int, *, grow: float = 0.0) -> tuple[_Window, Bool[np.ndarray, "..."]]:
-        """Its pixels inside a window of the image; grown by `grow` pixels of radius."""
+        """Return a window of the image and the covered pixels in it; `grow` adds to the radius."""
         radius = self.radius + grow
         reach = REACH[self.shape] * radius
         rows, columns = (
@@ -140,36 +151,38 @@ class _Place(NamedTuple):
 def sample_scene(sampler: Sampler, settings: SceneSettings, side: int) -> Scene:
     """Sample a scene of side x side pixels.
 
-    The things share a few colours and shapes. Every thing shows at least 1 - `HIDDEN` of its
-    pixels, and things of one colour never touch. Where there is no room, a scene has fewer things.
+    The things share a few colours and shapes. At least 1 - `MAX_HIDDEN` of every thing is visible,
+    and things of the same colour never touch. A scene without space for all has fewer things.
     """
-    wanted = settings.fewest + sampler.index(settings.most - settings.fewest + 1)
+    count = settings.min_things + sampler.index(settings.max_things - settings.min_things + 1)
     colours = sampler.subset(len(COLOURS), 3 + sampler.index(4))
     shapes = sampler.subset(len(SHAPES), 2 + sampler.index(3))
     owner = np.zeros((side, side), np.uint8)
-    places: list[_Place] = []
+    placements: list[_Placement] = []
     areas: list[int] = []
     for pair in sampler.permutation(len(colours) * len(shapes)):
         colour = list(COLOURS)[colours[pair // len(shapes)]]
         shape = SHAPES[shapes[pair % len(shapes)]]
         size = "large" if sampler.coin() else "small"
-        for trial in range(TRIES):
-            place = _sample_place(
-                sampler, colour, shape, size if trial < TRIES // 2 else "small", side
+        for attempt in range(MAX_ATTEMPTS):
+            placement = _sample_placement(
+                sampler, colour, shape, size if attempt < MAX_ATTEMPTS // 2 else "small", side
             )
-            window, pixels = place.covers(side)
-            if _fits(place, window, pixels, places, areas, owner, settings.overlap):
-                places.append(place)
+            window, pixels = placement.covers(side)
+            if _fits(placement, window, pixels, placements, areas, owner, settings.overlap):
+                placements.append(placement)
                 areas.append(int(pixels.sum()))
-                owner[window][pixels] = len(places)
+                owner[window][pixels] = len(placements)
                 break
-        if len(places) == wanted:
+        if len(placements) == count:
             break
-    return Scene(tuple(_thing(i, places[i], areas[i], owner) for i in range(len(places))), owner)
+    return Scene(
+        tuple(_thing(i, placements[i], areas[i], owner) for i in range(len(placements))), owner
+    )
 
 
 def render(scene: Scene, sampler: Sampler, grain: np.random.Philox) -> UInt8[np.ndarray, "y x 3"]:
-    """Red, green and blue of the scene, on grey with a slight tint, all of it slightly grainy."""
+    """Render the scene in RGB on a slightly tinted grey background, with grain everywhere."""
     shade = 150 + sampler.index(66)
     colours = [(shade, shade, shade), *(COLOURS[thing.colour] for thing in scene.things)]
     palette = [[c - JITTER + sampler.index(2 * JITTER + 1) for c in colour] for colour in colours]
@@ -179,70 +192,73 @@ def render(scene: Scene, sampler: Sampler, grain: np.random.Philox) -> UInt8[np.
     return pixels + noise[..., None] - np.uint8(NOISE // 2)
 
 
-def _sample_place(sampler: Sampler, colour: str, shape: str, size: str, side: int) -> _Place:
+def _sample_placement(
+    sampler: Sampler, colour: str, shape: str, size: str, side: int
+) -> _Placement:
     scale = side / UNIT
     radius, step = SIZES[size] * scale, GRID * scale
     edge = REACH[shape] * radius + 1
     first = math.ceil(edge / step)
     count = math.floor((side - edge) / step) - first + 1
     x, y = ((first + sampler.index(count)) * step for _ in range(2))
-    return _Place(colour, shape, size, radius, x, y)
+    return _Placement(colour, shape, size, radius, x, y)
 
 
 def _fits(
-    place: _Place,
+    placement: _Placement,
     window: _Window,
     pixels: Bool[np.ndarray, "..."],
-    places: list[_Place],
+    placements: list[_Placement],
     areas: list[int],
     owner: UInt8[np.ndarray, "y x"],
     overlap: bool,
 ) -> bool:
-    """Whether the place on top of all others hides too much, or touches what it must not."""
-    hidden = np.bincount(owner[window][pixels], minlength=len(places) + 1)[1:]
+    """Return whether the placement, on top, hides little enough and touches none of its colour."""
+    hidden = np.bincount(owner[window][pixels], minlength=len(placements) + 1)[1:]
     if not overlap and hidden.any():
         return False
-    shown = np.bincount(owner.ravel(), minlength=len(places) + 1)[1:]
-    if any(shown[i] - hidden[i] < (1 - HIDDEN) * areas[i] for i in np.flatnonzero(hidden)):
+    visible = np.bincount(owner.ravel(), minlength=len(placements) + 1)[1:]
+    if any(visible[i] - hidden[i] < (1 - MAX_HIDDEN) * areas[i] for i in np.flatnonzero(hidden)):
         return False
-    same = [i + 1 for i, other in enumerate(places) if other.colour == place.colour]
-    if not same:
+    same_colour = [i + 1 for i, other in enumerate(placements) if other.colour == placement.colour]
+    if not same_colour:
         return True
-    window, pixels = place.covers(len(owner), grow=GAP * len(owner) / UNIT)
-    return not np.isin(owner[window][pixels], same).any()
+    window, pixels = placement.covers(len(owner), grow=MIN_GAP * len(owner) / UNIT)
+    return not np.isin(owner[window][pixels], same_colour).any()
 
 
-def _thing(number: int, place: _Place, area: int, owner: UInt8[np.ndarray, "y x"]) -> Thing:
-    shown = owner == number + 1
-    rows, columns = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
+def _thing(number: int, placement: _Placement, area: int, owner: UInt8[np.ndarray, "y x"]) -> Thing:
+    visible = owner == number + 1
+    rows = np.flatnonzero(visible.any(axis=1))
+    columns = np.flatnonzero(visible.any(axis=0))
     box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-    return Thing(*place, area, int(shown.sum()), box)
+    return Thing(*placement, area, int(visible.sum()), box)
 
 
 def _inside(
     shape: str, x: Float[np.ndarray, "y x"], y: Float[np.ndarray, "y x"]
 ) -> Bool[np.ndarray, "y x"]:
-    """Return which points are inside; x to the right and y down from the centre, in radii."""
+    """Return which points are inside a shape; x (right) and y (down) from its centre, in radii."""
     match shape:
         case "circle":
             return x * x + y * y <= 1
         case "square":
             return np.maximum(abs(x), abs(y)) <= 0.86
         case "triangle":
-            return _inside_lines(x, y, (90, 210, 330), 0.69)
+            return _inside_half_planes(x, y, (90, 210, 330), 0.69)
         case "cross":
             short, long = np.minimum(abs(x), abs(y)), np.maximum(abs(x), abs(y))
             return (short <= 0.36) & (long <= 1.12)
     raise ValueError(f"{shape!r} is not one of the shapes {', '.join(SHAPES)}")
 
 
-def _inside_lines(
+def _inside_half_planes(
     x: Float[np.ndarray, "y x"],
     y: Float[np.ndarray, "y x"],
     directions: tuple[int, ...],
     distance: float,
 ) -> Bool[np.ndarray, "y x"]:
-    """Return which points are on the inner side of all lines; normals in degrees from x to y."""
+    """Return which points are inside all half-planes; normals in degrees from x to y."""
     inside = np.ones(x.shape, bool)
     for degrees in directions:
         angle = math.radians(degrees)
@@ -251,20 +267,20 @@ def _inside_lines(
 
 
 def depth(centre: float, third: int, side: int) -> float:
-    """Return how far a centre is inside a third of the image, along an axis; negative outside."""
+    """Return the signed distance of a centre to the borders of a third; negative outside."""
     low = centre - third * side / 3 if third > 0 else math.inf
     high = (third + 1) * side / 3 - centre if third < 2 else math.inf
     return min(low, high)
 
 
 def cell(scene: Scene, thing: Thing) -> tuple[int, int]:
-    """Row and column of the ninth of the image that the centre of a thing lies in."""
+    """Return row and column of the cell (ninth of the image) that contains a thing's centre."""
     side = len(scene.owner)
     return int(3 * thing.y / side), int(3 * thing.x / side)
 
 
 def along(direction: str, thing: Thing) -> float:
-    """Return how far a thing is in a direction of `SUPERLATIVES`: larger is farther."""
+    """Return the extent of a thing in a direction of `SUPERLATIVES`: larger is farther."""
     match direction:
         case "left":
             return -thing.x
@@ -280,11 +296,11 @@ def along(direction: str, thing: Thing) -> float:
 
 
 def exceeds(direction: str, first: Thing, other: Thing, scale: float) -> bool:
-    """Whether nobody would doubt that `first` is farther: by its centre and by what shows."""
+    """Return whether `first` is unambiguously farther, by centre and by visible pixels."""
     if direction in ("large", "small"):
-        big, little = (first, other) if direction == "large" else (other, first)
+        larger, smaller = (first, other) if direction == "large" else (other, first)
         return all(
-            getattr(big, size) >= RATIO * getattr(little, size)
+            getattr(larger, size) >= SIZE_RATIO * getattr(smaller, size)
             for size in ("radius", "area", "visible")
         )
     edge = {"left": 0, "up": 1, "right": 2, "down": 3}[direction]

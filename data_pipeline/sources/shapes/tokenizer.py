@@ -1,15 +1,15 @@
-"""The tokenizer of the shapes: one token per word, and this folder, which holds its files.
+"""Word-level tokenizer of the shapes dataset; its files are in `FOLDER`.
 
-A colour and a shape together ("red circle") are one token. A language model that nobody trained
-before then need not first learn to put two words together, and what names a target stands right
-before its codebook tokens.
+A pair of colour and shape ("red circle") is one token, so that a language model trained from
+scratch does not have to learn to combine two words first, and the name of a target directly
+precedes its codebook tokens.
 
-Text is put into lower case and punctuation stands apart, so a decoded sentence begins in lower
-case. A word that no question or answer has is `<unk>`. There is no codebook in it:
+Text is lower-cased and split at punctuation, so a decoded sentence starts in lower case. A word
+that occurs in no question or answer is `<unk>`. The files contain no segmentation codebook:
 `Vocabulary.with_codebook` appends one of any size.
 
-`python -m data_pipeline.sources.shapes.tokenizer` writes the files again after a change of the
-questions; models trained before the change need the old files.
+After a change of the questions, run `python -m data_pipeline.sources.shapes.tokenizer` to write the
+files again; models trained before the change need the old files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 def write(folder: Path) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json`."""
+    """Write `tokenizer.json` and `tokenizer_config.json`."""
     labels = [PLAIN.user, PLAIN.assistant]
     labels = [label.removesuffix(":").lower() for label in labels]
     pairs = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
@@ -40,7 +40,7 @@ def write(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(
         Regex(rf"{pair}|\w+|[^\w\s]"), behavior="removed", invert=True
     )
-    # No blank before punctuation; WordPiece knows most marks, but not the colon.
+    # No space before punctuation: WordPiece cleans up most marks, but not the colon.
     tokenizer.decoder = decoders.Sequence(
         [decoders.WordPiece(prefix="##", cleanup=True), decoders.Replace(" :", ":")]
     )

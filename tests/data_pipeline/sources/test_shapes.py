@@ -23,8 +23,8 @@ from data_pipeline.formats.masks import decode_many
 from data_pipeline.loader import Loader, open_datasets
 from data_pipeline.sources.shapes.dataset import SPLITS, Shapes
 from data_pipeline.sources.shapes.phrases import NOTHING, NUMBERS
-from data_pipeline.sources.shapes.questions import KINDS, TRAINED_KINDS
-from data_pipeline.sources.shapes.scene import COLOURS, GRID, HIDDEN, JITTER, NOISE, SHAPES
+from data_pipeline.sources.shapes.questions import KINDS, TRAIN_KINDS
+from data_pipeline.sources.shapes.scene import COLOURS, GRID, JITTER, MAX_HIDDEN, NOISE, SHAPES
 from data_pipeline.sources.shapes.tokenizer import FOLDER, write
 from pixellm_jax.batch import check
 from pixellm_jax.config import CodebookConfig, LanguageConfig, ModelConfig, VisionConfig
@@ -133,7 +133,7 @@ def test_things_are_what_their_names_say(drawn):
         assert len(set(names)) == len(names)
         for mask, thing in zip(scene.masks(), scene.things, strict=True):
             y, x = np.nonzero(mask)
-            assert thing.visible == len(y) >= max(40, (1 - HIDDEN) * thing.area)
+            assert thing.visible == len(y) >= max(40, (1 - MAX_HIDDEN) * thing.area)
             assert thing.x % (GRID * shapes.side / 96) == thing.y % (GRID * shapes.side / 96) == 0
             assert thing.box == (x.min(), y.min(), x.max() + 1, y.max() + 1)
             assert thing.area == pytest.approx(AREAS[thing.shape] * thing.radius**2, rel=0.12)
@@ -232,7 +232,7 @@ def test_the_oracle_notices_a_wrong_answer():
     assert {kind for kind, count in contradicted.items() if count} == set(KINDS) - {"everything"}
 
 
-@pytest.mark.parametrize(("split", "kinds"), [("train", TRAINED_KINDS), ("test", KINDS)])
+@pytest.mark.parametrize(("split", "kinds"), [("train", TRAIN_KINDS), ("test", KINDS)])
 def test_shares_of_kinds_and_numbers_of_targets(split, kinds):
     shapes = Shapes(split=split)
     questions = [q for _, asked, _ in draw_many("full", split, 1000) for q in asked]
