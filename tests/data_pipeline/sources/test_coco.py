@@ -17,7 +17,7 @@ from tests.support.made_up import (
 
 
 def columns(first, last):
-    """A polygon of whole columns, as annotation."""
+    """Return an annotation whose polygon covers whole columns."""
     return [[first, 0, last, 0, last, 5, first, 5]]
 
 
@@ -57,7 +57,7 @@ def only(source, root, split="train"):
     return reading.example
 
 
-def test_instances_of_a_class_are_one_target(tmp_path):
+def test_instances_of_a_class_are_merged_into_one_target(tmp_path):
     coco(tmp_path)
     example = only(Coco(), tmp_path)
     assert named(example) == [(("traffic light",), (2,)), (("dog",), (1,))]
@@ -66,7 +66,7 @@ def test_instances_of_a_class_are_one_target(tmp_path):
     assert (example.key, example.kind, example.hw) == ("train/5", "names", HW)
 
 
-def test_instances_can_stay_apart(tmp_path):
+def test_instances_can_stay_separate_targets(tmp_path):
     coco(tmp_path)
     example = only(Coco(merge=False), tmp_path)
     assert named(example) == [
@@ -78,14 +78,14 @@ def test_instances_can_stay_apart(tmp_path):
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_crowds_are_void_where_no_instance_lies(tmp_path, merge):
+def test_crowd_regions_are_void_except_under_instances(tmp_path, merge):
     coco(tmp_path)
     assert pixels(only(Coco(merge=merge), tmp_path).void) == [[0, 0, 0, 1, 0, 1, 1]] * 5
     coco(tmp_path, ANNOTATIONS[:3])
     assert only(Coco(merge=merge), tmp_path).void is None
 
 
-def test_crowds_alone_are_no_target(tmp_path):
+def test_crowd_regions_alone_are_damaged(tmp_path):
     coco(tmp_path, ANNOTATIONS[3:])
     assert read_all(Coco(), tmp_path, "train")[1] == {
         "train/5": "the picture has crowd regions only"
@@ -102,12 +102,12 @@ def test_crowds_alone_are_no_target(tmp_path):
         ("train.json", ""),
     ],
 )
-def test_layouts(tmp_path, index, folder):
+def test_accepted_file_layouts(tmp_path, index, folder):
     coco(tmp_path, index=index, folder=folder)
     assert only(Coco(), tmp_path).image == (tmp_path / "coco" / folder / "5.jpg").read_bytes()
 
 
-def test_own_folder_and_splits(tmp_path):
+def test_custom_folder_and_splits(tmp_path):
     coco(tmp_path, index="annotations/instances_default.json", folder="images")
     (tmp_path / "coco").rename(tmp_path / "mine")
     source = Coco(dataset="mine", folder="mine", splits=("default",))
@@ -122,7 +122,7 @@ def test_fuzz_index(tmp_path):
         survives(Coco(), tmp_path, "train")
 
 
-def test_fuzz_picture(tmp_path):
+def test_fuzz_image(tmp_path):
     coco(tmp_path)
     for _ in mutations(tmp_path / "coco/train/5.jpg", 60, seed=4):
         survives(Coco(), tmp_path, "train")

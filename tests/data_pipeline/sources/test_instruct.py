@@ -13,8 +13,8 @@ from tests.support.made_up import mutations, read_all, survives, write_json, wri
 def llava(root, *conversations, image="1.jpg"):
     write_picture(root / "coco/train2017/1.jpg")
     rows = [
-        {"id": "1", "image": image, "conversations": [{"from": f, "value": v} for f, v in spoken]}
-        for spoken in conversations
+        {"id": "1", "image": image, "conversations": [{"from": f, "value": v} for f, v in messages]}
+        for messages in conversations
     ]
     return write_json(root / "llava_dataset/llava_instruct_150k.json", rows)
 
@@ -22,7 +22,7 @@ def llava(root, *conversations, image="1.jpg"):
 ASK, ANSWER = ("human", "Where is it?\n<image>"), ("gpt", " Here. ")
 
 
-def test_several_turns(tmp_path):
+def test_multi_turn_conversation(tmp_path):
     llava(tmp_path, [ASK, ANSWER, ("human", " And now? "), ("gpt", "There.")])
     (reading,) = read_all(LlavaInstruct(), tmp_path, "train")[0].values()
     example = reading.example
@@ -44,20 +44,20 @@ def test_several_turns(tmp_path):
         (" What is it? ", " What is it? "),
     ],
 )
-def test_place_of_the_image(tmp_path, question, expected):
+def test_image_marker_is_removed(tmp_path, question, expected):
     llava(tmp_path, [("human", question), ANSWER])
     (reading,) = read_all(LlavaInstruct(), tmp_path, "train")[0].values()
     assert reading.example.conversations[0][0].question == expected
 
 
-def test_leading_answer_and_open_question(tmp_path):
+def test_leading_answer_and_unanswered_question_are_dropped(tmp_path):
     llava(tmp_path, [("gpt", "Hello!"), ASK, ANSWER, ("human", "And?")])
     (reading,) = read_all(LlavaInstruct(), tmp_path, "train")[0].values()
     assert reading.example.conversations == ((Turn("Where is it?", " Here. "),),)
     assert reading.problems == ("the last question has no answer",)
 
 
-def test_ids_may_repeat(tmp_path):
+def test_duplicate_ids_are_allowed(tmp_path):
     llava(tmp_path, [ASK, ANSWER], [ASK, ANSWER])
     entries = LlavaInstruct().entries(tmp_path, "train")
     assert [entry.key for entry in entries] == ["0/1", "1/1"]
@@ -65,7 +65,7 @@ def test_ids_may_repeat(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spoken", "reason"),
+    ("messages", "reason"),
     [
         ([], "without an answered question"),
         ([ASK], "without an answered question"),
@@ -81,8 +81,8 @@ def test_ids_may_repeat(tmp_path):
         ([("human", "<image>"), ANSWER], "the first question is ''"),
     ],
 )
-def test_damaged_conversations(tmp_path, spoken, reason):
-    llava(tmp_path, spoken)
+def test_damaged_conversations(tmp_path, messages, reason):
+    llava(tmp_path, messages)
     assert reason in read_all(LlavaInstruct(), tmp_path, "train")[1]["0/1"]
 
 
@@ -97,7 +97,7 @@ def test_damaged_conversations(tmp_path, spoken, reason):
         (lambda row: row.update(conversations=["x"]), "message 0 is from None"),
     ],
 )
-def test_damaged_rows(tmp_path, change, reason):
+def test_damaged_items(tmp_path, change, reason):
     good = {"id": "1", "image": "1.jpg", "conversations": [{"from": "human", "value": "a"}]}
     change(row := good | {"conversations": [{"from": f, "value": v} for f, v in (ASK, ANSWER)]})
     llava(tmp_path)

@@ -54,7 +54,7 @@ def only(root, *lines):
 
 
 def reason(root, **changes):
-    """Why the line is damaged, if it is the only one."""
+    """Return the reason why a file of one such line is damaged."""
     jsonl(root, line(**changes))
     readings, damaged = read_all(Jsonl(), root, "train")
     assert not readings
@@ -78,14 +78,14 @@ def test_ready_conversations(tmp_path):
     assert pixels(example.masks[1]) == [[1, 0, 0, 0, 0, 0, 0]] * 5
 
 
-def test_targets_alone(tmp_path):
+def test_line_with_targets_only(tmp_path):
     example, _ = only(tmp_path, line(conversations=None, void=[[0, 0, 7, 0, 7, 1, 0, 1]]))
     assert (example.kind, example.conversations) == ("names", ())
     assert pixels(example.void) == [[1] * 7] + [[0] * 7] * 4
     assert only(tmp_path, line(conversations=None, void=[])).example.void is None
 
 
-def test_conversations_alone(tmp_path):
+def test_line_with_conversations_only(tmp_path):
     turn = {"question": "Raining?", "answer": "No."}
     example, _ = only(tmp_path, line(targets=None, conversations=[[turn]]))
     assert (example.kind, example.targets) == ("ready", ())
@@ -114,7 +114,7 @@ def test_splits_keys_and_empty_lines(tmp_path):
     assert "key of line 13 is 1" in damaged["line 13"]
 
 
-def test_a_second_line_of_a_key_is_damaged(tmp_path):
+def test_duplicate_key_is_damaged(tmp_path):
     jsonl(tmp_path, line(key="a"), line(key="a", split="val"), line(key="a"))
     readings, damaged = read_all(Jsonl(), tmp_path, "train")
     assert list(readings) == ["a"]
@@ -138,7 +138,7 @@ def test_a_second_line_of_a_key_is_damaged(tmp_path):
         ("Where?", "a turn of conversation 1 is a str"),
     ],
 )
-def test_broken_conversations_are_left_out_alone(tmp_path, turn, problem):
+def test_damaged_conversations_are_dropped_individually(tmp_path, turn, problem):
     example, problems = only(tmp_path, line(conversations=[[TURN], [TURN, turn]]))
     assert len(example.conversations) == 1
     (found,) = problems
@@ -177,7 +177,7 @@ def test_damaged_lines(tmp_path, changes, message):
     assert message in reason(tmp_path, **changes)
 
 
-def test_masks_of_another_size_or_mode(tmp_path):
+def test_masks_of_wrong_size_or_mode(tmp_path):
     jsonl(tmp_path, line())
     write_labels(tmp_path / "masks/cup.png", np.eye(5, 5))
     assert "is 5 x 5, its picture 5 x 7" in read_all(Jsonl(), tmp_path, "train")[1]["line 1"]
@@ -188,14 +188,14 @@ def test_masks_of_another_size_or_mode(tmp_path):
     assert pixels(reading.example.masks[0]) == np.eye(*HW, dtype=int).tolist()
 
 
-def test_there_must_be_a_file(tmp_path):
+def test_missing_file_or_split_is_an_error(tmp_path):
     with pytest.raises(InputError, match="data.jsonl"):
         Jsonl().entries(tmp_path, "train")
     with pytest.raises(InputError, match="no split 'minival'"):
         Jsonl().entries(tmp_path, "minival")
 
 
-def test_the_guide_is_true(tmp_path, monkeypatch):
+def test_example_of_the_guide_works(tmp_path, monkeypatch):
     blocks = re.findall(r"```(\w*)\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     (lines,) = (text for kind, text in blocks if kind == "jsonl")
     (program,) = (text for kind, text in blocks if kind == "python")
@@ -220,7 +220,7 @@ def test_the_guide_is_true(tmp_path, monkeypatch):
             assert compose(example, draws, ComposeSettings(), group_text="[SEG]")
 
 
-def test_the_guide_names_every_key():
+def test_guide_documents_every_key():
     text = GUIDE.read_text(encoding="utf-8")
     assert all(f"| `{key}` |" in text for key in LINE_KEYS)
 

@@ -1,4 +1,4 @@
-"""MUSE items of every shape, good and damaged."""
+"""Tests of the MUSE reader with valid and damaged items."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def read(root: Path, *items: Any, split: str = "train", name: str = "muse/muse")
 
 
 def changed(**changes: Any) -> dict[str, Any]:
-    """ITEM with other values; None takes a key away."""
+    """Return ITEM with other values; None removes a key."""
     item = {**copy.deepcopy(ITEM), **changes}
     return {key: value for key, value in item.items() if value is not None}
 
@@ -91,7 +91,7 @@ def test_example(root):
     assert from_json(to_json(example), example.image) == example
 
 
-def test_is_a_source(root):
+def test_implements_source(root):
     assert isinstance(Muse(), Source)
     read(root, ITEM)
     (entry,) = Muse().entries(root, "train")
@@ -116,13 +116,13 @@ def test_file_names(root, name, split):
         ({"file_name": "000000000030.jpg", "coco_url": None}, "train2014"),
     ],
 )
-def test_picture_folders(root, changes, folder):
+def test_image_folders(root, changes, folder):
     ((example, _),) = read(root, changed(**changes))
     path = root / "refer_seg/images/mscoco/images" / folder / "000000000030.jpg"
     assert example.image == path.read_bytes()
 
 
-def test_pictures_of_coco_itself(root):
+def test_images_in_the_coco_folder(root):
     (root / "refer_seg").rename(root / "elsewhere")
     (root / "coco").mkdir()
     (root / "elsewhere/images/mscoco/images/train2017").rename(root / "coco/train2017")
@@ -137,13 +137,13 @@ def test_without_text_answers(root, answers):
     assert [turn.answer for (turn,) in example.conversations] == [None, None]
 
 
-def test_explicit_null_of_text_answers(root):
+def test_text_answers_may_be_null(root):
     ((example, problems),) = read(root, {**ITEM, "text_answers": None})
     assert problems == () and len(example.conversations) == 2
 
 
 def with_object(**changes: Any) -> dict[str, Any]:
-    """The first question asks for a changed cup."""
+    """Return ITEM with changes to the object of its first question."""
     return {"answers": [[{**CUP, **changes}, PLATE], [CUP]]}
 
 
@@ -173,7 +173,7 @@ ONE_QUESTION = {
 
 
 @pytest.mark.parametrize("case", ONE_QUESTION)
-def test_a_broken_question_goes_alone(root, case):
+def test_damaged_question_is_dropped_individually(root, case):
     changes, reason = ONE_QUESTION[case]
     ((example, problems),) = read(root, changed(**changes))
     assert len(problems) == 1
@@ -184,7 +184,7 @@ def test_a_broken_question_goes_alone(root, case):
 
 
 @pytest.mark.parametrize("key", ["answers", "text_answers"])
-def test_lists_of_different_lengths(root, key):
+def test_parallel_lists_of_different_lengths(root, key):
     ((example, problems),) = read(root, changed(**{key: ITEM[key][:1]}))
     assert problems == (f"question 1: {key} has nothing for it",)
     assert len(example.conversations) == 1
@@ -192,7 +192,7 @@ def test_lists_of_different_lengths(root, key):
 
 @pytest.mark.parametrize("split", ["val", "test_less", "test_many"])
 def test_evaluation_keeps_questions_with_a_wrong_text_answer(root, split):
-    """The reference does not look at the text answers there; what is measured stays the same."""
+    """The reference ignores text answers in evaluation, so the measured questions stay the same."""
     ((example, problems),) = read(root, changed(text_answers=["{seg}", 3]), split=split)
     assert [turn.answer for (turn,) in example.conversations] == [None, None]
     assert [len(turn.targets) for (turn,) in example.conversations] == [2, 1]
@@ -210,7 +210,7 @@ def test_evaluation_keeps_questions_without_objects(root):
     assert [turn.targets for (turn,) in example.conversations] == [(), (0,)]
 
 
-def test_optional_parts_of_objects(root):
+def test_optional_fields_of_objects(root):
     cup = {"category_name": "cup", "rephrased_name": None, "segmentation": []}
     same = {"id": "x", "category_name": "cup", "rephrased_name": "cup", "segmentation": []}
     item = changed(questions=["What?"], answers=[[cup, same]], text_answers=None)
@@ -251,7 +251,7 @@ def test_damaged(root, case):
     assert reason in str(error.value) and "\n" not in str(error.value)
 
 
-def test_damaged_pictures(root):
+def test_damaged_images(root):
     path = root / "refer_seg/images/mscoco/images/train2017/000000000030.jpg"
     for data in (b"", b"hello", path.read_bytes()[:20]):
         path.write_bytes(data)
@@ -259,7 +259,7 @@ def test_damaged_pictures(root):
             read(root, ITEM)
 
 
-def test_damaged_items_leave_the_others(root):
+def test_damaged_items_do_not_affect_others(root):
     with pytest.raises(DamagedError):
         read(root, None, ITEM)
     entries = Muse().entries(root, "train")
@@ -267,7 +267,7 @@ def test_damaged_items_leave_the_others(root):
     assert Muse().read(entries[1]).example.key == "train/1"
 
 
-def test_wrong_files(root):
+def test_missing_or_invalid_files(root):
     with pytest.raises(InputError, match="muse has no split 'test': use one of train, val"):
         Muse().entries(root, "test")
     with pytest.raises(InputError, match="found none of .*muse_val.json"):

@@ -69,7 +69,7 @@ def test_every_annotation_is_a_target(tmp_path):
     ]
     paco(tmp_path, annotations, images=(31, 30))
     entries = PacoLvis().entries(tmp_path, "train")
-    assert [entry.key for entry in entries] == ["train/31", "train/30"]  # as listed in the file
+    assert [entry.key for entry in entries] == ["train/31", "train/30"]  # in file order
     assert pickle.loads(pickle.dumps(entries)) == entries
     readings, damaged = read_all(PacoLvis(), tmp_path, "train")
     assert not damaged
@@ -99,7 +99,7 @@ def test_pascal_part(tmp_path):
     assert named(example) == [(("horse leg", "the leg of the horse"), (1,))]
 
 
-def test_damaged_annotations_are_left_out_alone(tmp_path):
+def test_damaged_annotations_are_dropped_individually(tmp_path):
     other_size = {"size": [7, 5], "counts": [35]}
     bad = [
         annotation(1, 30, 4, other_size),
@@ -118,7 +118,7 @@ def test_damaged_annotations_are_left_out_alone(tmp_path):
     assert "category" in reading.problems[1]
 
 
-def test_damaged_pictures_are_listed(tmp_path):
+def test_damaged_images_are_reported(tmp_path):
     images = ("missing", "bare", "size", "none", "text", "out", "twice", "bad")
     annotations = [annotation(i, name, 4) for i, name in enumerate(images) if name != "bare"]
     annotations += [annotation(50, 77, 4), annotation(51, 77, 4), "broken"]
@@ -155,13 +155,13 @@ def test_damaged_pictures_are_listed(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"images": []}', '{"images": [1', "nonsense"])
-def test_index_must_be_whole(tmp_path, text):
+def test_truncated_index_is_an_error(tmp_path, text):
     paco(tmp_path, []).write_text(text)
     with pytest.raises(InputError, match="paco_lvis_v1_train.json"):
         PacoLvis().entries(tmp_path, "train")
 
 
-def test_index_must_exist(tmp_path):
+def test_missing_index_is_an_error(tmp_path):
     with pytest.raises(InputError, match="found none of"):
         PascalPart().entries(tmp_path, "train")
     with pytest.raises(InputError, match="no split 'test'"):

@@ -1,4 +1,4 @@
-"""ReasonSeg. tests/goldens/test_decode_other.py compares real outlines with OpenCV's masks."""
+"""Tests of the ReasonSeg reader; goldens/test_decode_other.py compares with OpenCV's masks."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def only(root, split="train"):
     return reading
 
 
-def drawn(*shapes, hw=HW):
+def rasterised(*shapes, hw=HW):
     return rasterise([Shape(tuple(corners), value) for corners, value in shapes], hw).tolist()
 
 
-def test_texts_share_a_target(tmp_path):
+def test_questions_share_one_target(tmp_path):
     reason(tmp_path)
     example, problems = only(tmp_path)
     assert problems == ()
@@ -63,7 +63,7 @@ def test_texts_share_a_target(tmp_path):
     assert pixels(example.masks[0]) == [[0] * 7, box, box, box, [0] * 7]
 
 
-def test_noun_phrases(tmp_path):
+def test_noun_phrases_become_target_phrases(tmp_path):
     reason(tmp_path, is_sentence=False)
     example = only(tmp_path).example
     assert example.kind == "short"
@@ -83,12 +83,12 @@ def test_labels(tmp_path):
     assert np.argwhere(pixels(example.void)).tolist() == [[2, 2]]
 
 
-def test_fractions_are_cut_off(tmp_path):
+def test_fractional_corners_are_truncated(tmp_path):
     reason(tmp_path, shapes=[shape(points=[[2.99, 3.99]]), shape(points=[[-0.9, 0.9]])])
     assert np.argwhere(pixels(only(tmp_path).example.masks[0])).tolist() == [[0, 0], [3, 2]]
 
 
-def test_explanations_belong_to_training(tmp_path):
+def test_explanations_apply_to_training_images_only(tmp_path):
     for split in ("train", "val"):
         reason(tmp_path, split=split)
     reason(tmp_path, stem="b")
@@ -106,7 +106,7 @@ def test_explanations_belong_to_training(tmp_path):
     assert pickle.loads(pickle.dumps(entries)) == entries
 
 
-def test_broken_explanations(tmp_path):
+def test_damaged_explanations(tmp_path):
     reason(tmp_path)
     file = tmp_path / "reason_seg/ReasonSeg/explanatory/train.json"
     write_json(file, [{"image": "a.jpg", "outputs": 3}])
@@ -125,7 +125,7 @@ def test_code_page_1252(tmp_path):
     assert turn.question == "Où est le café “noir” – là?"
 
 
-def test_broken_questions_are_left_out_alone(tmp_path):
+def test_damaged_questions_are_dropped_individually(tmp_path):
     reason(tmp_path, text=["Who?", 3, " "])
     example, problems = only(tmp_path)
     assert len(example.conversations) == 1
@@ -153,7 +153,7 @@ def test_damaged_labels(tmp_path, changes, message):
     assert message in read_all(ReasonSeg(), tmp_path, "train")[1]["train/a"]
 
 
-def test_damaged_files_are_listed(tmp_path):
+def test_damaged_files_are_reported(tmp_path):
     for stem in ("no_picture", "no_labels", "list", "cut", "bytes"):
         reason(tmp_path, stem)
     folder = tmp_path / "reason_seg/ReasonSeg/train"
@@ -178,25 +178,25 @@ def test_damaged_files_are_listed(tmp_path):
         ReasonSeg().entries(tmp_path, "train_val")
 
 
-def test_smaller_shapes_lie_on_top():
+def test_smaller_shapes_are_on_top():
     whole, part = [(0, 0), (6, 0), (6, 4), (0, 4)], [(1, 1), (2, 1)]
     for order in (1, -1):
-        rows = drawn(*[(whole, TARGET), (part, VOID)][::order])
+        rows = rasterised(*[(whole, TARGET), (part, VOID)][::order])
         assert rows == [[1] * 7, [1, 255, 255, 1, 1, 1, 1]] + [[1] * 7] * 3
 
 
-def test_of_equal_shapes_the_first_lies_on_top():
-    assert drawn(([(1, 0)], TARGET), ([(1, 0)], VOID))[0] == [0, TARGET, 0, 0, 0, 0, 0]
+def test_first_of_equal_shapes_is_on_top():
+    assert rasterised(([(1, 0)], TARGET), ([(1, 0)], VOID))[0] == [0, TARGET, 0, 0, 0, 0, 0]
 
 
-def test_what_counts_is_the_area_in_the_picture():
-    """The larger shape shows only two pixels of itself, so it is drawn last."""
+def test_order_depends_on_the_area_inside_the_image():
+    """The larger shape has only two pixels inside the image, so it is drawn last."""
     outside, inside = [(5, 0), (90, 0), (90, 0), (5, 0)], [(4, 0), (6, 0)]
-    assert drawn((outside, TARGET), (inside, VOID))[0] == [0, 0, 0, 0, 255, 1, 1]
+    assert rasterised((outside, TARGET), (inside, VOID))[0] == [0, 0, 0, 0, 255, 1, 1]
 
 
-def test_lines_are_drawn_and_holes_stay():
-    assert drawn(([(0, 0), (4, 2)], 1))[:3] == [
+def test_outlines_are_drawn_and_holes_remain():
+    assert rasterised(([(0, 0), (4, 2)], 1))[:3] == [
         [1, 1, 0, 0, 0, 0, 0],
         [0, 0, 1, 1, 0, 0, 0],
         [0, 0, 0, 0, 1, 0, 0],
@@ -204,17 +204,17 @@ def test_lines_are_drawn_and_holes_stay():
     inner = [(1, 1), (5, 1), (5, 3), (1, 3), (1, 1)]
     ring = [(0, 0), (6, 0), (6, 4), (0, 4), (0, 0), *inner]
     hole = [1, 1, 0, 0, 0, 1, 1]
-    assert drawn((ring, 1)) == [[1] * 7, [1] * 7, hole, [1] * 7, [1] * 7]
+    assert rasterised((ring, 1)) == [[1] * 7, [1] * 7, hole, [1] * 7, [1] * 7]
 
 
-def test_shapes_outside_leave_nothing():
+def test_shapes_outside_the_image_have_no_pixels():
     for corners in ([(-9, -9), (-2, -9), (-2, 20)], [(7, 0), (9, 4)], [(0, 5), (6, 5)], [(8, -3)]):
-        assert drawn((corners, 1)) == [[0] * 7] * 5
+        assert rasterised((corners, 1)) == [[0] * 7] * 5
     with pytest.raises(DamagedError, match="size"):
         rasterise([], (0, 3))
 
 
-def test_moving_a_shape_moves_its_pixels():
+def test_rasterisation_is_translation_equivariant():
     chance = np.random.default_rng(11)
     for _ in range(50):
         corners = chance.integers(0, 30, (chance.integers(1, 9), 2))
@@ -226,21 +226,21 @@ def test_moving_a_shape_moves_its_pixels():
         assert all(here[y, x] for x, y in corners)
 
 
-def test_filling_is_that_of_opencv():
-    """The checksum of what OpenCV 4.8.0 and 4.10.0 draw: `polylines` (closed), then `fillPoly`."""
+def test_filling_matches_opencv():
+    """Compare with the checksum of OpenCV 4.8.0 and 4.10.0: closed `polylines`, then `fillPoly`."""
     chance, digest = random.Random(13), hashlib.sha1()
     for _ in range(300):
         height, width = chance.randint(1, 60), chance.randint(1, 60)
-        around = chance.choice([0, 1, 3, 40])  # corners outside the picture
+        margin = chance.choice([0, 1, 3, 40])  # corners outside the image
         corners = tuple(
             (
-                chance.randint(-around, width - 1 + around),
-                chance.randint(-around, height - 1 + around),
+                chance.randint(-margin, width - 1 + margin),
+                chance.randint(-margin, height - 1 + margin),
             )
             for _ in range(chance.randint(1, 12))
         )
-        drawn = rasterise([Shape(corners, 1)], (height, width))
-        digest.update(np.packbits(drawn).tobytes())
+        pixels = rasterise([Shape(corners, 1)], (height, width))
+        digest.update(np.packbits(pixels).tobytes())
     assert digest.hexdigest() == "e4f29fcc8ac4a7732f591e06fd5e050d2e92f974"
 
 

@@ -1,4 +1,4 @@
-"""The refer sets: splits, sentences, unions and everything damaged."""
+"""Tests of the referring segmentation reader: splits, sentences, unions and damaged data."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_examples(root, source):
 
 
 @pytest.mark.parametrize("suffix", ["p", "json"])
-def test_several_objects_and_none(root, suffix):
+def test_sentences_about_several_objects_or_none(root, suffix):
     write(root, GREFCOCO, GREFS)
     if suffix == "json":
         path = root / "refer_seg/grefcoco/grefs(unc)"
@@ -164,13 +164,13 @@ def test_several_objects_and_none(root, suffix):
     np.testing.assert_array_equal(masks.decode(second.example.masks[0]), rectangle(0, 0, 2, 2))
 
 
-def test_no_target_is_for_grefcoco_alone(root):
+def test_only_grefcoco_allows_no_target(root):
     ((example, problems),) = read(root, [ref(1, 30, -1, "train", "dog"), REFS[1]])
     assert problems == ("ref 1: no annotation -1 in 'instances.json'",)
     assert len(example.targets) == 2
 
 
-def test_an_object_without_pixels_stays(root):
+def test_object_without_pixels_is_kept(root):
     ((example, problems),) = read(root, [ref(1, 31, 8, "train", "speck")])
     assert problems == () and masks.area(example.masks[0]) == 0
 
@@ -206,7 +206,7 @@ def test_unknown_splits(root):
 
 
 @pytest.mark.parametrize("source", SETS.values(), ids=SETS)
-def test_is_a_source(source, root):
+def test_implements_source(source, root):
     assert isinstance(source, Source)
     write(root, source, GREFS if source.generalised else REFS)
     entries = source.entries(root, "train")
@@ -245,7 +245,7 @@ ONE_REF = {
 
 
 @pytest.mark.parametrize("case", ONE_REF)
-def test_a_broken_ref_goes_alone(root, case):
+def test_damaged_ref_is_dropped_individually(root, case):
     broken, reason = ONE_REF[case]
     ((example, problems),) = read(root, [broken, GOOD])
     assert example.targets == (Target(("cup",), 0, (1, 5, 10)),)
@@ -255,13 +255,13 @@ def test_a_broken_ref_goes_alone(root, case):
     assert reason in str(error.value)
 
 
-def test_a_broken_sentence_goes_alone(root):
+def test_damaged_sentence_is_dropped_individually(root):
     ((example, problems),) = read(root, [ref(1, 30, 5, "train", "cup", "", "red cup")])
     assert [target.ids[-1] for target in example.targets] == [10, 12]
     assert len(problems) == 1
 
 
-def test_a_damaged_mask_costs_its_refs(root):
+def test_damaged_mask_drops_its_refs(root):
     refs = [ref(1, 30, [5, 6], "train", "all"), ref(2, 30, [5], "train", "cup")]
     instances = {**INSTANCES, "annotations": [INSTANCES["annotations"][0]]}
     instances["annotations"] = [*instances["annotations"], {"id": 6, "segmentation": [[1, 2, 3]]}]
@@ -271,7 +271,7 @@ def test_a_damaged_mask_costs_its_refs(root):
 
 
 @pytest.mark.parametrize("lost", [7, None, {}, without(GOOD, "split"), without(GOOD, "image_id")])
-def test_refs_of_no_picture(root, lost):
+def test_refs_without_image(root, lost):
     write(root, REFCOCO, [GOOD, lost])
     good, bad = REFCOCO.entries(root, "train")
     assert REFCOCO.read(good).problems == ()
@@ -302,7 +302,7 @@ def test_damaged(root, case):
     assert reason in str(error.value)
 
 
-def test_wrong_files(root):
+def test_missing_or_invalid_files(root):
     with pytest.raises(InputError, match=r"found none of .*refs\(unc\).p"):
         REFCOCO.entries(root, "train")
     write(root, REFCOCO, {"refs": []})
@@ -321,7 +321,7 @@ def test_wrong_files(root):
         REFCOCO.entries(root, "train")
 
 
-def test_the_index_holds_no_polygons(root):
+def test_entries_contain_no_polygons(root):
     write(root, REFCOCO, REFS)
     assert b"segmentation" not in pickle.dumps(REFCOCO.entries(root, "train"))
     assert refer.NO_TARGET == -1

@@ -72,13 +72,13 @@ def test_ade20k_last_and_ignored_values(tmp_path):
     assert pixels(reading.example.void) == (VALUES == 0).tolist()
 
 
-def test_nothing_ignored_is_no_void(tmp_path):
+def test_no_void_without_ignored_pixels(tmp_path):
     ade(tmp_path, values=np.ones(HW))
     (reading,) = read_all(Ade20k(), tmp_path, "train")[0].values()
     assert reading.example.void is None
 
 
-def test_cocostuff_ignores_kinds_of_classes(tmp_path):
+def test_cocostuff_ignores_subtypes(tmp_path):
     values = VALUES.copy()
     values[4] = 255
     values[3] = COCOSTUFF_CLASSES.index("wall-brick")
@@ -101,7 +101,7 @@ def test_mapillary_ignores_void_classes(tmp_path):
     assert pixels(reading.example.void) == (VALUES == 1).tolist()
 
 
-def test_mapillary_as_the_reference_trains_it(tmp_path):
+def test_mapillary_void_as_targets_like_the_reference(tmp_path):
     mapillary(tmp_path)
     (reading,) = read_all(Mapillary(void_is_target=True), tmp_path, "train")[0].values()
     assert [target.ids for target in reading.example.targets] == [(0,), (1,), (3,)]
@@ -113,19 +113,19 @@ def test_mapillary_as_the_reference_trains_it(tmp_path):
     "labels",
     [[], [{"name": "a"}], [{"readable": "a"}], ["a"], [{"name": "a", "readable": "a"}] * 256],
 )
-def test_mapillary_config_must_be_whole(tmp_path, labels):
+def test_invalid_mapillary_config_is_an_error(tmp_path, labels):
     mapillary(tmp_path)
     write_json(tmp_path / "mapillary/config_v2.0.json", {"labels": labels})
     with pytest.raises(InputError, match="label"):
         Mapillary().entries(tmp_path, "train")
 
 
-def test_order_splits_and_folders_named_like_others(tmp_path):
-    root = tmp_path / "images" / "cocostuff"  # whole paths are never searched for such words
+def test_order_splits_and_confusing_folder_names(tmp_path):
+    root = tmp_path / "images" / "cocostuff"  # only folder contents decide, not words in the path
     for stem in ("c", "a", "a-1", "b"):
         ade(root, stem)
     entries = Ade20k().entries(root, "train")
-    assert [entry.key for entry in entries] == ["a-1", "a", "b", "c"]  # as the files are sorted
+    assert [entry.key for entry in entries] == ["a-1", "a", "b", "c"]  # in file name order
     assert read_all(Ade20k(), root, "train")[0].keys() == {"a", "a-1", "b", "c"}
     assert pickle.loads(pickle.dumps(entries)) == entries
     with pytest.raises(InputError, match=r"no \*\.png in .*validation"):
@@ -134,7 +134,7 @@ def test_order_splits_and_folders_named_like_others(tmp_path):
         Ade20k().entries(root, "test")
 
 
-def test_damaged_entries_are_listed(tmp_path):
+def test_damaged_entries_are_reported(tmp_path):
     for stem in ("no_picture", "no_labels", "size", "colour", "deep", "unknown", "cut", "text"):
         ade(tmp_path, stem)
     ade(tmp_path, "empty", np.zeros(HW))
@@ -165,7 +165,7 @@ def test_damaged_entries_are_listed(tmp_path):
         assert reason in damaged[stem]
 
 
-def test_label_maps_are_png(tmp_path):
+def test_label_maps_must_be_png(tmp_path):
     ade(tmp_path, "a")
     Image.fromarray(VALUES.astype(np.uint8)).save(
         tmp_path / "ade20k/annotations/training/a.png", format="JPEG"

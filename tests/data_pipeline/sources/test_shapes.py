@@ -1,4 +1,4 @@
-"""Scenes of shapes: what is painted, what is asked, and whether the answers are true."""
+"""Tests of the shapes dataset: rendering, questions, correct answers, tokenizer and batches."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ LABELS = ("user", "assistant")
 EMPTY = dict.fromkeys(("names", "attribute", "count", "superlative"), ("absent",))
 EMPTY |= dict.fromkeys(("place", "half", "relation"), ("nowhere",))
 EMPTY |= dict.fromkeys(("all but", "everything"), ())
-"""Kinds of a question without targets, by what it looks like."""
+"""Possible kinds of a question without targets, by the kind of its template."""
 
-# Areas in radii squared, from the formulas of the shapes; a raster is off by a part of its outline.
+# Exact areas in radii squared; rasterisation deviates by a part of the outline.
 AREAS = {
     "circle": math.pi,
     "square": (2 * 0.86) ** 2,
@@ -58,14 +58,14 @@ def vocabulary():
 
 
 @cache
-def draw_many(level, split="train", scenes=SCENES):
+def generate_many(level, split="train", scenes=SCENES):
     return [Shapes(level=level, split=split).generate(i) for i in range(scenes)]
 
 
 @pytest.fixture(params=["full", "simple"])
-def drawn(request):
-    """A level and many of its scenes and questions."""
-    return Shapes(level=request.param), draw_many(request.param)
+def generated(request):
+    """Return the dataset of a level with many of its scenes and questions."""
+    return Shapes(level=request.param), generate_many(request.param)
 
 
 def pixels(image):
@@ -80,7 +80,7 @@ def digest(shapes, numbers):
 
 
 @pytest.mark.parametrize("level", ["full", "simple"])
-def test_an_example_is_a_function_of_its_number(level):
+def test_example_depends_only_on_its_index(level):
     shapes = Shapes(level=level, split="val")
     again = pickle.loads(pickle.dumps(shapes))
     assert [shapes[i] for i in range(9)] == [again[i] for i in reversed(range(9))][::-1]
@@ -88,7 +88,7 @@ def test_an_example_is_a_function_of_its_number(level):
     assert shapes[np.int64(4)] == shapes[4]
 
 
-def test_another_process_draws_the_same():
+def test_another_process_generates_the_same():
     code = (
         "from tests.data_pipeline.sources.test_shapes import *\n"
         "print(digest(Shapes(split='test'), range(5)))"
@@ -97,7 +97,7 @@ def test_another_process_draws_the_same():
     assert done.stdout.strip() == digest(Shapes(split="test"), range(5))
 
 
-def test_splits_and_levels_have_pictures_of_their_own():
+def test_splits_and_levels_have_different_images():
     sets = [Shapes(split=s, level=level) for s in SPLITS for level in ("full", "simple")]
     images = [shapes[i].image for shapes in sets for i in range(30)]
     assert len(set(images)) == len(images)
@@ -106,7 +106,7 @@ def test_splits_and_levels_have_pictures_of_their_own():
 
 @pytest.mark.parametrize("level", ["full", "simple"])
 @pytest.mark.parametrize("side", [96, 131])
-def test_masks_are_what_is_painted(level, side):
+def test_masks_match_the_rendered_image(level, side):
     shapes = Shapes(level=level, side=side)
     for i in range(60):
         example = shapes[i]
@@ -121,12 +121,12 @@ def test_masks_are_what_is_painted(level, side):
             assert off.max() <= JITTER + NOISE // 2
         background = image[masks.max(axis=0) == 0]
         assert np.ptp(background, axis=1).max() <= 2 * JITTER
-        # no other colour hides in what no mask covers
+        # no colour of a shape occurs outside all masks
         assert min(abs(background - c).max(axis=1).min() for c in COLOURS.values()) > JITTER + NOISE
 
 
-def test_things_are_what_their_names_say(drawn):
-    shapes, examples = drawn
+def test_things_match_their_attributes(generated):
+    shapes, examples = generated
     off = []
     for scene, _, _ in examples:
         names = [thing.name for thing in scene.things]
@@ -141,17 +141,17 @@ def test_things_are_what_their_names_say(drawn):
             if thing.visible == thing.area:
                 off.append([x.mean() + 0.5 - thing.x, y.mean() + 0.5 - thing.y])
     assert np.abs(off).max() < 1
-    assert np.abs(np.mean(off, axis=0)).max() < 0.1  # centres of pixels, not their corners
+    assert np.abs(np.mean(off, axis=0)).max() < 0.1  # pixel centres, not corners
 
 
-def test_every_large_thing_shows_more_than_every_small_one():
-    things = [thing for scene, _, _ in draw_many("full") for thing in scene.things]
+def test_large_things_show_more_pixels_than_small_ones():
+    things = [thing for scene, _, _ in generate_many("full") for thing in scene.things]
     shown = {size: [t.visible for t in things if t.size == size] for size in ("small", "large")}
     assert min(shown["large"]) > max(shown["small"])
 
 
-def test_numbers_of_things(drawn):
-    shapes, examples = drawn
+def test_numbers_of_things(generated):
+    shapes, examples = generated
     counts = Counter(len(scene.things) for scene, _, _ in examples)
     hidden = [any(t.visible < t.area for t in scene.things) for scene, _, _ in examples]
     assert set(counts) == set(range(2, 7 if shapes.level == "full" else 5))
@@ -162,8 +162,8 @@ def test_numbers_of_things(drawn):
 # Questions
 
 
-def test_questions_are_true(drawn):
-    shapes, examples = drawn
+def test_answers_agree_with_the_oracle(generated):
+    shapes, examples = generated
     for scene, questions, _ in examples:
         assert len({q.question for q in questions}) == shapes.questions
         for q in questions:
@@ -172,8 +172,8 @@ def test_questions_are_true(drawn):
             assert form == q.kind or (q.kind in EMPTY[form] and not targets), q
 
 
-def test_answers_name_their_targets_in_order(drawn):
-    _, examples = drawn
+def test_answers_name_their_targets_in_order(generated):
+    _, examples = generated
     for scene, questions, _ in examples:
         for q in questions:
             things = [scene.things[i] for i in q.targets]
@@ -184,38 +184,38 @@ def test_answers_name_their_targets_in_order(drawn):
             assert NAMED.findall(q.answer) == [thing.name for thing in things]
             assert q.answer.count(SEG) == len(things)
             assert (q.answer == NOTHING) == (q.kind in ("absent", "nowhere")) == (not things)
-            said = [word for word in re.findall(r"\w+", q.answer.lower()) if word in NUMBERS]
-            assert said in ([], [NUMBERS[len(things)]])
+            stated = [word for word in re.findall(r"\w+", q.answer.lower()) if word in NUMBERS]
+            assert stated in ([], [NUMBERS[len(things)]])
             if q.kind == "count":
-                assert said
+                assert stated
             verb = re.search(r"\b(?:is|are)\b", q.answer)
             if verb and things and "number is" not in q.answer:
                 assert verb[0] == ("is" if len(things) == 1 else "are"), q
 
 
-def test_answers_say_in_which_ninth_a_target_is(drawn):
-    shapes, examples = drawn
-    told = 0
+def test_answers_state_the_cell_of_a_target(generated):
+    shapes, examples = generated
+    num_placed = 0
     for scene, questions, _ in examples:
         for q in questions:
-            said = PLACED.findall(q.answer)
-            if not said:
+            stated = PLACED.findall(q.answer)
+            if not stated:
                 continue
-            assert len(said) == len(q.targets)
-            for i, words in zip(q.targets, said, strict=True):
+            assert len(stated) == len(q.targets)
+            for i, words in zip(q.targets, stated, strict=True):
                 thing, third = scene.things[i], shapes.side / 3
                 row = ("top", "", "bottom")[(thing.y >= third) + (thing.y >= 2 * third)]
                 column = ("left", "", "right")[(thing.x >= third) + (thing.x >= 2 * third)]
                 where = " ".join(filter(None, (row, column)))
                 assert words == (f"at the {where}" if where else "in the middle")
-                told += 1
-    assert told > SCENES or shapes.level == "simple"
+                num_placed += 1
+    assert num_placed > SCENES or shapes.level == "simple"
 
 
-def test_the_oracle_notices_a_wrong_answer():
-    """It is of use only if it contradicts answers about a scene that has changed."""
+def test_oracle_notices_a_wrong_answer():
+    """A useful oracle contradicts answers about a scene that has changed."""
     contradicted = Counter()
-    for scene, questions, _ in draw_many("full"):
+    for scene, questions, _ in generate_many("full"):
         turned = [
             t._replace(
                 x=96 - t.x,
@@ -233,26 +233,26 @@ def test_the_oracle_notices_a_wrong_answer():
 
 
 @pytest.mark.parametrize(("split", "kinds"), [("train", TRAIN_KINDS), ("test", KINDS)])
-def test_shares_of_kinds_and_numbers_of_targets(split, kinds):
+def test_frequencies_of_kinds_and_target_counts(split, kinds):
     shapes = Shapes(split=split)
-    questions = [q for _, asked, _ in draw_many("full", split, 1000) for q in asked]
-    drawn = Counter(q.kind for q in questions)
-    for kind, weight in kinds.items():  # many scenes allow no "relation": something is too close
+    questions = [q for _, sampled, _ in generate_many("full", split, 1000) for q in sampled]
+    counts_by_kind = Counter(q.kind for q in questions)
+    for kind, weight in kinds.items():  # many scenes rule out "relation": things are too close
         share = weight / sum(kinds.values())
-        assert 0.6 * share < drawn[kind] / len(questions) < 1.3 * share, kind
+        assert 0.6 * share < counts_by_kind[kind] / len(questions) < 1.3 * share, kind
     counts = Counter(len(q.targets) for q in questions)
     assert set(counts) == set(range(7)) and min(counts.values()) > len(questions) / 100
     assert shapes.kinds(3) == tuple(q.kind for q in shapes.generate(3).questions)
 
 
-def test_simple_questions_name_up_to_three():
-    questions = [q for _, asked, _ in draw_many("simple") for q in asked]
+def test_simple_questions_name_at_most_three_things():
+    questions = [q for _, sampled, _ in generate_many("simple") for q in sampled]
     assert {q.kind for q in questions} == {"names"}
     assert {len(q.targets) for q in questions} == {1, 2, 3}
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
-def test_number_of_questions_and_of_targets(count):
+def test_number_of_questions_and_targets(count):
     shapes = Shapes(questions=count)
     for i in range(40):
         conversations = shapes[i].conversations
@@ -263,7 +263,7 @@ def test_number_of_questions_and_of_targets(count):
 # Tokenizer
 
 
-def test_tokenizer_is_written_anew(tmp_path):
+def test_tokenizer_files_are_up_to_date(tmp_path):
     write(tmp_path)
     names = {"tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in tmp_path.iterdir()} == names
@@ -281,27 +281,27 @@ def test_vocabulary_appends_its_tokens(vocabulary, tmp_path):
     assert again.encode(text) == vocabulary.encode(text) and again.size == vocabulary.size
 
 
-def test_every_text_is_in_the_vocabulary_and_comes_back(drawn, vocabulary):
-    _, examples = drawn
+def test_every_text_round_trips_through_the_tokenizer(generated, vocabulary):
+    _, examples = generated
     for scene, questions, _ in examples:
         for q in questions:
             messages = [f"<image>\n{q.question}", q.answer.replace(SEG, vocabulary.group_text)]
-            found = encode_conversation(vocabulary, PLAIN, messages, images=1)
-            assert vocabulary.unk not in found.ids
-            answer = read_answer(vocabulary, found.ids[found.loss_mask])
+            encoded = encode_conversation(vocabulary, PLAIN, messages, images=1)
+            assert vocabulary.unk not in encoded.ids
+            answer = read_answer(vocabulary, encoded.ids[encoded.loss_mask])
             assert answer.text == q.answer.lower().replace(SEG, "[SEG]")
             names = [f"the {scene.things[i].name}" for i in q.targets]
             assert [answer.text[a:b] for a, b in answer.phrases] == names
 
 
 def test_every_token_is_used(vocabulary):
-    texts = [t for _, asked, _ in draw_many("full") for q in asked for t in q[1:3]]
+    texts = [t for _, sampled, _ in generate_many("full") for q in sampled for t in q[1:3]]
     used = {index for text in texts for index in vocabulary.encode(text.replace(SEG, ""))}
     names = {token for token, index in vocabulary.ids.items() if index not in used}
     assert names - set(vocabulary.added) == {"<unk>", "</s>", *LABELS}
 
 
-def test_capitals_and_unknown_words(vocabulary):
+def test_upper_case_and_unknown_words(vocabulary):
     known = vocabulary.encode("segment the red circle.")
     assert vocabulary.encode("Segment the  RED circle .") == known
     assert vocabulary.encode("segment the mauve circle.")[3] == vocabulary.unk
@@ -330,7 +330,7 @@ DATA = DataConfig(
 )
 
 
-def test_batches_drop_nothing(vocabulary):
+def test_batches_drop_no_conversation(vocabulary):
     loader = Loader(DATA, MODEL, vocabulary, open_datasets(DATA, None))
     start = time.perf_counter()
     for _ in range(12):
@@ -343,7 +343,7 @@ def test_batches_drop_nothing(vocabulary):
     assert loader.counts["conversations over budget"] == loader.counts["damaged examples"] == 0
 
 
-def test_shapes_need_no_folder_and_others_do(tmp_path):
+def test_only_shapes_need_no_folder(tmp_path):
     families = (FamilyConfig(weight=1.0, datasets=("shapes/val", "shapes_simple/test")),)
     opened = open_datasets(DataConfig(families=families), None)
     assert opened == {
@@ -368,12 +368,12 @@ def test_shapes_need_no_folder_and_others_do(tmp_path):
         ({"questions": 9}, "questions=9 must be 1 to 8"),
     ],
 )
-def test_errors_say_what_is_possible(options, message):
+def test_errors_list_the_valid_options(options, message):
     with pytest.raises(InputError, match=message):
         Shapes(**options)
 
 
 @pytest.mark.parametrize("index", [1000, -1001])
-def test_there_is_an_end(index):
+def test_index_out_of_range(index):
     with pytest.raises(IndexError, match=f"shapes/val has no example {index} of 1000"):
         Shapes(split="val")[index]
