@@ -1,7 +1,7 @@
-"""Legend of array axes: one letter per axis in all signatures, einsums, tests and parameters.
+"""Array axes: one letter per axis in annotations and einsums, and a logical name in parameters.
 
-A letter names an axis of an array. Parameters carry its logical name in their `axes` string, and
-`sharding.py` maps logical names to mesh axes. A name that is not in the legend is an error.
+Parameters carry logical names in their `axes` string, and `sharding.py` maps logical names to mesh
+axes. A name that is not in the legend is an error.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class Axis(NamedTuple):
 
 
 AXES: dict[str, Axis] = {
-    "b": Axis("batch: one image", "batch"),
-    "t": Axis("sequence positions of the queries", "sequence"),
+    "b": Axis("images of the batch", "batch"),
+    "t": Axis("sequence positions (of the queries, in attention)", "sequence"),
     "u": Axis("sequence positions of the keys", "keys"),
     "p": Axis("patches of the image, row-major", "patch"),
     "i": Axis("image positions in the language model's sequence", "image_token"),
@@ -35,7 +35,7 @@ AXES: dict[str, Axis] = {
     "s": Axis("feature scales of the codebook", "scale"),
     "k": Axis("codebook tokens per scale", "codebook"),
     "m": Axis("target slots", "target"),
-    "j": Axis("ground-truth targets, where m are the predicted ones", "truth"),
+    "j": Axis("ground-truth targets, in arrays where m is the predicted ones", "truth"),
     "r": Axis("rank of a LoRA pair", "rank"),
     "y": Axis("rows of an image or feature grid", "rows"),
     "x": Axis("columns of an image or feature grid", "columns"),
@@ -53,10 +53,11 @@ LOGICAL: frozenset[str] = frozenset(axis.logical for axis in AXES.values()) | {
     "frequency",  # Fourier features
     "coordinate",  # x, y
 }
+"""Logical names, including the axes that have no letter."""
 
 
 def logical_axes(axes: str) -> tuple[str, ...]:
-    """Split a parameter's `axes` string, e.g. "embed mlp", and refuse unknown names.
+    """Split a parameter's `axes` string, e.g. "embed mlp", and reject unknown names.
 
     Raises:
         ValueError: a name is not in the legend.

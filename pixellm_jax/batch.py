@@ -23,17 +23,19 @@ class Batch(NamedTuple):
     """A batch of images with their packed conversations; every ragged axis has a validity mask.
 
     Attributes:
-        image: u8 RGB canvas, the image in the top left corner and zero outside `image_hw`. Float
-            images count as normalised.
+        image: u8 RGB canvas, the image in the top left corner and zero outside `image_hw`. A float
+            image is taken as already normalised (`check` accepts u8 only).
         image_hw: height and width of the fitted image on the canvas, in pixels.
         tokens: ids; `prompt.IMAGE_TOKEN` at every image position.
         segment: 0 prefix, 1.. conversation, -1 padding.
         position: rotary position; each conversation continues from the end of the prefix.
         loss_mask: the token is supervised.
         codebook_index: sequence index of the state *before* each codebook token.
-        masks: target masks of 0, 1 and `geometry.VOID`, at any square resolution of the canvas.
+        masks: target masks with values 0, 1 and `geometry.VOID`; they cover the canvas at any
+            square resolution.
         target_valid: the target slot is filled.
-        target_conversation: segment of the answer that contains the target.
+        target_conversation: segment of the conversation that contains the target; 0 in unfilled
+            slots.
     """
 
     image: Num[Array, "b y x 3"]
@@ -59,12 +61,12 @@ class Packed(NamedTuple):
             own segment.
         position: counts through the prefix; each conversation continues from its end.
         loss_mask: the token is supervised, at the state before it.
-        codebook_index: sequence index of the state *before* each codebook token. The last state of
-            the prefix precedes the first token of a conversation.
-        target_conversation: segment of the target's answer; 0 where not `target_valid`.
+        codebook_index: sequence index of the state *before* each codebook token; for the first
+            token of a conversation, that is the last state of the prefix.
+        target_conversation: segment of the target's conversation; 0 where not `target_valid`.
         target_valid: the target slot is filled.
         kept: segment i + 1 is conversation `kept[i]` of the input.
-        dropped: number of conversations that exceeded the budget.
+        dropped: number of conversations that did not fit the budget of positions or targets.
     """
 
     tokens: Int32[np.ndarray, "t"]
@@ -79,7 +81,7 @@ class Packed(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """Output of the model: the next token at every position, and one mask per target slot.
+    """Output of the model: hidden states and next-token logits per position, masks per target.
 
     Attributes:
         hidden: states of the language model after the final norm.
@@ -99,7 +101,7 @@ def make_row(
     image_hw: tuple[int, int],
     masks: UInt8[np.ndarray, "m Y X"],
 ) -> Batch:
-    """Assemble one row of a batch: every array without its batch axis."""
+    """Assemble one row of a batch: the arrays of `Batch` without their leading `b`."""
     return Batch(
         image=image,
         image_hw=np.asarray(image_hw, np.int32),
@@ -123,7 +125,7 @@ def spec(config: ModelConfig, *, batch: int, length: int, targets: int, masks: i
     """Return the shapes and dtypes of a batch, for `jax.eval_shape` and ahead-of-time compilation.
 
     Args:
-        config: of the model.
+        config: model configuration.
         batch: number of images.
         length: sequence positions per image.
         targets: target slots per image.
@@ -149,10 +151,12 @@ def spec(config: ModelConfig, *, batch: int, length: int, targets: int, masks: i
 
 
 def check(batch: Batch, config: ModelConfig) -> None:
-    """Check a batch on the host: shapes, dtypes, and indices that JAX would clamp silently.
+    """Check shapes, dtypes, token ids, image positions and target indices on the host.
+
+    JAX would silently clamp an index that is out of range.
 
     Raises:
-        ValueError: names the field, what was found and what was expected.
+        ValueError: a field is wrong; the message says which, what was found and what was expected.
     """
     expected = spec(
         config,
@@ -173,19 +177,23 @@ def check(batch: Batch, config: ModelConfig) -> None:
             f"batch.tokens: id {tokens.max()} is outside the vocabulary of "
             f"{config.language.vocabulary}"
         )
-    images = (tokens < 0).sum(axis=1)
-    if not np.isin(images, (0, config.image_tokens)).all():
+    image_positions = (tokens < 0).sum(axis=1)
+    if not np.isin(image_positions, (0, config.image_tokens)).all():
         raise ValueError(
-            f"batch.tokens: {images.tolist()} image positions per row, "
-            f"expected {config.image_tokens}"
+            f"batch.tokens: {image_positions.tolist()} image positions per row, "
+            f"expected {config.image_tokens} (or 0)"
         )
-    filled = np.asarray(batch.target_valid)
-    index = np.asarray(batch.codebook_index)[filled]
+    valid = np.asarray(batch.target_valid)
+    index = np.asarray(batch.codebook_index)[valid]
     if index.size and (index.min() < 0 or index.max() >= tokens.shape[1]):
         raise ValueError(
             f"batch.codebook_index: {index.min()}..{index.max()} leaves the sequence of "
             f"{tokens.shape[1]}"
         )
-    owner = np.where(filled, batch.target_conversation, 0)
-    if (owner < 0).any() or (owner > segment.max(axis=1, initial=0)[:, None]).any():
-        raise ValueError("batch.target_conversation: names a conversation that is not in the row")
+    conversation = np.where(valid, batch.target_conversation, 0)
+    last = segment.max(axis=1, initial=0)
+    if (conversation < 0).any() or (conversation > last[:, None]).any():
+        raise ValueError(
+            f"batch.target_conversation: names a conversation that is not in the row: found "
+            f"{conversation.tolist()}, the last conversations are {last.tolist()}"
+        )

@@ -1,11 +1,11 @@
 """Reader of COCO instance files: COCO itself and user-supplied data in the same format.
 
-    <root>/<folder>/annotations/instances_<split>.json   {"images": [...], "annotations": [...],
-    <root>/<folder>/<split>/<file_name>                   "categories": [...]}
+    <root>/<folder>/annotations/instances_<split>.json
+    <root>/<folder>/<split>/<file_name>
 
-The index may also be `annotations/<split>.json`, `<split>.json` or
-`<split>/_annotations.coco.json`; images may also be in `images/<split>/`, `images/` or the folder
-itself.
+The JSON file is {"images": [...], "annotations": [...], "categories": [...]}. It may also be
+`annotations/<split>.json`, `<split>.json` or `<split>/_annotations.coco.json`; images may also be
+in `images/<split>/`, `images/` or the folder itself.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from pixellm_jax.benchmark_question import Rle
 class Coco:
     """Reader of COCO instance annotations. The phrase of a target is its category name.
 
-    Crowd regions are outlined loosely, so they are never targets. They become void except where an
-    instance covers them.
+    Crowd regions are outlined loosely, so they are never targets. They become void except where a
+    target covers them. An image without any other usable annotation is skipped.
 
     Attributes:
-        merge: merge all instances of a class, which share one phrase, into one target (ids: the
-            category). False: each instance is a target (ids: the annotation).
+        merge: merge all instances of a class, which share one phrase, into one target, whose
+            `Target.ids` is the category id (empty if that is text). Otherwise each instance is a
+            target, with the id of its annotation.
     """
 
     dataset: str = "coco"
@@ -55,16 +56,17 @@ class Coco:
 
     def read(self, entry: CocoEntry) -> Reading:
         stored, instances, problems = read_instances(entry)
-        single = [instance for instance in instances if not instance.crowd]
+        non_crowd = [instance for instance in instances if not instance.crowd]
         crowds = [instance.mask for instance in instances if instance.crowd]
-        if not single:
+        if not non_crowd:
             raise DamagedError("the picture has crowd regions only")
         if self.merge:
-            targets, masks = _merge(single, stored.hw)
+            targets, masks = _merge(non_crowd, stored.hw)
         else:
-            masks = [instance.mask for instance in single]
+            masks = [instance.mask for instance in non_crowd]
             targets = [
-                Target((instance.category,), i, instance.ids) for i, instance in enumerate(single)
+                Target((instance.category,), i, instance.ids)
+                for i, instance in enumerate(non_crowd)
             ]
         example = Example(
             key=entry.key,
@@ -83,14 +85,14 @@ class Coco:
 def _merge(instances: Sequence[Instance], hw: tuple[int, int]) -> tuple[list[Target], list[Rle]]:
     """Merge the instances of each class into one target, in order of first occurrence.
 
-    cat 1, dog 2, cat 3   ->   targets cat (mask 0), dog (mask 1); masks 1 | 3, 2
+    instances cat A, dog B, cat C   ->   targets cat (mask 0), dog (mask 1); masks A | C, B
     """
     groups: dict[int | str, list[Instance]] = {}
     for instance in instances:
         groups.setdefault(instance.category_id, []).append(instance)
     targets = [
-        Target((group[0].category,), i, (category,) if isinstance(category, int) else ())
-        for i, (category, group) in enumerate(groups.items())
+        Target((group[0].category,), i, (category_id,) if isinstance(category_id, int) else ())
+        for i, (category_id, group) in enumerate(groups.items())
     ]
     masks = [union([instance.mask for instance in group], hw) for group in groups.values()]
     return targets, masks

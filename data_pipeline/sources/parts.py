@@ -1,6 +1,7 @@
 """Readers of part segmentation datasets in COCO format: PACO-LVIS and PASCAL-Part.
 
-Layout and names: docs/reference_notes.md 1.6. Every annotation becomes a separate target.
+Layout and names: docs/reference_notes.md 1.6. Every usable annotation becomes a separate
+target; crowd regions are not treated separately.
 """
 
 from __future__ import annotations
@@ -48,15 +49,20 @@ class PascalPart:
 
 
 def part_phrases(category: str) -> tuple[str, ...]:
-    """Return the phrases for a category. Underscores between words are kept, as published.
+    """Return the phrases for a category.
+
+    A qualifier such as `_(automobile)` is removed. Other underscores are kept, as in the published
+    names.
 
     "laptop_computer"          ->  ("laptop_computer",)
     "car_(automobile):wheel"   ->  ("car wheel", "the wheel of the car")
     """
-    thing, *parts = (name.split("_(")[0] for name in category.split(":", 1))
-    if not parts:
+    thing, colon, part = category.partition(":")
+    thing = thing.split("_(")[0]
+    part = part.split("_(")[0]
+    if not colon:
         return (thing,)
-    return (f"{thing} {parts[0]}", f"the {parts[0]} of the {thing}")
+    return (f"{thing} {part}", f"the {part} of the {thing}")
 
 
 def _read(dataset: str, entry: CocoEntry) -> Reading:

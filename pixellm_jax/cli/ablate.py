@@ -19,6 +19,7 @@ from pixellm_jax.experiments.ablation_report import (
     PLOT,
     RESULTS,
     TABLE,
+    Result,
     figure_class,
     format_changes,
     read_results,
@@ -37,17 +38,17 @@ from pixellm_jax.experiments.shapes_recipe import DEMO_OVERRIDES
 from pixellm_jax.training.memory import keep_freed_memory_on_cpu
 from pixellm_jax.training.state import make_blueprint
 
-SCENES = DEMO_OVERRIDES["train.evaluate_batches"] * DEMO_OVERRIDES["validation.batch"]
+HELD_OUT_SCENES = DEMO_OVERRIDES["train.evaluate_batches"] * DEMO_OVERRIDES["validation.batch"]
 
 EXAMPLES = """examples:
   pixellm ablate --dry-run
   pixellm ablate --out runs/ablations
   pixellm ablate --only base plain-bce --level full --steps 2000 --out runs/overlaps
 
-The folder gets ablations.jsonl (a line per run, written as it ends), ablations.md and
-ablations.png. The same command resumes after any interruption, inside a run too. Started again
-while it runs, it shares the runs with the first process: each takes the next free run. Two runs at
-a time, a core each:
+The folder receives ablations.jsonl (one line per run, written when the run ends), ablations.md and
+ablations.png. The same command resumes after any interruption, even in the middle of a run. If you
+start it a second time, both processes share the work: each takes the next run that is free. Two
+runs at a time, one core each:
 
   taskset -c 0 pixellm ablate &
   taskset -c 1 pixellm ablate &
@@ -55,11 +56,11 @@ a time, a core each:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the command and its options."""
+    """Add the options and the help text."""
     parser.description = (
-        "Trains the small model of `pixellm demo --train` from scratch, with one part "
-        "of the method changed at a time and the same number of steps each, and scores it on "
-        f"{SCENES} held-out scenes (teacher-forced)."
+        "Trains the small model of `pixellm demo --train` from scratch, once per setting and seed. "
+        "Each setting changes one part of the method, and all runs have the same number of steps. "
+        f"Each model is scored on {HELD_OUT_SCENES} held-out scenes (teacher-forced)."
     )
     parser.epilog = EXAMPLES
     parser.add_argument(
@@ -67,30 +68,43 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("ablations"),
         metavar="DIR",
-        help="folder of the results, new or to resume (ablations)",
+        help="results folder, new or of an earlier run to resume (ablations)",
     )
-    parser.add_argument("--level", choices=LEVELS, default="simple", help="of the scenes (simple)")
-    parser.add_argument("--steps", type=int, default=400, metavar="N", help="of every run (400)")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="of every setting"
+        "--level", choices=LEVELS, default="simple", help="level of the scenes (simple)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=400, metavar="N", help="training steps per run (400)"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+        metavar="S",
+        help="seeds of every setting (0 1 2)",
     )
     parser.add_argument("--only", nargs="+", metavar="SETTING", help="only these settings")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help=f"print the settings and a time estimate (without results: from {TRIAL_STEPS} steps)",
+        help="print the settings and a time estimate; without earlier results, "
+        f"{TRIAL_STEPS} training steps are timed first",
     )
-    parser.set_defaults(when_interrupted="the same command resumes from there")
+    parser.set_defaults(when_interrupted="run the same command again to resume")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the settings and an estimate, run what is missing, print where the results are."""
+    """Print the settings and a time estimate, train the missing runs, print the result files.
+
+    With `--dry-run`, stop after the estimate.
+    """
     keep_freed_memory_on_cpu()
     base = base_recipe(options.level, options.steps)
     grid = select_settings(make_grid(base.model), options.only)
     seeds = list(dict.fromkeys(options.seeds))
     if min(seeds) < 0:
-        raise InputError(f"--seeds: {min(seeds)} must not be negative")
+        raise InputError(f"--seeds: expected numbers of at least 0, found {min(seeds)}")
     figure_class()  # a missing matplotlib is reported before the first run
     check_base(base, options.out)
     flops = _print_settings(base, grid)
@@ -103,7 +117,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _print_settings(base: Recipe, grid: Grid) -> dict[str, float]:
-    """Print a line per setting; return the operations of a step of each."""
+    """Print a line per setting and return the FLOPs of a training step of each."""
     flops = {}
     for name, changes in grid.items():
         recipe = apply_changes(base, changes, seed=0)
@@ -126,11 +140,17 @@ def _print_estimate(
     print(f"{len(seeds) * len(grid)} runs of {options.steps} steps, {len(missing)} to do")
     if not missing:
         return
-    reference = results[-1] if results else try_setting(base, *next(iter(grid.items())))
+    reference = results[-1] if results else _try_first(base, grid)
     minutes = estimate_seconds(missing, flops, options.steps, reference) / 60
     print(
-        f"estimate: {minutes:.0f} minutes in one process, {minutes / 2:.0f} in two with a core "
-        f"each (from {reference.steps} steps of {reference.name} at "
+        f"estimate: {minutes:.0f} minutes in one process, {minutes / 2:.0f} in two with one "
+        f"core each (from {reference.steps} steps of {reference.name} at "
         f"{reference.seconds_per_step:.3f} s)",
         flush=True,
     )
+
+
+def _try_first(base: Recipe, grid: Grid) -> Result:
+    """Time a few steps of the first setting."""
+    name, changes = next(iter(grid.items()))
+    return try_setting(base, name, changes)

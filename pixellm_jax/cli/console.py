@@ -1,4 +1,4 @@
-"""Console output that several commands share: help pages, plain-text tables and progress bars."""
+"""Console output that several commands share: help texts, plain-text tables, a progress bar."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Wraps a description of one paragraph and keeps the line breaks of examples."""
+    """Wraps texts without line breaks (descriptions) and leaves others as they are (examples)."""
 
+    # The method that argparse itself overrides for `RawDescriptionHelpFormatter`.
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if "\n" in text:
             return text
@@ -42,7 +43,7 @@ def byte_bar(description: str) -> Iterator[Callable[[int, int], None]]:
 
     Yields a function that takes the number of new bytes and the total.
     """
-    # The delay keeps the bar off the screen where the input is refused at once.
+    # The delay keeps the bar from appearing when the input is rejected immediately.
     with tqdm(
         desc=description, disable=None, delay=0.5, unit="B", unit_scale=True, unit_divisor=1024
     ) as bar:

@@ -1,4 +1,4 @@
-"""`pixellm judge`: score with a language model how well answers name their targets."""
+"""`pixellm judge`: score how well answers name their targets, with a language model or offline."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Replies are cached: run the same command again to retry only what failed.
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the command."""
+    """Add the options and the help text."""
     parser.description = (
-        "Each mask in an answer is replaced by the description of the true mask it was "
-        "matched with, and a language model scores from 1 to 10 how well that fits. A target below "
-        "the threshold counts with intersection 0."
+        "Each mask in an answer is replaced by the description of its matched true mask (or by "
+        "<nothing>). A language model then scores from 1 to 10 how well each description fits the "
+        "words. For a target below the threshold, the intersection is set to 0."
     )
     parser.epilog = EXAMPLES
     parser.add_argument(
@@ -41,14 +41,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="output folder of `pixellm evaluate`",
     )
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder of the images, for the page"
+        "--data", type=Path, metavar="DIR", help="folder of the images, to show them on the page"
     )
     add_judge_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Judge the answers, update the report, and fail if a question has no score."""
-    options.when_interrupted = "replies are cached, run the same command again"
+    """Judge the answers and update the report.
+
+    Raises:
+        InputError: a question could not be judged.
+    """
+    options.when_interrupted = "replies are cached; run the same command again"
     judge = make_judge(options, options.report)
     report = judge_folder(options.report, judge, options.threshold, price=token_price(options))
     write_report(options.report, image_reader(options.data))

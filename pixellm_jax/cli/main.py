@@ -59,9 +59,12 @@ COMMANDS = {
     "evaluate": Command("pixellm_jax.cli.evaluate", "score a model on a benchmark"),
     "report": Command("pixellm_jax.cli.report", "write the report of an evaluation again"),
     "compare": Command("pixellm_jax.cli.compare", "compare two evaluations"),
-    "judge": Command("pixellm_jax.cli.judge", "judge the answers of a MUSE evaluation"),
+    "judge": Command(
+        "pixellm_jax.cli.judge",
+        "score how well the answers of a MUSE evaluation name their targets",
+    ),
     "ablate": Command(
-        "pixellm_jax.cli.ablate", "train without one part of the method at a time, on shapes"
+        "pixellm_jax.cli.ablate", "train on shapes with one part of the method changed at a time"
     ),
     "bench": Command("pixellm_jax.cli.bench", "measure speed and memory on this machine"),
     "compile": Command(

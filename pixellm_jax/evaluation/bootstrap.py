@@ -2,9 +2,9 @@
 
 A question is resampled as a whole, because its masks are not independent of each other (Efron and
 Tibshirani, An Introduction to the Bootstrap, chapters 8 and 13). Its `metrics.Sums` are resampled,
-so that the score of a sample is the score that its questions would have, ratios of sums (cIoU)
-included; this is why the code is ours. Questions about the same image count as independent; where
-an image has many, the intervals are somewhat too narrow.
+and scores are computed from their totals: cIoU is a ratio of sums, not a mean over questions, and
+two runs must share their resamples, which is why the code is ours. Questions about the same image
+are treated as independent; where an image has many, the intervals are somewhat too narrow.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxtyping import Float64
 from pixellm_jax.evaluation.metrics import IOU_UNIT, Scores, Sums, merge, scores
 
 RESAMPLES = 2000
-"""The ends of a 95 % interval are then the 50th samples from either side."""
+"""Number of resamples; about 50 of them lie beyond each end of a 95 % interval."""
 
 SEED = 0
 
@@ -26,11 +26,11 @@ LEVEL = 0.95
 """Confidence level."""
 
 _BLOCK = 2**21
-"""Counts in memory at a time, resamples x questions: 16 MiB per array."""
+"""Size of a block in resamples x questions: at most 16 MiB per array, or one resample."""
 
 
 class Interval(NamedTuple):
-    """A score and its confidence interval from `low` to `high`; NaN where the score is undefined.
+    """A score, or a difference of two, with its confidence interval; NaN where it is undefined.
 
     resamples: number of resamples in which the score was defined.
     """
@@ -53,24 +53,25 @@ class Intervals(NamedTuple):
 def resample(
     questions: Sequence[Sums], *, resamples: int = RESAMPLES, seed: int = SEED
 ) -> Float64[np.ndarray, "{resamples} 4"]:
-    """Return the scores (`metrics.Scores`) of samples of the questions with replacement.
+    """Draw questions with replacement and return the scores (`metrics.Scores`) of each sample.
 
-    A score is NaN where its denominator is zero. The same seed and number of questions select the
-    same questions, which pairs two runs.
+    A score is NaN where its denominator is zero. The same seed and number of questions give the
+    same samples, so that two runs can be paired.
     """
+    if not questions:
+        return np.full((resamples, len(Scores._fields)), np.nan)
     sums = np.array([_in_units(question) for question in questions], np.float64)
     count = len(questions)
     samples = np.empty((resamples, len(Sums._fields)))
-    random = np.random.default_rng(seed)
-    block = max(1, _BLOCK // max(1, count))
-    for start in range(0, resamples, block) if count else ():
+    rng = np.random.default_rng(seed)
+    block = max(1, _BLOCK // count)
+    for start in range(0, resamples, block):
         stop = min(resamples, start + block)
-        chosen = random.integers(count, size=(stop - start, count), dtype=np.int32)
+        chosen = rng.integers(count, size=(stop - start, count), dtype=np.int32)
+        # Each resample has a range of its own, so that one bincount counts them all.
         cells = chosen + count * np.arange(stop - start)[:, None]
-        times = np.bincount(cells.ravel(), minlength=cells.size).reshape(cells.shape)
-        samples[start:stop] = times.astype(np.float64) @ sums
-    if not count:
-        return np.full((resamples, len(Scores._fields)), np.nan)
+        multiplicity = np.bincount(cells.ravel(), minlength=cells.size).reshape(cells.shape)
+        samples[start:stop] = multiplicity.astype(np.float64) @ sums
     part = Sums(*samples.T)
     ratios = (
         (part.iou, part.masks),
@@ -84,7 +85,7 @@ def resample(
 def intervals(
     questions: Sequence[Sums], *, resamples: int = RESAMPLES, seed: int = SEED
 ) -> Intervals:
-    """Return percentile intervals of the scores over all questions."""
+    """Return the scores over all questions with their percentile intervals."""
     actual = scores(merge(*questions))
     return _intervals(actual, resample(questions, resamples=resamples, seed=seed))
 
@@ -108,7 +109,7 @@ def paired_intervals(
 
 
 def _in_units(question: Sums) -> tuple[float, ...]:
-    """Convert sums to floats, the IoU in units of 1; integers below 2**53 stay exact."""
+    """Convert sums to floats, the fixed-point IoU included; integers below 2**53 stay exact."""
     return tuple(
         value / IOU_UNIT if name == "iou" else float(value)
         for name, value in question._asdict().items()

@@ -1,4 +1,4 @@
-"""Training step: gradients of the loss over the global batch, clipped, applied if finite."""
+"""Training step: gradients over the global batch, clipped, and applied if they are finite."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from pixellm_jax import batch as batches
-from pixellm_jax.batch import Batch
+from pixellm_jax.batch import Batch, spec
 from pixellm_jax.config import ModelConfig
 from pixellm_jax.sharding import batch_sharding, replicated
 from pixellm_jax.training.losses import Losses, count, losses
@@ -21,7 +20,18 @@ from pixellm_jax.training.state import Blueprint, TrainState
 
 
 class StepMetrics(NamedTuple):
-    """Metrics of a step: float32 scalars over the global batch, and counters."""
+    """Metrics of a step, over the global batch.
+
+    Attributes:
+        losses: terms of the loss.
+        gradient_norm: global norm before clipping.
+        learning_rate: rate of this update.
+        finite: loss and gradient norm are finite, so the update was applied.
+        skipped: updates of the run so far that were not applied.
+        skipped_in_row: skipped updates since the last applied one.
+        tokens: supervised tokens.
+        targets: supervised targets.
+    """
 
     losses: Losses
     gradient_norm: Float[Array, ""]
@@ -40,8 +50,9 @@ def make_step(blueprint: Blueprint, mesh: Mesh) -> Step:
     """Return the jitted update on a mesh; it donates its input state.
 
     Losses are sums over all devices and micro-batches divided by the counts of the global batch, so
-    that the update does not depend on the mesh or on `accumulation` (dropout excepted). Gradients
-    that are not finite leave weights and moments unchanged.
+    that the update depends on the mesh and on `accumulation` by rounding only (and by dropout). If
+    the loss or the gradient norm is not finite, weights and optimizer state stay unchanged and the
+    step counts as skipped.
     """
     train = blueprint.train
     optimizer = blueprint.optimizer
@@ -53,41 +64,44 @@ def make_step(blueprint: Blueprint, mesh: Mesh) -> Step:
 
         def loss(trainable: dict[str, Array], part: Batch, key: Key[Array, ""]) -> tuple:
             model = blueprint.assemble(trainable | state.frozen)
+            # The mesh makes `sharding.constrain` effective.
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 terms = losses(model(part, key), part, train.loss, counts)
             return terms.total, terms
 
-        gradient = jax.grad(loss, has_aux=True)
+        gradient_of = jax.grad(loss, has_aux=True)
         if train.accumulation == 1:
-            total, terms = gradient(state.trainable, batch, key)
+            gradients, terms = gradient_of(state.trainable, batch, key)
         else:
-            total, terms = _accumulate(gradient, state.trainable, batch, key, train.accumulation)
+            gradients, terms = _accumulate(
+                gradient_of, state.trainable, batch, key, train.accumulation
+            )
 
-        norm = optax.global_norm(total)
+        norm = optax.global_norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(terms.total)
-        updates, moments = optimizer.update(total, state.optimizer, state.trainable)
-        updated = (optax.apply_updates(state.trainable, updates), moments)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
+        updated = (optax.apply_updates(state.trainable, updates), optimizer_state)
         previous = (state.trainable, state.optimizer)
-        trainable, moments = jax.tree.map(
+        trainable, optimizer_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), updated, previous
         )
         skipped = 1 - finite.astype(jnp.int32)
-        after = TrainState(
+        new_state = TrainState(
             step=state.step + 1,
             trainable=trainable,
             frozen=state.frozen,
-            optimizer=moments,
+            optimizer=optimizer_state,
             skipped=state.skipped + skipped,
             skipped_in_row=(state.skipped_in_row + 1) * skipped,
         )
-        applied = state.step - state.skipped
-        return after, StepMetrics(
+        updates_applied = state.step - state.skipped
+        return new_state, StepMetrics(
             losses=terms,
             gradient_norm=norm,
-            learning_rate=jnp.asarray(rate(applied), jnp.float32),
+            learning_rate=jnp.asarray(rate(updates_applied), jnp.float32),
             finite=finite,
-            skipped=after.skipped,
-            skipped_in_row=after.skipped_in_row,
+            skipped=new_state.skipped,
+            skipped_in_row=new_state.skipped_in_row,
             tokens=counts.tokens,
             targets=counts.targets,
         )
@@ -104,16 +118,16 @@ def make_step(blueprint: Blueprint, mesh: Mesh) -> Step:
 def batch_spec(
     config: ModelConfig, mesh: Mesh, *, batch: int, length: int, targets: int, masks: int
 ) -> Batch:
-    """Return shapes, dtypes and shardings of a batch to lower a step; arguments as `batch.spec`."""
-    spec = batches.spec(config, batch=batch, length=length, targets=targets, masks=masks)
+    """Return shapes, dtypes and shardings of a batch, for lowering a step (see `batch.spec`)."""
+    shapes = spec(config, batch=batch, length=length, targets=targets, masks=masks)
     sharding = batch_sharding(mesh)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), spec
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
     )
 
 
 def _accumulate(
-    gradient: Callable[..., tuple],
+    gradient_of: Callable[..., tuple],
     trainable: dict[str, Array],
     batch: Batch,
     key: Key[Array, ""],
@@ -121,7 +135,8 @@ def _accumulate(
 ) -> tuple[dict[str, Array], Losses]:
     """Sum gradients and loss terms over micro-batches, one after the other.
 
-    Row i belongs to micro-batch i % parts, so that no row moves to another device.
+    Row i belongs to micro-batch i % parts, so that no row moves to another device (the rows of a
+    device are a multiple of `parts`, as the loop checks).
     """
 
     def split(array: Array) -> Array:
@@ -129,11 +144,11 @@ def _accumulate(
         return jnp.swapaxes(array.reshape(rows, parts, *array.shape[1:]), 0, 1)
 
     def add(sums: tuple, part: tuple[Batch, Array]) -> tuple[tuple, None]:
-        return jax.tree.map(jnp.add, sums, gradient(trainable, *part)), None
+        return jax.tree.map(jnp.add, sums, gradient_of(trainable, *part)), None
 
     micro_batches = (jax.tree.map(split, batch), jax.random.split(key, parts))
     shapes = jax.eval_shape(
-        gradient, trainable, jax.tree.map(lambda a: a[0], micro_batches[0]), key
+        gradient_of, trainable, jax.tree.map(lambda a: a[0], micro_batches[0]), key
     )
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.lax.scan(add, zeros, micro_batches)[0]

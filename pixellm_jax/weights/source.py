@@ -1,6 +1,6 @@
-"""Source folders of a conversion: PyTorch weights opened, LoRA pairs merged, checked, streamed.
+"""Source folders of a conversion: open PyTorch weights, merge LoRA pairs, check and stream them.
 
-A checkpoint is made of two folders: a language model (PixelLM or LLaVA) and a CLIP vision encoder.
+A checkpoint is converted from two folders: a language model (PixelLM or LLaVA) and a CLIP encoder.
 Only headers are read at first; each tensor is read, and merged with its LoRA pair, when the
 checkpoint is written.
 """
@@ -27,13 +27,13 @@ from pixellm_jax.weights.torch_folder import open_folder
 from pixellm_jax.weights.writer import Leaf, write_checkpoint
 
 MAX_NAMES = 1000
-"""Names listed per kind of problem, enough for every tensor of any model in use."""
+"""Maximum number of names listed per kind of problem; no model in use has more tensors."""
 
 PREFIX = "base_model.model."
-"""Prefix of peft and of the training script of PixelLM."""
+"""Prefix that peft and PixelLM's training script put before tensor names."""
 
 DEFAULT_ALPHA = 16.0
-"""LoRA alpha of the released training script, used where no adapter_config.json states one."""
+"""LoRA alpha of the released training script, used unless adapter_config.json has another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +49,18 @@ class SourceFolders:
     vision_config: VisionConfig
     tensors: Mapping[str, Mapping[str, Tensor]]
     """By folder (`torch_layout.MODEL`, `torch_layout.VISION`), then by name."""
-    lora_problems: Mapping[str, list[str]]
-    """Names of the language model's unusable LoRA tensors, by kind of problem."""
+    merge_problems: Mapping[str, list[str]]
+    """Duplicate tensors and unusable LoRA pairs of the language model, by kind of problem."""
 
     @classmethod
     def open(cls, model: Path, vision: Path, lora_alpha: float | None = None) -> SourceFolders:
         """Read both configs and the headers of all files.
 
-        A weight with a LoRA pair is opened as the merged weight; `lora_alpha` overrides
-        adapter_config.json.
+        A weight with a LoRA pair is opened as the merged weight; `lora_alpha` overrides the value
+        of adapter_config.json.
 
         Raises:
-            InputError: a folder or file is missing, damaged or of another kind.
+            InputError: a folder or file is missing, damaged or of the wrong kind.
         """
         vision_json = ConfigFile.read(vision)
         vision_config = torch_config.vision_config(vision_json)
@@ -72,7 +72,7 @@ class SourceFolders:
             vision_json=vision_json,
             vision_config=vision_config,
             tensors={torch_layout.MODEL: merged, torch_layout.VISION: open_folder(vision)},
-            lora_problems=problems,
+            merge_problems=problems,
         )
 
     @property
@@ -83,12 +83,18 @@ class SourceFolders:
     def check(
         self, entries: Iterable[torch_layout.Entry], *, ignored: tuple[str, ...] = ()
     ) -> None:
-        """Check that both folders hold the tensors of `entries` and no others.
+        """Check that both folders hold the tensors of `entries` and no unknown ones.
 
-        `ignored`: prefixes of further tensors that the language model's folder may hold.
+        Optional tensors may be missing. Buffers that follow from the config and the tensors that
+        `torch_layout.IGNORED` lists may be there.
+
+        Args:
+            entries: rows of the tensor table.
+            ignored: prefixes of further tensors that the language model's folder may hold.
 
         Raises:
-            InputError: one report of all tensors that are missing, unknown or of another shape.
+            InputError: one report of all tensors that are missing, unknown, duplicate, of the
+                wrong shape or dtype, and of unusable LoRA pairs.
         """
         entries = list(entries)
         reports = []
@@ -110,21 +116,21 @@ class SourceFolders:
     def _problems(
         self, source: str, rows: list[torch_layout.Entry], ignored: tuple[str, ...]
     ) -> dict[str, list[str]]:
-        """Return the names of wrong tensors of one folder, by kind of problem."""
+        """Return descriptions of the wrong tensors of one folder, by kind of problem."""
         tensors = self.tensors[source]
         expected = {name: row.torch for row in rows for name in row.names}
         required = [name for row in rows if row.kind != "optional" for name in row.names]
-        passed = torch_layout.IGNORED[source]
+        ignored_prefixes = torch_layout.IGNORED[source]
         problems: dict[str, list[str]] = {}
         if source == torch_layout.MODEL:
-            passed = (*passed, *ignored)
-            problems |= self.lora_problems
+            ignored_prefixes = (*ignored_prefixes, *ignored)
+            problems |= self.merge_problems
         problems["missing"] = [name for name in required if name not in tensors]
         problems["unknown"] = [
             name
             for name in tensors
             if name not in expected
-            and not name.startswith(passed)
+            and not name.startswith(ignored_prefixes)
             and not name.endswith(torch_layout.DERIVED)
         ]
         known = {name: tensor for name, tensor in tensors.items() if name in expected}
@@ -153,7 +159,7 @@ class SourceFolders:
         }
 
     def derived(self) -> dict[str, Leaf]:
-        """Return the buffers of both folders that follow from the config."""
+        """Return the buffers of both folders that can be recomputed from the config."""
         return {
             name: as_stored(tensor)
             for source, tensors in self.tensors.items()
@@ -177,13 +183,16 @@ class SourceFolders:
 
         Args:
             out: a new folder.
-            config: of the model.
+            config: model configuration.
             params: parameters by dotted name.
             unused: further tensors to keep for export.
             vocabulary: the tokenizer.
             source: JSON files of the language model's folder to keep for export, by name; the
                 config of CLIP is always kept.
-            progress: called with the bytes just written and the total.
+            progress: called with the bytes just written and the total, first with (0, total).
+
+        Raises:
+            InputError: `out` exists or cannot be written.
         """
         total = sum(leaf.nbytes for leaf in [*params.values(), *unused.values()])
         progress(0, total)
@@ -200,8 +209,10 @@ class SourceFolders:
     def _leaf(self, entry: torch_layout.Entry) -> Leaf:
         layers = [self.tensors[entry.source][name] for name in entry.names]
         dtypes = {layer.dtype for layer in layers}
-        common = np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
-        dtype = dtypes.pop() if len(dtypes) == 1 else common
+        if len(dtypes) == 1:
+            (dtype,) = dtypes
+        else:  # a dtype that holds the values of every layer
+            dtype = np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
 
         def read(i: int) -> np.ndarray:
             return np.ascontiguousarray(entry.to_ours(layers[i].read()), dtype)
@@ -210,18 +221,18 @@ class SourceFolders:
 
 
 def as_stored(tensor: Tensor) -> Leaf:
-    """Return a tensor unchanged, to be read when it is written."""
+    """Wrap a tensor as a leaf that is read, unchanged, when the checkpoint is written."""
     return Leaf(shape=tensor.shape, dtype=tensor.dtype, read=lambda _: tensor.read())
 
 
 def in_memory(array: np.ndarray) -> Leaf:
-    """Return an array of this process as a leaf."""
+    """Wrap an array in memory as a leaf."""
     return Leaf(shape=array.shape, dtype=array.dtype, read=lambda _: array)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraTensor:
-    """A weight merged with its LoRA pair: W + (alpha / r) B A, summed in float32."""
+class MergedTensor:
+    """A weight merged with its LoRA pair: W + (alpha / r) B A, computed in float32."""
 
     weight: Tensor
     a: Tensor
@@ -248,11 +259,11 @@ def open_merged(
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     """Open a folder with the training prefix removed and LoRA pairs merged.
 
-    Returns the tensors by name, and the names of unusable LoRA tensors by kind of problem. `alpha`
-    overrides adapter_config.json.
+    Returns the tensors by name, and descriptions of duplicate tensors and unusable LoRA pairs by
+    kind of problem. `alpha` overrides `lora_alpha` of adapter_config.json.
 
     Raises:
-        InputError: the files, `alpha` or adapter_config.json.
+        InputError: a file or adapter_config.json is unusable, or `alpha` is no positive number.
     """
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise InputError(f"lora_alpha {alpha}: expected a number above 0")
@@ -264,35 +275,44 @@ def open_merged(
         stem, marker, rest = name.partition(".lora_")
         if marker:
             group = pairs.setdefault(f"{stem}.weight", {})
-            key = rest.split(".")[0]  # A or B
+            key = rest.split(".")[0]  # "A" or "B" of a matrix, "embedding_A" of an embedding
         else:
             group = plain
             key = name
         if key in group:
             duplicates.append(name)
         group[key] = tensor
-    alpha = _read_alpha(folder) if alpha is None else alpha
+    alpha = _read_alpha(folder, alpha)
     unmatched = []
     for name, pair in pairs.items():
         weight, a, b = plain.get(name), pair.get("A"), pair.get("B")
         if weight is None or a is None or b is None or len(pair) != 2:
             unmatched.append(name)
-        elif (*b.shape[:1], *a.shape[1:]) != weight.shape or a.shape[:1] != b.shape[1:]:
+        elif not _fits(weight.shape, a.shape, b.shape):
             unmatched.append(f"{name} {weight.shape} with A {a.shape} and B {b.shape}")
         else:
             scale = alpha / max(a.shape[0], 1)
-            plain[name] = LoraTensor(weight=weight, a=a, b=b, scale=scale)
+            plain[name] = MergedTensor(weight=weight, a=a, b=b, scale=scale)
     return plain, {"held twice": duplicates, "low-rank pair without its match": unmatched}
 
 
-def _read_alpha(folder: Path) -> float:
+def _fits(weight: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether W [o, i], A [r, i] and B [o, r] have matching sizes."""
+    return (*b[:1], *a[1:]) == weight and a[:1] == b[1:]
+
+
+def _read_alpha(folder: Path, override: float | None) -> float:
+    """Return LoRA's alpha, and refuse adapters that are not merged as W + (alpha / r) B A."""
     path = folder / "adapter_config.json"
     adapter = read_optional_json(path)
     for key in ("use_rslora", "use_dora", "alpha_pattern", "fan_in_fan_out"):
         if adapter.get(key):
             raise InputError(
-                f"{path}: {key} is {adapter[key]!r}, which is not supported; merge with peft first"
+                f"{path}: {key} is {adapter[key]!r}, which is not supported; merge the "
+                "adapter with peft first"
             )
+    if override is not None:
+        return override
     alpha = adapter.get("lora_alpha", DEFAULT_ALPHA)
     if type(alpha) not in (int, float):
         raise InputError(f"{path}: lora_alpha is {alpha!r}, expected a number; pass --lora-alpha")

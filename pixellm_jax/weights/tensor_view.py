@@ -20,7 +20,7 @@ MAX_AXES = 32
 
 @runtime_checkable
 class Tensor(Protocol):
-    """A tensor that is read when it is needed (`torch_folder.LazyTensor`, `source.LoraTensor`)."""
+    """A tensor that is read when needed (`torch_folder.LazyTensor`, `source.MergedTensor`)."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...

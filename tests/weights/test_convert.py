@@ -16,7 +16,7 @@ from pixellm_jax.config import CodebookConfig, VisionConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.text.vocabulary import Vocabulary
 from pixellm_jax.weights import checkpoint, convert, export, torch_layout
-from pixellm_jax.weights.source import LoraTensor, open_merged
+from pixellm_jax.weights.source import MergedTensor, open_merged
 from pixellm_jax.weights.torch_config import OWN_KEY
 from pixellm_jax.weights.torch_folder import write_safetensors
 from tests.support.tiny_checkpoint import (
@@ -304,7 +304,7 @@ def test_merging_rounds_once_to_the_dtype_of_the_weight():
     weight = np.full((2, 2), 1, ml_dtypes.bfloat16)
     a, b = np.full((1, 2), 2**-5, np.float32), np.full((2, 1), 2**-5, np.float32)
     held = [Held(array) for array in (weight, a, b)]
-    merged = LoraTensor(weight=held[0], a=held[1], b=held[2], scale=16.0)
+    merged = MergedTensor(weight=held[0], a=held[1], b=held[2], scale=16.0)
     assert merged.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(merged.read(), np.full((2, 2), 1 + 2**-6, ml_dtypes.bfloat16))
 
@@ -324,6 +324,16 @@ def test_adapter_config_that_cannot_be_followed_is_refused(copied, tiny, tmp_pat
     (folder / "adapter_config.json").write_text(json.dumps(adapter))
     line = refusal(folder, tiny.clip, tmp_path / "jax")
     assert line.startswith(f"{folder / 'adapter_config.json'}: ") and named in line
+
+
+@pytest.mark.parametrize("key", ["use_rslora", "use_dora", "alpha_pattern", "fan_in_fan_out"])
+def test_an_alpha_of_the_caller_hides_no_other_kind_of_adapter(copied, key):
+    folder = copied("hf")
+    lora_folder(folder)
+    adapter = {"lora_alpha": "replaced by the caller's", key: {"q_proj": 4}}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(InputError, match=f"{key} is .* not supported"):
+        open_merged(folder, 8.0)
 
 
 def test_all_faults_of_low_rank_pairs_are_in_one_report_with_the_others(copied, tiny, tmp_path):

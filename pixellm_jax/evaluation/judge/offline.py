@@ -1,6 +1,6 @@
-"""Offline judge: scores the words that a target's name shares with the true description.
+"""Offline judge: scores a target by the words its name shares with the true description.
 
-It serves tests and work without a network. It knows no synonyms, so its scores cannot be compared
+For tests and for work without a network. It knows no synonyms, so its scores cannot be compared
 with any other judge's.
 """
 
@@ -13,6 +13,7 @@ from pixellm_jax.evaluation.judge.prompt import JudgeQuestion
 from pixellm_jax.text.answer import MARKER, find_phrases
 
 _WORD = re.compile(r"[^\W_]+")
+# Function words, and the words of every question of this task.
 _STOP_WORDS = frozenset(
     _WORD.findall(
         "a an and are as at be been being by can could do does for from had has have he her here "
@@ -26,11 +27,11 @@ _STOP_WORDS = frozenset(
 class WordJudge:
     """Deterministic judge by word overlap.
 
-    The words that name a target in the answer (`answer.find_phrases`), or the words of the question
-    where nothing names it, are compared with the true description. Stop words such as "the" and
-    "which" do not count. With A and B the two sets of words,
+    Compares the words that name a target in the answer (`text.answer.find_phrases`; of all its
+    markers together) with the true description. If nothing names the target, the words of the
+    question are compared instead. Let A and B be the two sets of words without stop words:
 
-        score = 1 + round(9 |A & B| / min(|A|, |B|)),    and 1 where a set is empty.
+        score = 1 + 9 |A & B| / min(|A|, |B|), rounded half up;    1 if a set is empty.
 
         "the red cup" and "red cup on the left" -> 10, "the red cup" and "red apple" -> 6
     """
@@ -41,24 +42,24 @@ class WordJudge:
     def score(self, question: JudgeQuestion) -> list[int]:
         """Return a score from 1 to 10 for each target."""
         markers = [match.span() for match in re.finditer(re.escape(MARKER), question.raw_answer)]
-        names: list[set[str]] = [set() for _ in question.descriptions]
+        naming_words: list[set[str]] = [set() for _ in question.descriptions]
         for target, (begin, end) in zip(
             question.marker_targets, find_phrases(question.raw_answer, markers), strict=True
         ):
             if target is not None:
-                names[target] |= _words(question.raw_answer[begin:end])
+                naming_words[target] |= _words(question.raw_answer[begin:end])
         question_words = _words(question.question)
         return [
-            _score(name or question_words, _words(description))
-            for name, description in zip(names, question.descriptions, strict=True)
+            _score(words or question_words, _words(description))
+            for words, description in zip(naming_words, question.descriptions, strict=True)
         ]
 
     def describe(self) -> dict[str, object]:
-        """Return the settings for a report."""
+        """Return the judge's settings, to be recorded in the report."""
         return {"kind": "words"}
 
     def counts(self) -> Mapping[str, int]:
-        """Return no counts: nothing is sent."""
+        """Return an empty mapping, because no requests are sent."""
         return {}
 
 
@@ -66,7 +67,7 @@ def _words(text: str) -> set[str]:
     return set(_WORD.findall(text.replace(MARKER, " ").casefold())) - _STOP_WORDS
 
 
-def _score(first: set[str], second: set[str]) -> int:
-    smaller = min(len(first), len(second))
+def _score(a: set[str], b: set[str]) -> int:
+    size = min(len(a), len(b))
     # Round half up, in integers.
-    return 1 + ((18 * len(first & second) + smaller) // (2 * smaller) if smaller else 0)
+    return 1 + ((18 * len(a & b) + size) // (2 * size) if size else 0)
