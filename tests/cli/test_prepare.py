@@ -165,7 +165,7 @@ def test_refuses_places(data_root, tmp_path, refuse):
     assert main(["prepare", *options, "x", "--source", str(data_root), "--workers", "0"]) == 2
 
 
-def test_script_interrupted_and_run_again(data_root, tmp_path):
+def test_interrupted_command_resumes(data_root, tmp_path):
     """Ctrl-C, or a job scheduler's SIGTERM, in the middle; the same command then goes on."""
     for number in range(1500):
         Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / f"{number}.png")
@@ -174,7 +174,7 @@ def test_script_interrupted_and_run_again(data_root, tmp_path):
             target = {"phrase": "bird", "mask": [[0, 0, 3, 0, 3, 3]]}
             lines.write(json.dumps({"image": f"{number}.png", "targets": [target]}) + "\n")
     out = tmp_path / "out"
-    command = [sys.executable, ROOT / "scripts" / "prepare.py", "--dataset", "birds"]
+    command = [sys.executable, "-m", "pixellm_jax", "prepare", "--dataset", "birds"]
     command += ["--format", "jsonl", "--source", tmp_path, "--out", out, "--workers", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

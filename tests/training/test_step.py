@@ -185,7 +185,7 @@ def test_every_parameter_is_trainable_or_frozen():
         make_blueprint(
             small_model(), lora_train(frozen=("vision_encoder", "language_model", "nothing"))
         )
-    with pytest.raises(InputError, match="no projection of a layer; choose from"):
+    with pytest.raises(InputError, match="not a projection of a layer; choose from"):
         wrong = dataclasses.replace(lora_train().lora, projections=("querry",))
         make_blueprint(small_model(), lora_train(lora=wrong))
 
