@@ -27,39 +27,40 @@ from pixellm_jax.benchmark_question import GENERATED, GIVEN, BenchmarkQuestion, 
 from pixellm_jax.errors import InputError
 from pixellm_jax.text.answer import MARKER
 
-FEW = 3
-"""A question of MUSE has "few" targets up to here, and "many" above."""
+MAX_FEW = 3
+"""Maximum number of targets of a question of MUSE in the breakdown "few"; more are "many"."""
 
 GROUP = (6, 5, 4)
-"""Sentences that the "multi" benchmarks ask for at once, in turn."""
+"""Numbers of sentences per question of the "multi" benchmarks, repeated in turn."""
 
 
-class HasImages(Source, Protocol):
-    """A source that knows where its images lie (None: they are drawn)."""
+class ImageSource(Source, Protocol):
+    """A source that knows the paths of its images."""
 
-    def image_path(self, entry: Any) -> Path | None: ...
+    def image_path(self, entry: Any) -> Path | None:
+        """Return the path of the image of an entry; None if the image is generated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """A benchmark. `split`: the one that is meant where none is named.
-
-    group: sentences that are asked for at once. united: every question asks for one region (see
-    `BenchmarkQuestion`). released: the mode in which the released code has numbers; "" if none.
-    words: the answers are words alone, without masks.
-    """
+    """A benchmark: a dataset with the way in which its questions are asked."""
 
     name: str
-    source: HasImages
+    source: ImageSource
     split: str = "val"
+    """Default split."""
     group: tuple[int, ...] | None = None
+    """Number of sentences per question, repeated in turn; None: one sentence each."""
     united: bool = False
+    """Every question asks for one region (see `BenchmarkQuestion`)."""
     released: str = ""
-    words: bool = False
+    """Mode in which the released code reports scores, "" if it has none."""
+    text_only: bool = False
+    """Answers are text without masks."""
 
 
 class GeneratedScene(NamedTuple):
-    """A scene of shapes as an entry."""
+    """Entry of a scene of shapes."""
 
     key: str
     split: str
@@ -68,7 +69,7 @@ class GeneratedScene(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedShapes:
-    """Shapes as a source; `root` is not looked at."""
+    """Source of generated scenes of shapes; `root` is not used."""
 
     dataset: str = "shapes"
     splits: tuple[str, ...] = ("train", "val", "test")
@@ -80,7 +81,7 @@ class GeneratedShapes:
         return Reading(Shapes(split=entry.split)[entry.number])
 
     def image_path(self, entry: GeneratedScene) -> None:
-        """There is no file."""
+        """Return None: there is no file."""
 
 
 BENCHMARKS = {
@@ -98,25 +99,25 @@ BENCHMARKS = {
         Benchmark(name="grefcoco", source=GREFCOCO, united=True),
         Benchmark(name="muse", source=Muse(), released=GENERATED),
         Benchmark(name="shapes", source=GeneratedShapes(), split="test"),
-        Benchmark(name="llava", source=LlavaInstruct(), split="train", words=True),
+        Benchmark(name="llava", source=LlavaInstruct(), split="train", text_only=True),
         Benchmark(name="jsonl", source=Jsonl()),
     )
 }
 
 
 def find_benchmark(name: str, split: str | None = None) -> tuple[Benchmark, str]:
-    """A benchmark and its split, from "name" or "name/split"; `split`: named apart.
+    """Return the benchmark "name" or "name/split", and its split; `split` selects it separately.
 
     Raises:
         InputError: no such benchmark or split, or two different splits are named.
     """
-    short, slash, own = name.partition("/")
+    short, slash, split_in_name = name.partition("/")
     if short not in BENCHMARKS:
         raise InputError(f"no benchmark {short!r}: choose from {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[short]
-    if slash and split not in (None, own):
+    if slash and split not in (None, split_in_name):
         raise InputError(f"--benchmark {name} and --split {split}: name one split")
-    chosen = own if slash else split or benchmark.split
+    chosen = split_in_name if slash else split or benchmark.split
     if chosen not in benchmark.source.splits:
         splits = ", ".join(benchmark.source.splits)
         raise InputError(f"{short} has no split {chosen!r}: choose from {splits}")
@@ -124,7 +125,7 @@ def find_benchmark(name: str, split: str | None = None) -> tuple[Benchmark, str]
 
 
 def list_images(benchmark: Benchmark, root: Path, split: str) -> Sequence[Any]:
-    """The entries of a split, of which `read_questions` makes the questions.
+    """Return the entries of a split, one per image; `read_questions` reads their questions.
 
     Raises:
         InputError: files are missing or damaged as a whole, or the split is empty.
@@ -132,8 +133,8 @@ def list_images(benchmark: Benchmark, root: Path, split: str) -> Sequence[Any]:
     entries = benchmark.source.entries(root, split)
     if not entries:
         others = [s for s in benchmark.source.splits if benchmark.source.entries(root, s)]
-        found = f"there is some in {', '.join(others)}" if others else "nor in any other split"
-        raise InputError(f"{root}: no picture of {benchmark.name} in the split {split!r}; {found}")
+        hint = f"there are some in {', '.join(others)}" if others else "nor in any other split"
+        raise InputError(f"{root}: no image of {benchmark.name} in the split {split!r}; {hint}")
     return entries
 
 
@@ -145,7 +146,7 @@ class Questions(NamedTuple):
 
 
 def read_questions(benchmark: Benchmark, root: Path, split: str, entry: Any) -> Questions:
-    """Everything that is asked about an image.
+    """Read all questions about an image.
 
     Raises:
         DamagedError: the image or its annotations cannot be used.
@@ -154,23 +155,23 @@ def read_questions(benchmark: Benchmark, root: Path, split: str, entry: Any) -> 
     path = benchmark.source.image_path(entry)
     composed = compose_evaluation(example, group_text=MARKER, group=benchmark.group)
     key = example.key if example.key.startswith(f"{split}/") else f"{split}/{example.key}"
-    picture = "" if path is None else path.relative_to(root).as_posix()
+    relative_path = "" if path is None else path.relative_to(root).as_posix()
     groups = _groups(benchmark, example, composed)
     questions = list[BenchmarkQuestion]()
-    for own, one in zip(groups, _single(example, composed), strict=True):
+    for question_groups, turn in zip(groups, _split_turns(example, composed), strict=True):
         questions.append(
             BenchmarkQuestion(
                 id=f"{benchmark.name}/{key}/{len(questions)}",
-                picture=picture,
+                picture=relative_path,
                 image=example.image,
                 hw=example.hw,
-                messages=one.messages,
-                given=one.given,
-                expected=one.expected,
-                truth=tuple(_known(example.masks[m], example.void) for m in one.masks),
+                messages=turn.messages,
+                given=turn.given,
+                expected=turn.expected,
+                truth=tuple(_remove_void(example.masks[m], example.void) for m in turn.masks),
                 void=example.void,
-                groups=own,
-                descriptions=one.phrases,
+                groups=question_groups,
+                descriptions=turn.phrases,
                 united=benchmark.united,
             )
         )
@@ -189,8 +190,8 @@ def question_reader(benchmark: Benchmark, root: Path, split: str) -> Callable[[A
     return read
 
 
-class _One(NamedTuple):
-    """A single question: `messages` ends with it."""
+class _QuestionTurn(NamedTuple):
+    """One question of a conversation; `messages` ends with it."""
 
     messages: tuple[str, ...]
     given: str
@@ -199,9 +200,9 @@ class _One(NamedTuple):
     phrases: tuple[str, ...]
 
 
-def _single(example: Example, composed: Sequence[Composed]) -> list[_One]:
-    """Each turn of each conversation is a question, with the turns before it as they should be."""
-    found = list[_One]()
+def _split_turns(example: Example, composed: Sequence[Composed]) -> list[_QuestionTurn]:
+    """Return every turn of every conversation, with the true answers of the turns before it."""
+    turns = list[_QuestionTurn]()
     for number, conversation in enumerate(composed):
         first = 0
         answers = conversation.messages[1::2]
@@ -212,22 +213,23 @@ def _single(example: Example, composed: Sequence[Composed]) -> list[_One]:
             first += count
             given = expected = answer
             if example.kind == "muse":
-                own = example.conversations[number][turn].answer or ""
-                expected = own.replace(SEG, MARKER)
+                true_answer = example.conversations[number][turn].answer or ""
+                expected = true_answer.replace(SEG, MARKER)
                 given = f"{enumerate_words([MARKER] * count)}." if count else ""
-            words = phrases if example.kind not in ("short", "long") else ()
-            found.append(_One(conversation.messages[: 2 * turn + 1], given, expected, masks, words))
-    return found
+            messages = conversation.messages[: 2 * turn + 1]
+            names = phrases if example.kind not in ("short", "long") else ()
+            turns.append(_QuestionTurn(messages, given, expected, masks, names))
+    return turns
 
 
 def _groups(
     benchmark: Benchmark, example: Example, composed: Sequence[Composed]
 ) -> list[tuple[str, ...]]:
-    """Names of the breakdowns that each question belongs to."""
+    """Return the names of the breakdowns to which each question belongs."""
     counts = [len(c.masks) for c in composed]
     match benchmark.name:
         case "muse":
-            return [(("none", "few", "many")[(n > 0) + (n > FEW)],) for n in counts]
+            return [(("none", "few", "many")[(n > 0) + (n > MAX_FEW)],) for n in counts]
         case "reasonseg":
             return [(example.kind,) for _ in counts]
         case "grefcoco":
@@ -242,8 +244,8 @@ def _groups(
     return list(itertools.chain.from_iterable([()] * (len(c.messages) // 2) for c in composed))
 
 
-def _known(mask: Rle, void: Rle | None) -> Rle:
-    """The mask without void pixels."""
+def _remove_void(mask: Rle, void: Rle | None) -> Rle:
+    """Return the mask without void pixels."""
     if void is None:
         return mask
     inside, unknown = decode_many([mask, void])

@@ -1,4 +1,4 @@
-"""Conversations and masks of one image -> arrays of fixed shape; several of them -> a batch."""
+"""Collation: conversations and masks of an image -> one packed row; packed rows -> a batch."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from pixellm_jax.text.vocabulary import Vocabulary
 
 
 class Sample(NamedTuple):
-    """A row of a batch (every array without its batch axis), and what became of its example.
-
-    dropped: conversations over budget. damaged: why the example has no conversation at all.
-    key: "dataset/split/key" of the example.
-    """
+    """Packed row of one example."""
 
     row: Batch
+    """A batch whose arrays have no batch axis."""
     dropped: int
+    """Number of conversations over budget."""
     key: str
+    """Key "dataset/split/key" of the example."""
     damaged: str | None = None
+    """Reason why a damaged example has an empty row."""
 
 
-class Loaded(NamedTuple):
-    """A batch, the keys of its examples, and what was left out of it.
-
-    dropped: number of conversations over budget. damaged: key -> reason of rows without any.
-    """
+class LoadedBatch(NamedTuple):
+    """A batch, the keys of its examples, and what was left out of it."""
 
     batch: Batch
     keys: tuple[str, ...]
+    """Key "dataset/split/key" of each row."""
     dropped: int
+    """Number of conversations over budget."""
     damaged: dict[str, str]
+    """Key and reason of each damaged example, whose row is empty."""
 
 
 def make_sample(
@@ -54,33 +54,35 @@ def make_sample(
     data: DataConfig,
     model: ModelConfig,
 ) -> Sample:
-    """One row: the image on the canvas, its conversations packed, the masks of what was kept.
+    """Return the row of an example: image on the canvas, packed conversations, their masks.
 
-    Without a conversation the row is all padding, and supervises nothing.
+    Without conversations the row is all padding and has no loss.
 
     Raises:
-        DamagedError: the ids of a conversation hold another number of targets than it has masks.
+        DamagedError: the ids of a conversation have another number of codebook groups than it has
+            masks.
         InputError: the image cannot be read.
-        ValueError: the prefix alone is longer than the budget.
+        ValueError: the prefix alone exceeds the budget of positions.
     """
     canvas = model.vision.canvas
-    stored = read_image(Image.open(io.BytesIO(example.image)), upright=False)
-    image, hw = fit(stored, canvas)
+    mask_side = data.masks or canvas
+    pixels = read_image(Image.open(io.BytesIO(example.image)), upright=False)
+    image, hw = fit(pixels, canvas)
     template = TEMPLATES[model.template]
     encoded = [encode_conversation(vocabulary, template, c.messages, images=1) for c in composed]
     for conversation, c in zip(encoded, composed, strict=True):
         if len(conversation.codebook) != len(c.masks):
             raise DamagedError(f"{len(conversation.codebook)} targets in the ids of {c.messages!r}")
     packed = _pack(encoded, vocabulary, data, model)
-    wanted = [mask for number in packed.kept for mask in composed[number].masks]
-    masks = np.full((data.targets, *2 * (data.masks or canvas,)), VOID, np.uint8)
-    if wanted:
-        unique = sorted(set(wanted))
-        full = decode_many([example.masks[mask] for mask in unique])
+    indices = [mask for number in packed.kept for mask in composed[number].masks]
+    masks = np.full((data.targets, mask_side, mask_side), VOID, np.uint8)
+    if indices:
+        unique = sorted(set(indices))
+        full = decode_many([example.masks[index] for index in unique])
         if example.void is not None:
             full[:, decode_many([example.void])[0] > 0] = VOID
-        small = mask_to_canvas(full, canvas, data.masks or canvas)
-        masks[: len(wanted)] = small[[unique.index(mask) for mask in wanted]]
+        resized = mask_to_canvas(full, canvas, mask_side)
+        masks[: len(indices)] = resized[[unique.index(index) for index in indices]]
     row = make_row(packed, image=image, image_hw=hw, masks=masks)
     return Sample(row, packed.dropped, f"{example.dataset}/{example.split}/{example.key}")
 
@@ -108,9 +110,9 @@ def _pack(
     )
 
 
-def collate(samples: Sequence[Sample]) -> Loaded:
-    """Stacks rows to a batch."""
-    return Loaded(
+def collate(samples: Sequence[Sample]) -> LoadedBatch:
+    """Stack rows into a batch."""
+    return LoadedBatch(
         stack_rows([sample.row for sample in samples]),
         keys=tuple(s.key for s in samples),
         dropped=sum(s.dropped for s in samples),

@@ -10,13 +10,15 @@ from pixellm_jax.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyConfig:
-    """Datasets that share a weight; inside, each is as likely as the others, whatever its size.
+    """A group of datasets that share a weight of the mixture.
 
-    `datasets`: "dataset/split", as `pixellm prepare` stores them.
+    Each dataset of a family is sampled equally often, whatever its size.
     """
 
     weight: float
+    """Relative frequency of the family in the mixture, above 0."""
     datasets: tuple[str, ...]
+    """Names "dataset/split", as stored by `pixellm prepare`."""
 
 
 PAPER_MIXTURE = (
@@ -36,31 +38,36 @@ PAPER_MIXTURE = (
     FamilyConfig(weight=2.0, datasets=("llava_instruct/train",)),
     FamilyConfig(weight=4.0, datasets=("muse/train",)),
 )
-"""The mixture of the paper (docs/reference_notes.md 2.1): 2 : 9 : 2 : 4."""
+"""Mixture of the paper (docs/reference_notes.md 2.1): 2 : 9 : 2 : 4."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """A stream of batches.
+    """Mixture, budgets and workers of a stream of batches.
 
-    `batch`: images per step, over all hosts. `length`, `targets`: budgets per image, in positions
-    and masks; conversations that do not fit are left out whole, and counted. `masks`: side of the
-    target masks in pixels; 0 is the canvas. At a half or a quarter of it targets are sampled half a
-    pixel off (`mask_to_canvas`), at a third or all of it they are not. `workers`: processes that
-    prepare samples (0: threads). `compose`: how conversations are drawn from an example.
+    A conversation that exceeds a budget of its image is dropped whole, and counted.
 
     Raises:
-        InputError: a budget or weight that makes no sense.
+        InputError: a budget, size or weight is out of range.
     """
 
     families: tuple[FamilyConfig, ...] = PAPER_MIXTURE
+    """Weighted families of datasets."""
     batch: int = 16
+    """Images per step, over all hosts."""
     length: int = 1024
+    """Budget of positions per image."""
     targets: int = 32
+    """Budget of targets (masks) per image."""
     masks: int = 0
+    """Side of the target masks in pixels; 0 is the canvas. At 1/2 or 1/4 of the canvas, targets are
+    sampled half a pixel off (`mask_to_canvas`); at 1/3 of it or all of it they are not."""
     seed: int = 0
+    """Seed of the order of examples and of the sampling of conversations."""
     workers: int = 0
+    """Processes that prepare samples; 0 uses threads of this process."""
     compose: ComposeSettings = field(default_factory=ComposeSettings)
+    """Sampling of conversations from an example."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "length", "targets"):

@@ -1,4 +1,4 @@
-"""The errors of reading a dataset: one example is damaged, or nothing of a split is there."""
+"""Errors of reading a dataset: one example is damaged, or the files of a split are missing."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from pixellm_jax.errors import InputError
 
 
 class DamagedError(Exception):
-    """One example is damaged: skip it, count it and list it with its reason.
+    """One example is damaged: the caller skips it, counts it and lists it with the reason.
 
-    The message is the reason: one line that names what was found and what was expected. A file that
-    whole datasets depend on (an index, a list of classes) raises `InputError` instead.
+    The message is the reason: one line that says what was found and what was expected. Damage to a
+    file that a whole dataset depends on (an index, a list of classes) raises `InputError` instead.
     """
 
 
 class AbsentError(InputError):
-    """The files of a dataset or split are not there (or hold none of its entries).
+    """The files of a dataset or split are missing, or contain no entry of the split.
 
-    When everything in a folder is prepared, this is no fault: it is named and passed over. A file
-    that is there and damaged raises plain `InputError`.
+    This is not a failure when all datasets of a folder are prepared: the split is reported and
+    skipped. A file that exists but is damaged raises plain `InputError`.
     """

@@ -1,9 +1,9 @@
-"""The stream of batches: mixed, drawn, packed and shared out, each a pure function of its step.
+"""Deterministic data loader: the batch of a step is a pure function of the config and the step.
 
-Nothing has a state but the number of the next step. The item at place i of the stream depends on
-the config and on i alone: the mixture is an interleaving by weights, each dataset runs through its
-epochs in an order fixed by the seed, and what is drawn from an example is keyed by (seed, i). So a
-batch is the same on any number of hosts (each takes its slice of every batch), with any number of
+The only state is the number of the next step. Item i of the stream depends on the config and on i
+alone: the mixture interleaves the datasets by weight, each dataset is shuffled once per epoch with
+the seed, and the conversations of an example are sampled with the key (seed, i). Batches are
+therefore the same with any number of hosts (each host takes its slice of every batch) and of
 workers, and after a resume.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import grain
 from absl import flags
 
-from data_pipeline.collate import Loaded, Sample, collate, make_sample
+from data_pipeline.collate import LoadedBatch, Sample, collate, make_sample
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DamagedError
 from data_pipeline.example import Example
@@ -33,28 +33,31 @@ from pixellm_jax.config import ModelConfig
 from pixellm_jax.errors import InputError
 from pixellm_jax.text.vocabulary import Vocabulary
 
-EPOCHS = 1 << 20
+NUM_EPOCHS = 1 << 20
 """Number of epochs after which the stream of a dataset ends (Grain cannot slice endless ones)."""
 
-THREADS = 4
+NUM_THREADS = 4
 """Threads that prepare samples in this process when there are no workers."""
 
 
-def draw(example: Example, index: int, data: DataConfig, group_text: str) -> tuple[Composed, ...]:
-    """The conversations of an example at a place of the stream, keyed by (seed, place).
+def sample_conversations(
+    example: Example, index: int, data: DataConfig, group_text: str
+) -> tuple[Composed, ...]:
+    """Sample the conversations of an example at position `index` of the stream.
 
-    They come in random order, so that those that do not fit a budget are not always the last.
+    The key of the sampler is (seed, index). The order of the conversations is random, so that a
+    budget does not always drop the last ones.
 
     Raises:
-        DamagedError: nothing can be asked about it as it is.
+        DamagedError: no conversation can be composed from the example.
     """
     sampler = PhiloxSampler(seed=data.seed, epoch=0, index=index)
     composed = compose(example, sampler, data.compose, group_text=group_text)
     return tuple(composed[i] for i in sampler.permutation(len(composed)))
 
 
-class Draw(grain.transforms.MapWithIndex):
-    """Example -> sample: conversations drawn with the key (seed, place in the stream)."""
+class ToSample(grain.transforms.MapWithIndex):
+    """Grain transform from an example to a sample: conversations, token ids, one packed row."""
 
     def __init__(self, vocabulary: Vocabulary, data: DataConfig, model: ModelConfig) -> None:
         self.vocabulary = vocabulary
@@ -62,13 +65,10 @@ class Draw(grain.transforms.MapWithIndex):
         self.model = model
 
     def map_with_index(self, index: int, element: Example) -> Sample:
-        """Sample, encode, pack and fit one example.
-
-        A damaged example gives an empty row, which is reported.
-        """
+        """Return the sample of an example; a damaged example gives an empty row with a reason."""
         shared = (self.vocabulary, self.data, self.model)
         try:
-            composed = draw(element, index, self.data, self.vocabulary.group_text)
+            composed = sample_conversations(element, index, self.data, self.vocabulary.group_text)
             return make_sample(element, composed, *shared)
         except DamagedError as error:
             return make_sample(element, (), *shared)._replace(damaged=str(error))
@@ -101,14 +101,14 @@ def open_datasets(data: DataConfig, folder: Path | None) -> dict[str, Sequence[E
 def stream(
     data: DataConfig, datasets: Mapping[str, Sequence[Example]]
 ) -> grain.MapDataset[Example]:
-    """The mixture of examples, with random access and practically without an end.
+    """Return the mixture of examples: random access, and practically endless.
 
     Raises:
         InputError: a dataset of the config is not among `datasets`, or is empty.
     """
     families = []
     for family in data.families:
-        chains = []
+        members = []
         for name in family.datasets:
             if name not in datasets or not len(datasets[name]):
                 state = "empty" if name in datasets else "not there"
@@ -118,19 +118,37 @@ def stream(
                 )
             source = grain.MapDataset.source(datasets[name])
             key = zlib.crc32(name.encode())
-            chains.append(source.shuffle(seed=(data.seed + key) % (1 << 32)).repeat(EPOCHS))
-        families.append(grain.MapDataset.mix(chains))
+            members.append(source.shuffle(seed=(data.seed + key) % (1 << 32)).repeat(NUM_EPOCHS))
+        families.append(grain.MapDataset.mix(members))
     return grain.MapDataset.mix(families, [family.weight for family in data.families])
 
 
 class Loader(Iterator[Batch]):
-    """Batches of this host, from step `start` on.
+    """Checkpointable iterator over the batches of this host.
 
-    `host`, `hosts`: this host takes the slice [host * b, (host + 1) * b) of every step's batch,
-    b = batch / hosts. What was left out is counted in `counts`, and damaged examples are logged.
+    Example:
+        >>> loader = Loader(data, model, vocabulary, open_datasets(data, folder))
+        >>> batch = next(loader)
+        >>> state = loader.get_state()
+
+    Args:
+        data: mixture, budgets and workers.
+        model: model that the batches are for.
+        vocabulary: vocabulary of the model.
+        datasets: examples by "dataset/split"; must contain every dataset of the mixture.
+        host: index of this host, which takes rows [host b, (host + 1) b) of every batch, where
+            b = data.batch / hosts.
+        hosts: number of hosts.
+        start: first step.
+
+    Attributes:
+        step: number of the next step.
+        counts: examples, conversations over budget and damaged examples so far; every damaged
+            example is logged with its reason.
+        keys: "dataset/split/key" of the examples of the last batch.
 
     Raises:
-        InputError: a dataset is missing, or the hosts do not divide the batch.
+        InputError: a dataset is missing, or `hosts` does not divide the batch.
     """
 
     def __init__(
@@ -146,18 +164,18 @@ class Loader(Iterator[Batch]):
     ) -> None:
         if data.batch % hosts:
             raise InputError(f"data.batch={data.batch} cannot be shared by {hosts} hosts")
-        samples = stream(data, datasets).map_with_index(Draw(vocabulary, data, model))
+        samples = stream(data, datasets).map_with_index(ToSample(vocabulary, data, model))
         self._batches = samples.batch(data.batch // hosts, batch_fn=collate)[host::hosts]
         self._workers = data.workers
-        self._running: grain.DatasetIterator[Loaded] | None = None
+        self._iterator: grain.DatasetIterator[LoadedBatch] | None = None
         self.counts: Counter[str] = Counter()
         self.step = start
         self.keys: tuple[str, ...] = ()
 
     def __next__(self) -> Batch:
-        if self._running is None:
-            self._running = self._open()
-        loaded = next(self._running)
+        if self._iterator is None:
+            self._iterator = self._open()
+        loaded = next(self._iterator)
         self.step += 1
         self.keys = loaded.keys
         self.counts["examples"] += len(loaded.keys)
@@ -168,37 +186,37 @@ class Loader(Iterator[Batch]):
         return loaded.batch
 
     def get_state(self) -> dict[str, Any]:
-        """All there is to save: a small JSON value (Orbax `JsonSave`)."""
+        """Return the complete state of the loader: a small JSON value (Orbax `JsonSave`)."""
         return {"step": self.step, "counts": dict(self.counts)}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to the step of `get_state`, whatever number of hosts or workers it came from."""
+        """Restore the state from `get_state`, saved with any number of hosts and workers."""
         self.close()
         self.step = int(state["step"])
         self.counts = Counter(state["counts"])
 
     def close(self) -> None:
-        """Ends the workers."""
-        if self._running is not None:
-            self._running.close()
-            self._running = None
+        """Stop the workers."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
 
-    def _open(self) -> grain.DatasetIterator[Loaded]:
-        rest = self._batches[self.step :]
+    def _open(self) -> grain.DatasetIterator[LoadedBatch]:
+        remaining = self._batches[self.step :]
         if not self._workers:
-            return iter(
-                rest.to_iter_dataset(
-                    grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=2 * THREADS)
-                )
+            threads = grain.ReadOptions(
+                num_threads=NUM_THREADS, prefetch_buffer_size=2 * NUM_THREADS
             )
+            return iter(remaining.to_iter_dataset(threads))
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads its flags in the workers
-        one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         processes = grain.MultiprocessingOptions(num_workers=self._workers)
-        return iter(rest.to_iter_dataset(one).mp_prefetch(processes, worker_init_fn=_stay))
+        batches = remaining.to_iter_dataset(one_thread)
+        return iter(batches.mp_prefetch(processes, worker_init_fn=_ignore_signals))
 
 
-def _stay(*_: int) -> None:
-    """A worker ends with its loader, not by a signal that is meant for the training."""
+def _ignore_signals(*_: int) -> None:
+    """Ignore SIGINT and SIGTERM in a worker: the training process handles them, then stops it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -1,17 +1,17 @@
 """Interface of the readers of published files, and the image files that they share.
 
 A reader is a `Source`: it lists the entries of a split from the index files alone, and reads one
-entry at a time. Entries are small and can be pickled, so that any worker process can read any of
-them in any order. What is wrong with one entry is raised or reported by `read`, never by `entries`:
-every entry of the published files is accounted for.
+entry at a time. Entries are small and picklable, so any worker process can read any entry in any
+order. Damage to one entry is raised or reported by `read`, never by `entries`, so that every entry
+of the published files is accounted for.
 
     for entry in source.entries(root, "train"):
         try:
             example, problems = source.read(entry)
         except DamagedError as reason:
-            ...  # the whole entry is skipped: list entry.key and the reason
+            ...  # the entry is skipped: list entry.key and the reason
         for problem in problems:
-            ...  # the example stays, a part of it was left out: list example.key and the problem
+            ...  # the example is kept without one of its parts: list example.key and the problem
 """
 
 from __future__ import annotations
@@ -31,13 +31,11 @@ from pixellm_jax.errors import InputError
 
 @runtime_checkable
 class Entry(Protocol):
-    """One line of an index: enough to read one example. Small and picklable.
-
-    key: becomes `Example.key`; unique in the dataset, all splits together.
-    """
+    """Record of an index from which one example can be read. Small and picklable."""
 
     @property
-    def key(self) -> str: ...
+    def key(self) -> str:
+        """`Example.key`: unique in the dataset, over all splits."""
 
 
 class Reading(NamedTuple):
@@ -49,37 +47,35 @@ class Reading(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """A reader of one dataset. Frozen and picklable.
-
-    dataset: its published name, as in `Example.dataset`.
-    splits: the published splits, in their usual order.
-    """
+    """Reader of one dataset. Frozen and picklable."""
 
     @property
-    def dataset(self) -> str: ...
+    def dataset(self) -> str:
+        """Published name, as in `Example.dataset`."""
 
     @property
-    def splits(self) -> tuple[str, ...]: ...
+    def splits(self) -> tuple[str, ...]:
+        """Published splits, in their usual order."""
 
     def entries(self, root: Path, split: str) -> Sequence[Any]:
-        """The index of a split, each an `Entry`, in an order that depends on the files alone.
+        """Return the entries (`Entry`) of a split, in an order that depends on the files alone.
 
-        Reads the index files below `root` (the folder of all datasets), no image and no mask.
+        Reads index files below `root` (the folder of all datasets), but no image and no mask.
 
         Raises:
             InputError: an index file is missing or damaged as a whole, or there is no such split.
         """
 
     def read(self, entry: Any) -> Reading:
-        """The example of an entry, with its image and masks.
+        """Return the example of an entry, with its image and masks.
 
         Raises:
-            DamagedError: it cannot be used; the message says why.
+            DamagedError: the entry cannot be used; the message says why.
         """
 
 
 class StoredImage(NamedTuple):
-    """An encoded image file and the height and width of its stored pixels."""
+    """Encoded image file, and the height and width of its pixels as stored (without EXIF)."""
 
     image: bytes
     hw: tuple[int, int]
@@ -100,16 +96,17 @@ def read_image_file(candidates: Iterable[Path], hw: tuple[int, int] | None = Non
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError) as error:
-            raise DamagedError(f"picture {path.name!r} cannot be read ({_line(error)})") from None
-        return _checked(StoredImage(data, _stored_size(data, path.name)), path.name, hw)
+            reason = _one_line(error)
+            raise DamagedError(f"picture {path.name!r} cannot be read ({reason})") from None
+        return _check_hw(StoredImage(data, _stored_size(data, path.name)), path.name, hw)
     raise DamagedError(f"no picture {' or '.join(map(str, paths))}")
 
 
 def find_image_file(candidates: Iterable[Path]) -> Path:
-    """The file that `read_image_file` takes.
+    """Return the candidate that `read_image_file` would read.
 
     Raises:
-        DamagedError: none of them is there.
+        DamagedError: no candidate exists.
     """
     paths = list(candidates)
     for path in paths:
@@ -118,10 +115,10 @@ def find_image_file(candidates: Iterable[Path]) -> Path:
     raise DamagedError(f"no picture {' or '.join(map(str, paths))}")
 
 
-def _checked(stored: StoredImage, name: str, hw: tuple[int, int] | None) -> StoredImage:
+def _check_hw(stored: StoredImage, name: str, hw: tuple[int, int] | None) -> StoredImage:
     if hw is not None and stored.hw != tuple(hw):
-        found = " x ".join(map(str, stored.hw))
-        raise DamagedError(f"picture {name!r} is {found}, annotated as {hw[0]} x {hw[1]}")
+        actual = " x ".join(map(str, stored.hw))
+        raise DamagedError(f"picture {name!r} is {actual}, annotated as {hw[0]} x {hw[1]}")
     return stored
 
 
@@ -129,16 +126,17 @@ def _stored_size(data: bytes, name: str) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
-    except Exception as error:  # decoders leak errors of every type; here all mean the same
-        raise DamagedError(f"picture {name!r} has no readable header ({_line(error)})") from None
+    except Exception as error:  # Pillow's decoders raise exceptions of any type
+        reason = _one_line(error)
+        raise DamagedError(f"picture {name!r} has no readable header ({reason})") from None
     return check_size(height, width)
 
 
-def below(folder: Path, name: object) -> Path:
-    """A file in `folder` (or a folder of it) that the annotations name.
+def path_inside(folder: Path, name: object) -> Path:
+    """Return the path of a file that the annotations name, relative to `folder`.
 
     Raises:
-        DamagedError: not a name, or one that leads out of the folder.
+        DamagedError: `name` is not a file name, or leads out of the folder.
     """
     if not isinstance(name, str) or not name.isprintable() or not name or "\\" in name:
         raise DamagedError(f"file name {ascii(name)[:60]}: expected the name of a picture")
@@ -155,18 +153,19 @@ def coco_candidates(root: Path, folder: str, name: object) -> list[Path]:
                                 coco/train2014/1.jpg
 
     Raises:
-        DamagedError: as `below`.
+        DamagedError: as `path_inside`.
     """
     return [
-        below(root / images / folder, name) for images in ("refer_seg/images/mscoco/images", "coco")
+        path_inside(root / images / folder, name)
+        for images in ("refer_seg/images/mscoco/images", "coco")
     ]
 
 
 def check_text(value: object, what: str) -> str:
-    """A text of the annotations, as it is.
+    """Return a text of the annotations unchanged; `what` describes it in the error message.
 
     Raises:
-        DamagedError: not text, blank, or not Unicode (JSON can hold halves of characters).
+        DamagedError: not text, blank, or not Unicode (JSON strings can contain lone surrogates).
     """
     if not isinstance(value, str) or not value.strip():
         raise DamagedError(f"{what} is {repr(value)[:60]}, expected text")
@@ -178,10 +177,10 @@ def check_text(value: object, what: str) -> str:
 
 
 def find_index(candidates: Sequence[Path]) -> Path:
-    """The first of the index files that exists.
+    """Return the first candidate that exists.
 
     Raises:
-        AbsentError: none does.
+        AbsentError: none of the files exists.
     """
     for path in candidates:
         if path.is_file():
@@ -191,12 +190,12 @@ def find_index(candidates: Sequence[Path]) -> Path:
 
 
 def check_split(source: Source, split: str) -> None:
-    """Raises InputError if the source has no such split."""
+    """Raise InputError if the source has no such split."""
     if split not in source.splits:
         raise InputError(
             f"{source.dataset} has no split {split!r}: use one of {', '.join(source.splits)}"
         )
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())

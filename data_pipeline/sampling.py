@@ -1,7 +1,7 @@
-"""The random decisions of one example: a pure function of (seed, epoch, index).
+"""Counter-based random sampler of one example: a pure function of (seed, epoch, index).
 
-Nothing is shared and nothing is carried on, so the same example of the same epoch gets the same
-questions on any host, in any worker process and after any resume, on every platform.
+There is no global and no running state, so an example of an epoch gets the same questions on any
+host, in any worker process, after any resume and on every platform.
 """
 
 from __future__ import annotations
@@ -18,41 +18,52 @@ class Sampler(Protocol):
     """Source of the random decisions of a transform; `PhiloxSampler` implements it."""
 
     def index(self, n: int) -> int:
-        """One of 0, ..., n - 1."""
+        """Sample an integer from 0, ..., n - 1."""
         ...
 
     def coin(self) -> bool:
-        """Heads or tails."""
+        """Sample a boolean, True with probability 1/2."""
         ...
 
     def uniform(self) -> float:
-        """A number in [0, 1)."""
+        """Sample a number in [0, 1)."""
         ...
 
     def subset(self, n: int, size: int) -> list[int]:
-        """`size` different numbers out of 0, ..., n - 1, in the order in which they were drawn."""
+        """Sample `size` integers from 0, ..., n - 1 without replacement, in sampling order."""
         ...
 
     def permutation(self, n: int) -> list[int]:
-        """All of 0, ..., n - 1; entry i is the number of the thing that comes to place i."""
+        """Sample a permutation of 0, ..., n - 1: entry i is the item that moves to position i."""
         ...
 
 
 class PhiloxSampler:
-    """Sampler by a counter-based generator, each uniform over what is possible.
+    """Sampler that uses a counter-based generator; every method samples uniformly.
 
     The generator is Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-    2011). Key words (seed, epoch), counter words (i, 0, 0, index) for i = 1, 2, ...: blocks of four
-    64-bit words r, in streams that never meet. Sampler are made of them here:
+    2011). Key words (seed, epoch) and counter words (i, 0, 0, index) for i = 1, 2, ... give blocks
+    of four 64-bit words r; streams of different keys or indices never overlap. The methods compute
 
-        index(n)   floor(r n / 2^64)
-        coin       index(2) == 1
-        uniform    floor(r / 2^11) / 2^53
-        subset     the first `size` steps of a Fisher-Yates shuffle of 0, ..., n - 1: step i swaps
-                   place i with place i + index(n - i); permutation: all n steps
+        index(n)     floor(r n / 2^64)
+        coin         index(2) == 1
+        uniform      floor(r / 2^11) / 2^53
+        subset       the first `size` steps of a Fisher-Yates shuffle of 0, ..., n - 1: step i swaps
+                     positions i and i + index(n - i)
+        permutation  all n steps of that shuffle
 
-    numpy keeps the words of a bit generator for ever, but not what its `Generator` makes of them.
-    `index` prefers some numbers to others by less than n / 2^64.
+    NumPy guarantees the words of a bit generator across versions, but not the numbers that its
+    `Generator` computes from them. The bias of `index` is below n / 2^64.
+
+    Example:
+        >>> sampler = PhiloxSampler(seed=1, epoch=2, index=3)
+        >>> sampler.permutation(7)
+        [0, 5, 3, 1, 6, 4, 2]
+
+    Args:
+        seed: seed of the run.
+        epoch: pass over the dataset.
+        index: position of the example.
 
     Raises:
         ValueError: seed, epoch or index is negative or needs more than 64 bits.
@@ -62,14 +73,15 @@ class PhiloxSampler:
         for name, value in (("seed", seed), ("epoch", epoch), ("index", index)):
             if not 0 <= value < _WORD:
                 raise ValueError(f"{name} is {value}, expected 0 <= {name} < 2^64")
-        key, counter = np.array([seed, epoch], np.uint64), np.array([0, 0, 0, index], np.uint64)
+        key = np.array([seed, epoch], np.uint64)
+        counter = np.array([0, 0, 0, index], np.uint64)
         self._words = np.random.Philox(key=key, counter=counter)
 
     def index(self, n: int) -> int:
-        """One of 0, ..., n - 1.
+        """Sample an integer from 0, ..., n - 1.
 
         Raises:
-            ValueError: there is nothing to choose from.
+            ValueError: n is below 1.
         """
         if n < 1:
             raise ValueError(f"cannot choose one of {n}")
@@ -82,10 +94,10 @@ class PhiloxSampler:
         return (self._word() >> 11) / (1 << 53)
 
     def subset(self, n: int, size: int) -> list[int]:
-        """`size` different numbers out of 0, ..., n - 1, in the order in which they were drawn.
+        """Sample `size` integers from 0, ..., n - 1 without replacement, in sampling order.
 
         Raises:
-            ValueError: there are fewer than `size`.
+            ValueError: `size` is negative or above n.
         """
         if not 0 <= size <= n:
             raise ValueError(f"cannot choose {size} of {n}")

@@ -1,11 +1,12 @@
 """Templates of questions and answers, from the released training code.
 
-They are part of the model: released checkpoints were trained on exactly these words, slips
-("asegment") included. `{name}` is what is asked for as a noun phrase, `{text}` a question of the
-dataset, `{seg}` the codebook tokens of the targets. `<image>` is not part of a template.
+The wording is part of the model: released checkpoints were trained on exactly these templates,
+typos ("asegment") included. `{name}` stands for the target as a noun phrase, `{text}` for a
+question of the dataset, `{seg}` for the codebook tokens of the targets. `<image>` is not part of a
+template.
 
-Everything here is immutable. What a kind of example may draw from, and what more questions the
-option `expanded` allows, is one look-up (`choices`), so no dataset can change another's list.
+Everything is immutable. `choices` returns the templates of a kind of example, with or without the
+further questions of the option `expanded`, so no dataset can change the templates of another.
 """
 
 from __future__ import annotations
@@ -89,28 +90,29 @@ LONG_EVALUATION = "{text} Please output segmentation mask."
 
 
 class Choices(NamedTuple):
-    """Templates to sample from for one kind of example; empty where the kind needs none.
-
-    answers: about one target; separate: one per target, joined; joint: about all targets at once;
-    explanatory: questions that ask for the mask and an explanation.
-    """
+    """Templates to sample from for one kind of example; empty where the kind needs none."""
 
     questions: tuple[str, ...]
+    """Questions that ask for masks."""
     answers: tuple[str, ...] = ()
+    """Answers about a single target."""
     separate: tuple[str, ...] = ()
+    """Clauses about one of several targets; the answer enumerates them."""
     joint: tuple[str, ...] = ()
+    """Answers about all targets at once."""
     explanatory: tuple[str, ...] = ()
+    """Questions that ask for the mask and an explanation."""
 
 
 def choices(kind: str, *, expanded: bool) -> Choices:
-    """The templates of a kind of example (`data_pipeline.example.KINDS`).
+    """Return the templates of a kind of example (`data_pipeline.example.KINDS`).
 
-    `expanded` appends the further questions once, to 18 short and 7 long ones. (The released code
-    extends one list per dataset object in a list shared by all: with its published mixture the
-    further short questions stand twice in it, and reach the validation prompts.)
+    `expanded` appends the further questions once, which gives 18 short and 7 long questions. (Every
+    dataset object of the released code extends one shared list. With its published mixture the list
+    contains the further short questions twice, and they also reach the validation prompts.)
 
     Raises:
-        ValueError: nothing is drawn for this kind.
+        ValueError: an unknown kind, or one that needs no templates.
     """
     short = SHORT_QUESTIONS + MORE_SHORT_QUESTIONS * expanded
     long = LONG_QUESTIONS + MORE_LONG_QUESTIONS * expanded
@@ -127,7 +129,7 @@ def choices(kind: str, *, expanded: bool) -> Choices:
 
 
 def fill(template: str, **values: str) -> str:
-    """Puts values into a template in one pass: braces inside a value stay what they are.
+    """Fill a template in one pass, so that braces inside a value stay unchanged.
 
     fill("{name} is {seg}.", name="a {seg} of {", seg="[SEG]")  ->  "a {seg} of { is [SEG]."
     """
@@ -135,20 +137,20 @@ def fill(template: str, **values: str) -> str:
 
 
 def fill_each(template: str, names: Sequence[str], *, seg: str) -> str:
-    """Fills an answer once for each name and makes one sentence of it.
+    """Fill an answer template once per name and enumerate the clauses in one sentence.
 
     fill_each("{name} is {seg}.", ["cat", "dog"], seg="[SEG]")  ->  "cat is [SEG] and dog is [SEG]."
     """
-    pieces = [fill(template.removesuffix("."), name=name, seg=seg) for name in names]
-    return f"{enumerate_words(pieces)}."
+    clauses = [fill(template.removesuffix("."), name=name, seg=seg) for name in names]
+    return f"{enumerate_words(clauses)}."
 
 
-def ask(template: str, text: str) -> str:
-    """A question about a text: a noun phrase (`{name}`) in lower case, a sentence as it is."""
+def fill_question(template: str, text: str) -> str:
+    """Fill a question template: noun phrases (`{name}`) in lower case, sentences unchanged."""
     return fill(template, name=text.lower(), text=text)
 
 
 def enumerate_words(words: Sequence[str]) -> str:
-    """["a"] -> "a", ["a", "b"] -> "a and b", ["a", "b", "c"] -> "a, b and c"."""
+    """Join words: ["a"] -> "a", ["a", "b"] -> "a and b", ["a", "b", "c"] -> "a, b and c"."""
     *first, last = words
     return f"{', '.join(first)} and {last}" if first else last

@@ -1,7 +1,8 @@
-"""Example -> conversations: what is asked about an image, what is answered, and which masks.
+"""Transforms from an example to conversations: questions, answers and masks.
 
-Pure functions. Every choice comes from `Sampler`, in the order in which the released training
-code makes it, so that its recorded choices give its texts; `tests/goldens/test_draws.py` does so.
+All functions are pure. Every random choice comes from a `Sampler`, in the order in which the
+released training code makes it: replaying recorded choices reproduces its texts
+(`tests/goldens/test_draws.py`).
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from data_pipeline.templates import (
     LONG_QUESTIONS,
     SHORT_EVALUATION,
     Choices,
-    ask,
     choices,
     enumerate_words,
     fill,
     fill_each,
+    fill_question,
 )
 from pixellm_jax.benchmark_question import IMAGE
 from pixellm_jax.errors import InputError
@@ -33,7 +34,7 @@ T = TypeVar("T")
 IMAGE_LINE = f"{IMAGE}\n"
 """Precedes the first question of every conversation."""
 
-CATEGORY = 0.1
+CATEGORY_PROBABILITY = 0.1
 """Probability of naming a target of MUSE by its category although it has a rephrased name."""
 
 
@@ -41,20 +42,20 @@ CATEGORY = 0.1
 class ComposeSettings:
     """Sampling of conversations. The defaults reproduce the published training.
 
-    num_classes_per_sample: questions about one image, at most (not MUSE: all of its questions).
-    num_classes_per_question: targets of one question, at most (kind "names").
-    explanatory: how often an image that has an explanation is asked for the explanation alone;
-        else for the mask, with and without it equally often. None: explanations are not used.
-    expanded: draw from the further questions too.
-
     Raises:
-        InputError: a number of classes is below 1, or `explanatory` is no probability.
+        InputError: a number of classes is below 1, or `explanatory` is not a probability.
     """
 
     num_classes_per_sample: int = 3
+    """Maximum number of questions about one image (except MUSE, which uses all its questions)."""
     num_classes_per_question: int = 3
+    """Maximum number of targets of one question (kind "names")."""
     explanatory: float | None = 0.1
+    """Probability that an image with an explanation is asked for the explanation alone. Otherwise
+    it is asked for the mask, with and without the explanation equally often. None: explanations are
+    not used."""
     expanded: bool = True
+    """Sample from the further questions, too."""
 
     def __post_init__(self) -> None:
         for name in ("num_classes_per_sample", "num_classes_per_question"):
@@ -65,22 +66,20 @@ class ComposeSettings:
 
 
 class Composed(NamedTuple):
-    """One conversation about an image.
-
-    messages: questions and answers in turn, `<image>` and a newline in front of the first; an
-        answer "" is open (generation).
-    masks: index into `Example.masks` for each group of codebook tokens, in the order of the groups
-        (of an open answer: what it should find). A mask may stand for several groups.
-    phrases: what was asked for, for each group.
-    """
+    """One conversation about an image."""
 
     messages: tuple[str, ...]
+    """Questions and answers in turn. `<image>` and a newline precede the first question; the answer
+    "" is left to the model (generation)."""
     masks: tuple[int, ...]
+    """Index into `Example.masks` of each codebook token group, in the order of the groups; for an
+    answer left to the model, the true masks. Several groups may share a mask."""
     phrases: tuple[str, ...]
+    """Phrase of the target of each group."""
 
 
 class _Round(NamedTuple):
-    """A question and its answer as text, with (phrase, mask) of each target."""
+    """A question and its answer as text, with (phrase, mask index) of each target."""
 
     question: str
     answer: str
@@ -102,14 +101,13 @@ def compose(
         ->  "<image>\nWho barks? Please respond with segmentation mask."
             "The dog [SEG0] [SEG1] does."                                             masks 0
 
-    short, long: if there is an explanation, one of three modes is drawn for the image: to ask for
-    the mask, for mask and explanation, or for the explanation alone, which has no mask. instruct,
-    ready: nothing is drawn. An example without targets and conversations gives no conversation.
+    short, long: if there is an explanation, one of three modes is sampled per image: ask for the
+    mask, for mask and explanation, or for the explanation alone, which has no mask. instruct,
+    ready: nothing is random. An example without targets and conversations gives no conversation.
 
     Raises:
         DamagedError: an answer has another number of groups than targets (one `{seg}` too many, or
-            text that looks like codebook tokens), or a question of MUSE has neither answer nor
-            targets.
+            text that looks like codebook tokens), or a question has neither an answer nor targets.
         ValueError: an unknown kind.
     """
     match example.kind:
@@ -120,7 +118,7 @@ def compose(
         case "muse":
             conversations = _muse(example, sampler, settings, group_text)
         case _:
-            conversations = _as_they_are(example, group_text)
+            conversations = _verbatim(example, group_text)
     return tuple(_join(IMAGE_LINE, rounds, group_text) for rounds in conversations)
 
 
@@ -130,11 +128,12 @@ def compose_evaluation(
     r"""Compose the conversations that a model is evaluated on: nothing is random.
 
     names: all targets in order by their preferred phrase, in lower case, with answers (teacher
-        forcing). `group` asks for several at once: (6, 5, 4) for 6, 5, 4, 6, 5, 4, ... of them.
+        forcing). `group` gives the number of targets per question: (6, 5, 4) stands for
+        6, 5, 4, 6, 5, 4, ...
     short, long: the first text with its answer.
-    muse: every question in the first long template, with an open answer. (The released code draws
-        one of two templates, so its numbers vary from run to run.)
-    instruct, ready: as they are.
+    muse: every question in the first long template, with its answer left to the model. (The
+        released code samples one of two templates, so its numbers vary from run to run.)
+    instruct, ready: verbatim.
 
         names   targets Left dog, cat (masks 0, 1)
         ->  "<image>\n What is left dog in this image? Please output segmentation mask."
@@ -142,8 +141,8 @@ def compose_evaluation(
             "<image>\n What is cat in this image? Please output segmentation mask."
             "[SEG0] [SEG1]."                                                          masks 1
 
-    The blank after the newline, and the full stop that is missing where `group` leaves one target
-    alone, belong to the released protocol.
+    The released protocol has the blank after the newline, and omits the full stop where `group`
+    leaves a single target.
 
     Raises:
         DamagedError: as `compose`.
@@ -153,69 +152,72 @@ def compose_evaluation(
         raise ValueError(f"group is {group}, expected sizes of at least 1")
     match example.kind:
         case "names":
-            before = f"{IMAGE_LINE} "
+            prefix = f"{IMAGE_LINE} "
             conversations = _forced_names(example.targets, group, group_text)
         case "short" | "long":
-            before, conversations = f"{IMAGE_LINE} ", _forced_text(example, group_text)
+            prefix = f"{IMAGE_LINE} "
+            conversations = _forced_text(example, group_text)
         case "muse":
-            before, conversations = IMAGE_LINE, _open_questions(example)
+            prefix = IMAGE_LINE
+            conversations = _open_questions(example)
         case _:
-            before, conversations = IMAGE_LINE, _as_they_are(example, group_text)
-    return tuple(_join(before, rounds, group_text) for rounds in conversations)
+            prefix = IMAGE_LINE
+            conversations = _verbatim(example, group_text)
+    return tuple(_join(prefix, rounds, group_text) for rounds in conversations)
 
 
 def _names(
     example: Example, sampler: Sampler, settings: ComposeSettings, seg: str
 ) -> Iterator[Sequence[_Round]]:
-    lists = choices("names", expanded=settings.expanded)
-    most = settings.num_classes_per_sample * settings.num_classes_per_question
-    targets = _at_most(most, example.targets, sampler)
-    named = [(_name(target, sampler), target.mask) for target in targets]
-    for asked in _distribute(named, sampler, settings):
-        names = [name for name, _ in asked]
-        together = enumerate_words(names).lower()
-        question = fill(_pick(lists.questions, sampler), name=together)
-        separate = sampler.coin()  # drawn for a single target too
+    templates = choices("names", expanded=settings.expanded)
+    limit = settings.num_classes_per_sample * settings.num_classes_per_question
+    targets = _sample_up_to(limit, example.targets, sampler)
+    named = [(_sample_phrase(target, sampler), target.mask) for target in targets]
+    for group in _distribute(named, sampler, settings):
+        names = [name for name, _ in group]
+        enumeration = enumerate_words(names).lower()
+        question = fill(_pick(templates.questions, sampler), name=enumeration)
+        separate = sampler.coin()  # sampled for a single target, too
         if len(names) == 1:
-            answer = fill(_pick(lists.answers, sampler), seg=seg)
+            answer = fill(_pick(templates.answers, sampler), seg=seg)
         elif separate:
-            answer = fill_each(_pick(lists.separate, sampler), names, seg=seg)
+            answer = fill_each(_pick(templates.separate, sampler), names, seg=seg)
         else:
-            template = _pick(lists.joint, sampler)
-            answer = fill(template, name=together, seg=_groups(seg, len(names)))
-        yield [_Round(question, answer, asked)]
+            template = _pick(templates.joint, sampler)
+            answer = fill(template, name=enumeration, seg=_groups(seg, len(names)))
+        yield [_Round(question, answer, group)]
 
 
-def _name(target: Target, sampler: Sampler) -> str:
+def _sample_phrase(target: Target, sampler: Sampler) -> str:
     count = len(target.phrases)
     return target.phrases[int(sampler.uniform() * count) if count > 1 else 0]
 
 
-def _distribute(things: Sequence[T], sampler: Sampler, settings: ComposeSettings) -> list[list[T]]:
-    """Shuffles things and spreads them over questions: first one each, then where there is room.
+def _distribute(items: Sequence[T], sampler: Sampler, settings: ComposeSettings) -> list[list[T]]:
+    """Shuffle items and distribute them over questions: one each, then to any that is not full.
 
-    5 things, 3 questions with room for 3  ->  1, 2, 2 or 1, 1, 3 of them, in any order
+    5 items, 3 questions of at most 3  ->  1, 2, 2 or 1, 1, 3 items, in any order
     """
-    questions: list[list[T]] = [[] for _ in things[: settings.num_classes_per_sample]]
-    for i in sampler.permutation(len(things)):
+    questions: list[list[T]] = [[] for _ in items[: settings.num_classes_per_sample]]
+    for i in sampler.permutation(len(items)):
         empty = [question for question in questions if not question]
-        room = [q for q in questions if len(q) < settings.num_classes_per_question]
-        _pick(empty or room, sampler).append(things[i])
+        not_full = [q for q in questions if len(q) < settings.num_classes_per_question]
+        _pick(empty or not_full, sampler).append(items[i])
     return questions
 
 
 def _reasoning(
     example: Example, sampler: Sampler, settings: ComposeSettings, seg: str
 ) -> Iterator[Sequence[_Round]]:
-    lists = choices(example.kind, expanded=settings.expanded)
-    conversations = _at_most(settings.num_classes_per_sample, example.conversations, sampler)
+    templates = choices(example.kind, expanded=settings.expanded)
+    conversations = _sample_up_to(settings.num_classes_per_sample, example.conversations, sampler)
     mode = _explanation_mode(example, sampler, settings)
     for turns in conversations:
-        yield [_reasoning_round(example, turn, lists, mode, sampler, seg) for turn in turns]
+        yield [_reasoning_round(example, turn, templates, mode, sampler, seg) for turn in turns]
 
 
 def _explanation_mode(example: Example, sampler: Sampler, settings: ComposeSettings) -> int:
-    """0: ask for the mask; 1: for the mask and the explanation; 2: for the explanation."""
+    """Sample 0: ask for the mask; 1: for the mask and the explanation; 2: for the explanation."""
     explained = any(turn.answer is not None for turns in example.conversations for turn in turns)
     if settings.explanatory is None or not explained:
         return 0
@@ -223,42 +225,44 @@ def _explanation_mode(example: Example, sampler: Sampler, settings: ComposeSetti
 
 
 def _reasoning_round(
-    example: Example, turn: Turn, lists: Choices, mode: int, sampler: Sampler, seg: str
+    example: Example, turn: Turn, templates: Choices, mode: int, sampler: Sampler, seg: str
 ) -> _Round:
-    question = _pick(lists.questions, sampler)  # drawn where it is not used, too
+    question = _pick(templates.questions, sampler)  # sampled in every mode, used or not
     if mode == 2 and turn.answer is not None:
         return _Round(turn.question, turn.answer)
-    answer = fill(_pick(lists.answers, sampler), seg=_groups(seg, len(turn.targets)))
+    answer = fill(_pick(templates.answers, sampler), seg=_groups(seg, len(turn.targets)))
     if mode == 1 and turn.answer is not None:
-        question = _pick(lists.explanatory, sampler)
+        question = _pick(templates.explanatory, sampler)
         answer = f"{answer} {turn.answer}"
-    return _Round(ask(question, turn.question), answer, _targets(example, turn))
+    return _Round(fill_question(question, turn.question), answer, _targets(example, turn))
 
 
 def _muse(
     example: Example, sampler: Sampler, settings: ComposeSettings, seg: str
 ) -> Iterator[Sequence[_Round]]:
-    lists = choices("muse", expanded=settings.expanded)
+    templates = choices("muse", expanded=settings.expanded)
     for turns in example.conversations:
-        yield [_muse_round(example, turn, lists, sampler, seg) for turn in turns]
+        yield [_muse_round(example, turn, templates, sampler, seg) for turn in turns]
 
 
-def _muse_round(example: Example, turn: Turn, lists: Choices, sampler: Sampler, seg: str) -> _Round:
-    question = ask(_pick(lists.questions, sampler), turn.question)
+def _muse_round(
+    example: Example, turn: Turn, templates: Choices, sampler: Sampler, seg: str
+) -> _Round:
+    question = fill_question(_pick(templates.questions, sampler), turn.question)
     if turn.answer is not None:
         return _Round(question, turn.answer.replace(SEG, seg), _targets(example, turn))
     targets = [example.targets[i] for i in turn.targets]
     groups = _groups(seg, len(targets))
-    names = [t.phrases[0 if sampler.uniform() > CATEGORY else -1] for t in targets]
+    names = [t.phrases[0 if sampler.uniform() > CATEGORY_PROBABILITY else -1] for t in targets]
     if sampler.coin():
-        answer = fill_each(_pick(lists.separate, sampler), names, seg=seg)
+        answer = fill_each(_pick(templates.separate, sampler), names, seg=seg)
     else:
-        answer = fill(_pick(lists.joint, sampler), name=", ".join(names).lower(), seg=groups)
-    asked = [(name, target.mask) for name, target in zip(names, targets, strict=True)]
-    return _Round(question, answer, asked)
+        answer = fill(_pick(templates.joint, sampler), name=", ".join(names).lower(), seg=groups)
+    named = [(name, target.mask) for name, target in zip(names, targets, strict=True)]
+    return _Round(question, answer, named)
 
 
-def _as_they_are(example: Example, seg: str) -> Iterator[Sequence[_Round]]:
+def _verbatim(example: Example, seg: str) -> Iterator[Sequence[_Round]]:
     if example.kind not in ("instruct", "ready"):
         raise ValueError(f"{example.kind!r} is not one of the kinds {', '.join(KINDS)}")
     for turns in example.conversations:
@@ -273,7 +277,8 @@ def _as_they_are(example: Example, seg: str) -> Iterator[Sequence[_Round]]:
 
 def _open_questions(example: Example) -> Iterator[Sequence[_Round]]:
     for turn in itertools.chain(*example.conversations):
-        yield [_Round(ask(LONG_QUESTIONS[0], turn.question), "", _targets(example, turn))]
+        question = fill_question(LONG_QUESTIONS[0], turn.question)
+        yield [_Round(question, "", _targets(example, turn))]
 
 
 def _forced_text(example: Example, seg: str) -> Iterator[Sequence[_Round]]:
@@ -287,16 +292,16 @@ def _forced_text(example: Example, seg: str) -> Iterator[Sequence[_Round]]:
 def _forced_names(
     targets: Sequence[Target], group: Sequence[int] | None, seg: str
 ) -> Iterator[Sequence[_Round]]:
-    """Asks for all targets, one by one or in groups of the sizes, which are repeated."""
-    rest = list(targets)
+    """Ask for all targets one by one, or in groups of the given sizes, which are repeated."""
+    remaining = iter(targets)
     for size in itertools.cycle(group or (1,)):
-        asked, rest = rest[:size], rest[size:]
-        if not asked:
+        members = list(itertools.islice(remaining, size))
+        if not members:
             return
-        names = [target.phrases[0].strip().lower() for target in asked]
+        names = [target.phrases[0].strip().lower() for target in members]
         question = fill(SHORT_EVALUATION, name=enumerate_words(names))
-        answer = _groups(seg, len(asked)) + "." * (group is None or len(asked) > 1)
-        masks = [target.mask for target in asked]
+        answer = _groups(seg, len(members)) + "." * (group is None or len(members) > 1)
+        masks = [target.mask for target in members]
         yield [_Round(question, answer, list(zip(names, masks, strict=True)))]
 
 
@@ -307,30 +312,36 @@ def _groups(seg: str, count: int) -> str:
 
 
 def _targets(example: Example, turn: Turn) -> list[tuple[str, int]]:
-    """Phrase and mask of each target; with "short" and "long" the question is the phrase."""
+    """Return phrase and mask of each target; for "short" and "long" the question is the phrase."""
     targets = [example.targets[i] for i in turn.targets]
     if example.kind in ("short", "long"):
         return [(turn.question, target.mask) for target in targets]
     return [(target.phrases[0] if target.phrases else "", target.mask) for target in targets]
 
 
-def _at_most(most: int, things: Sequence[T], sampler: Sampler) -> Sequence[T]:
-    """Sample `most` things; fewer things stay as they are, in order."""
-    enough = len(things) >= most
-    return [things[i] for i in sampler.subset(len(things), most)] if enough else things
+def _sample_up_to(limit: int, items: Sequence[T], sampler: Sampler) -> Sequence[T]:
+    """Sample `limit` items; return fewer items unchanged, in order, without sampling."""
+    if len(items) < limit:
+        return items
+    return [items[i] for i in sampler.subset(len(items), limit)]
 
 
 def _pick(options: Sequence[T], sampler: Sampler) -> T:
     return options[sampler.index(len(options))]
 
 
-def _join(before: str, rounds: Sequence[_Round], seg: str) -> Composed:
-    first, *others = (message for each in rounds for message in (each.question, each.answer))
-    targets = [target for each in rounds for target in each.targets]
-    messages = (before + first, *others)
-    found, expected = sum(answer.count(seg) for answer in messages[1::2]), len(targets)
-    if found != expected and any(messages[1::2]):
-        raise DamagedError(f"the answers of {first!r} hold {found} groups for {expected} targets")
+def _join(prefix: str, rounds: Sequence[_Round], seg: str) -> Composed:
+    first, *others = itertools.chain.from_iterable((r.question, r.answer) for r in rounds)
+    targets = [target for turn in rounds for target in turn.targets]
+    messages = (prefix + first, *others)
+    answers = messages[1::2]
+    num_groups = sum(answer.count(seg) for answer in answers)
+    if num_groups != len(targets) and any(answers):
+        raise DamagedError(
+            f"the answers of {first!r} hold {num_groups} groups for {len(targets)} targets"
+        )
     return Composed(
-        messages, tuple(mask for _, mask in targets), tuple(phrase for phrase, _ in targets)
+        messages,
+        masks=tuple(mask for _, mask in targets),
+        phrases=tuple(phrase for phrase, _ in targets),
     )

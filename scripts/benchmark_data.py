@@ -27,7 +27,7 @@ from pycocotools import mask as coco
 
 from data_pipeline.config import DataConfig, FamilyConfig
 from data_pipeline.example import Example
-from data_pipeline.loader import Draw, stream
+from data_pipeline.loader import ToSample, stream
 from data_pipeline.sources.muse import Muse
 from pixellm_jax.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from pixellm_jax.images.geometry import fitted_size
@@ -105,7 +105,7 @@ def main() -> None:
             items.append(item)
     vocabulary = Vocabulary.load(options.tokenizer, scales=2)
     samples = stream(DATA, {"muse/train": examples}).map_with_index(
-        Draw(vocabulary, DATA, ModelConfig())
+        ToSample(vocabulary, DATA, ModelConfig())
     )
     images = [example.image for example in examples]
     workloads: dict[str, Callable[[int], object]] = {

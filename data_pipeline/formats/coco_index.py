@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from data_pipeline.errors import DamagedError
 from data_pipeline.formats.json_items import Span, fetch, items
 from data_pipeline.formats.masks import to_rle
-from data_pipeline.reading import StoredImage, below, check_text, read_image_file
+from data_pipeline.reading import StoredImage, check_text, path_inside, read_image_file
 from pixellm_jax.benchmark_question import Rle
 from pixellm_jax.errors import InputError
 
@@ -111,7 +111,7 @@ def read_instances(entry: CocoEntry) -> tuple[StoredImage, list[Instance], list[
         raise DamagedError(entry.fault)
     if not entry.places:
         raise DamagedError("the picture has no annotation")
-    paths = [below(folder, entry.name) for folder in entry.folders]
+    paths = [path_inside(folder, entry.name) for folder in entry.folders]
     stored = read_image_file(paths, _size(entry.size))
     instances: list[Instance] = []
     problems: list[str] = []

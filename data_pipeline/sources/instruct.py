@@ -16,10 +16,10 @@ from data_pipeline.example import Example, Turn
 from data_pipeline.formats.json_items import Span, fetch, items
 from data_pipeline.reading import (
     Reading,
-    below,
     check_split,
     check_text,
     find_index,
+    path_inside,
     read_image_file,
 )
 from pixellm_jax.benchmark_question import IMAGE
@@ -71,7 +71,7 @@ class LlavaInstruct:
     def read(self, entry: InstructEntry) -> Reading:
         value = _fetch(entry)
         turns, problems = _turns(_messages(value.get("conversations")))
-        image, hw = read_image_file([below(entry.image_folder, value["image"])])
+        image, hw = read_image_file([path_inside(entry.image_folder, value["image"])])
         example = Example(
             key=entry.key,
             dataset=self.dataset,
@@ -85,7 +85,7 @@ class LlavaInstruct:
 
     def image_path(self, entry: InstructEntry) -> Path:
         """Return the path of an entry's image."""
-        return below(entry.image_folder, _fetch(entry)["image"])
+        return path_inside(entry.image_folder, _fetch(entry)["image"])
 
 
 def _fetch(entry: InstructEntry) -> dict[str, Any]:

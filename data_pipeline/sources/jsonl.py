@@ -20,10 +20,10 @@ from data_pipeline.formats.label_map import read_label_map
 from data_pipeline.formats.masks import area, encode, to_rle
 from data_pipeline.reading import (
     Reading,
-    below,
     check_split,
     check_text,
     find_index,
+    path_inside,
     read_image_file,
 )
 from pixellm_jax.benchmark_question import IMAGE, Rle
@@ -88,7 +88,7 @@ class Jsonl:
             raise DamagedError(entry.fault)
         line = _object(fetch(entry.file, entry.span), LINE_KEYS, "the line")
         folder = entry.file.parent
-        image, hw = read_image_file([below(folder, line.get("image"))])
+        image, hw = read_image_file([path_inside(folder, line.get("image"))])
         values = _list(line.get("targets", []), "targets")
         targets, masks = [], []
         for number, value in enumerate(values):
@@ -123,7 +123,7 @@ class Jsonl:
             DamagedError: the line is unreadable or names no valid image path.
         """
         line = _object(fetch(entry.file, entry.span), LINE_KEYS, "the line")
-        return below(entry.file.parent, line.get("image"))
+        return path_inside(entry.file.parent, line.get("image"))
 
 
 def _heading(line: bytes, number: int, splits: Sequence[str]) -> tuple[str, str, str]:
@@ -149,7 +149,7 @@ def _mask(value: object, folder: Path, hw: tuple[int, int], what: str) -> Rle:
     """Convert a COCO-style RLE, polygons, or the path of a PNG (0: background) to an RLE."""
     try:
         if isinstance(value, str):
-            return encode(read_label_map(below(folder, value), hw))
+            return encode(read_label_map(path_inside(folder, value), hw))
         return to_rle(value, hw)
     except DamagedError as reason:
         raise DamagedError(f"{what}: {reason}") from None

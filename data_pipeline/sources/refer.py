@@ -21,11 +21,11 @@ from data_pipeline.formats.masks import check_size, to_rle, union
 from data_pipeline.formats.pickle import load
 from data_pipeline.reading import (
     Reading,
-    below,
     check_text,
     coco_candidates,
     find_image_file,
     find_index,
+    path_inside,
     read_image_file,
 )
 from pixellm_jax.benchmark_question import Rle
@@ -181,7 +181,7 @@ class Refer:
 
     def _image_paths(self, root: Path, name: Any) -> list[Path]:
         if self.dataset == "refclef":
-            return [below(root / "refer_seg/images/saiapr_tc-12", name)]
+            return [path_inside(root / "refer_seg/images/saiapr_tc-12", name)]
         return coco_candidates(root, "train2014", name)
 
     def _mask(self, ref: Ref, entry: Entry, image_id: int, hw: tuple[int, int]) -> Rle:

@@ -168,7 +168,7 @@ def _check(options: argparse.Namespace, benchmark: Benchmark) -> None:
         raise InputError(
             f"--mode {GIVEN}: --weights is only for answers that the model writes; leave it out"
         )
-    if benchmark.words:
+    if benchmark.text_only:
         if options.mode == GIVEN:
             raise InputError(f"--mode {GIVEN}: {benchmark.name} asks for words and has no masks")
         TextScorer()  # raises if its package is not installed

@@ -14,7 +14,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import DamagedError
 from data_pipeline.example import Example
 from data_pipeline.formats.masks import decode
-from data_pipeline.loader import draw
+from data_pipeline.loader import sample_conversations
 from data_pipeline.storage.stored import StoredSplit
 from data_pipeline.transforms import Composed, compose_evaluation
 from pixellm_jax.batch import Batch
@@ -74,7 +74,7 @@ class SampleViewer:
     def _compose(self, example: Example, index: int) -> tuple[Composed, ...]:
         if self.evaluation:
             return compose_evaluation(example, group_text=self.marker)
-        return draw(example, index, self.data, self.marker)
+        return sample_conversations(example, index, self.data, self.marker)
 
     def _view_plain(
         self, example: Example, composed: Sequence[Composed], title: str, caption: str

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.config import DataConfig
-from data_pipeline.loader import Draw
+from data_pipeline.loader import ToSample
 from data_pipeline.sources import SOURCES
 from data_pipeline.storage.builders import prepare
 from data_pipeline.storage.stored import find_splits
@@ -87,7 +87,7 @@ def test_tokens_equal_the_batch(view, prepared, tiny):
     vocabulary = checkpoint.read_vocabulary(tiny.jax, config)
     data = DataConfig(length=2048, seed=5)
     (stored,) = find_splits(prepared, dataset="muse")
-    draw = Draw(vocabulary, data, config)
+    draw = ToSample(vocabulary, data, config)
     rows = {example.key: draw.map_with_index(i, example).row for i, example in enumerate(stored)}
     counts = re.findall(r"the sequence: (\d+) of 2048 positions; (\d+) supervised", page.text)
     assert sorted((int(a), int(b)) for a, b in counts) == sorted(

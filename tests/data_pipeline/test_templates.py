@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from data_pipeline import templates
 from data_pipeline.example import KINDS
-from data_pipeline.templates import Choices, ask, choices, enumerate_words, fill, fill_each
+from data_pipeline.templates import (
+    Choices,
+    choices,
+    enumerate_words,
+    fill,
+    fill_each,
+    fill_question,
+)
 
 LISTS = {name: value for name, value in vars(templates).items() if name.isupper()}
 DRAWN = ("names", "short", "long", "muse")
@@ -97,9 +104,9 @@ def test_fill_each():
     assert fill_each("{seg}.", ["a", "b", "c"], seg="S") == "S, S and S."
 
 
-def test_ask():
-    assert ask("Is it {name}?", "The {Cat}") == "Is it the {cat}?"
-    assert ask("{text} Show it.", "The {Cat}?") == "The {Cat}? Show it."
+def test_fill_question():
+    assert fill_question("Is it {name}?", "The {Cat}") == "Is it the {cat}?"
+    assert fill_question("{text} Show it.", "The {Cat}?") == "The {Cat}? Show it."
 
 
 def test_enumerate_words():

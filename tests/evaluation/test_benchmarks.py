@@ -49,7 +49,7 @@ TOLERANCE = 1e-4
 PUBLISHED = [
     (b.name, split)
     for b in BENCHMARKS.values()
-    if b.name != "jsonl" and not b.words
+    if b.name != "jsonl" and not b.text_only
     for split in b.source.splits
 ]
 
@@ -381,7 +381,7 @@ def test_command(name, mode, tiny, data_root, people, tmp_path, capfd):
     assert sum(report["shares"].values()) == pytest.approx(1) and report["seconds_per_1000"] > 0
     assert report["data"] == data.resolve().name
     assert set(report["left_out"]) == ({"line 3"} if name == "jsonl" else set())
-    assert (report["text"] is not None) == ("words: answers" in out) == BENCHMARKS[name].words
+    assert (report["text"] is not None) == ("words: answers" in out) == BENCHMARKS[name].text_only
 
 
 def test_text_scores_of_answers_in_words(data_root, tmp_path):
@@ -457,7 +457,7 @@ def test_bad_input_is_one_line(name, more, message, tiny, tmp_path, capfd, monke
 
 def test_empty_split_says_where_there_is_something(tiny, people, tmp_path, capfd):
     assert main(command(tiny, tmp_path / "out", "jsonl", "--data", str(people))) == 2
-    assert "in the split 'val'; there is some in train" in capfd.readouterr().err
+    assert "in the split 'val'; there are some in train" in capfd.readouterr().err
 
 
 def test_a_question_of_shapes_has_one_kind():

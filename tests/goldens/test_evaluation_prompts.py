@@ -17,7 +17,7 @@ from data_pipeline.sources.instruct import LlavaInstruct
 from data_pipeline.sources.muse import Muse
 from data_pipeline.sources.reason import ReasonSeg
 from data_pipeline.sources.refer import Refer
-from data_pipeline.templates import LONG_QUESTIONS, ask
+from data_pipeline.templates import LONG_QUESTIONS, fill_question
 from data_pipeline.transforms import compose_evaluation
 from pixellm_jax.benchmark_question import Rle
 from pixellm_jax.text.prompt import LLAVA_V1
@@ -115,7 +115,7 @@ def test_muse(split, decoded, group_text, data_root):
             item["questions"], item["question_template_index"], item["prompts"], strict=True
         )
         for conversation, (question, drawn, prompt) in zip(composed, asked, strict=True):
-            theirs, ours = (ask(LONG_QUESTIONS[i], question) for i in (drawn, 0))
+            theirs, ours = (fill_question(LONG_QUESTIONS[i], question) for i in (drawn, 0))
             assert written(conversation.messages) == prompt.replace(theirs, ours)
         assert [len(c.masks) for c in composed] == item["targets_per_question"]
         masks = [example.masks[mask] for c in composed for mask in c.masks]
