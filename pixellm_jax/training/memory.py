@@ -2,7 +2,7 @@
 
 XLA's CPU client allocates the buffers of every call with malloc and frees them afterwards. By
 default glibc returns large blocks to the system at once, so every training step faults in gigabytes
-of fresh pages: measured, half of the step time and more (docs/benchmarks.md).
+of fresh pages (measured in docs/benchmarks.md).
 """
 
 from __future__ import annotations
