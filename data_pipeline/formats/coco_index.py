@@ -1,6 +1,6 @@
-"""COCO-style instance files: the lists `images`, `annotations` and `categories` in one JSON file.
+"""Index of a COCO-style instance file: lists `images`, `annotations` and `categories` in JSON.
 
-Read once from end to end; masks stay in the file until their image's turn comes.
+The file is scanned once. Masks stay in the file until their image is read.
 """
 
 from __future__ import annotations
@@ -16,53 +16,55 @@ from pixellm_jax.benchmark_question import Rle
 from pixellm_jax.errors import InputError
 
 
-class Place(NamedTuple):
-    """Location of an annotation in the file, and the name of its category, both unchecked."""
+class AnnotationSpan(NamedTuple):
+    """Byte range of an annotation in the file, and the unchecked name of its category."""
 
     span: Span
     category: object
 
 
 class CocoEntry(NamedTuple):
-    """An image of a file, and its annotations in the order of the file.
-
-    folders: where the image may lie. name, size: what the file says, not checked yet.
-    fault: why the entry cannot be read at all, "" if it can.
-    """
+    """An image of a file, and its annotations in file order."""
 
     key: str
     split: str
     file: Path
     folders: tuple[Path, ...] = ()
+    """Folders that may contain the image."""
     name: object = None
+    """File name of the image, unchecked."""
     size: tuple[object, object] | None = None
-    places: tuple[Place, ...] = ()
+    """Height and width of the image according to the file, unchecked."""
+    annotations: tuple[AnnotationSpan, ...] = ()
     fault: str = ""
+    """Reason why the entry cannot be read, "" if there is none."""
 
 
 class Instance(NamedTuple):
-    """One annotation. `ids` is (annotation id,), or () where it has none; `category` its name."""
+    """One annotation."""
 
     category: str
+    """Name of the category."""
     category_id: int | str
     ids: tuple[int, ...]
+    """(annotation id,), or () if it has none."""
     mask: Rle
     crowd: bool
 
 
 def list_images(file: Path, split: str, folders: tuple[Path, ...]) -> list[CocoEntry]:
-    """One entry per image, in the order of the file, by the key "split/image id".
+    """Return one entry per image, in file order, with the key "split/image id".
 
-    An image that is listed twice, is no object or has no id, and annotations of images that are
-    not listed, give entries with a fault.
+    Entries with a fault follow: for images that are listed twice, are not an object or have no id,
+    and for annotations of images that are not listed.
 
     Raises:
-        InputError: no such file, damaged as a whole, or without images or categories.
+        InputError: the file is missing, damaged as a whole, or has no images or no categories.
     """
     entries: dict[Any, CocoEntry] = {}
     faults: list[CocoEntry] = []
     names: dict[int | str, object] = {}
-    found: dict[Any, list[tuple[Span, Any]]] = {}
+    annotations: dict[Any, list[tuple[Span, Any]]] = {}
     for item in items(file):
         value = item.value if isinstance(item.value, dict) else {}
         number = _id(value.get("id"))
@@ -82,42 +84,47 @@ def list_images(file: Path, split: str, folders: tuple[Path, ...]) -> list[CocoE
                     None if size == (None, None) else size,
                 )
         elif item.key == "annotations":
-            place = (item.span, _id(value.get("category_id")))
-            found.setdefault(_id(value.get("image_id")), []).append(place)
+            annotation = (item.span, _id(value.get("category_id")))
+            annotations.setdefault(_id(value.get("image_id")), []).append(annotation)
         elif item.key == "categories" and number is not None:
             names[number] = value.get("name")
     if not entries or not names:
         raise InputError(
-            f"'{file}' lists {len(entries)} pictures and {len(names)} categories, expected some "
+            f"'{file}' lists {len(entries)} images and {len(names)} categories, expected some "
             "of both: check that it is an instance file"
         )
-    for number in found.keys() - entries.keys():
-        fault = f"{len(found[number])} annotations of a picture that is not listed"
+    for number in annotations.keys() - entries.keys():
+        fault = f"{len(annotations[number])} annotations of a picture that is not listed"
         faults.append(CocoEntry(f"{split}/not listed {number}", split, file, fault=fault))
     listed = [
-        entry._replace(places=tuple(Place(span, names.get(c)) for span, c in found.get(number, ())))
+        entry._replace(
+            annotations=tuple(
+                AnnotationSpan(span, names.get(category))
+                for span, category in annotations.get(number, ())
+            )
+        )
         for number, entry in entries.items()
     ]
     return listed + sorted(faults, key=lambda entry: entry.key)
 
 
 def read_instances(entry: CocoEntry) -> tuple[StoredImage, list[Instance], list[str]]:
-    """The image of an entry, its annotations, and why others were left out.
+    """Read the image of an entry, its annotations, and the reasons for those left out.
 
     Raises:
-        DamagedError: the entry has a fault, no annotation, none that can be used, or no image.
+        DamagedError: the entry has a fault, no usable annotation, or no readable image.
     """
     if entry.fault:
         raise DamagedError(entry.fault)
-    if not entry.places:
+    if not entry.annotations:
         raise DamagedError("the picture has no annotation")
     paths = [path_inside(folder, entry.name) for folder in entry.folders]
     stored = read_image_file(paths, _size(entry.size))
     instances: list[Instance] = []
     problems: list[str] = []
-    for place in entry.places:
+    for annotation in entry.annotations:
         try:
-            instances.append(_instance(entry, place, stored.hw))
+            instances.append(_read_instance(entry, annotation, stored.hw))
         except DamagedError as reason:
             problems.append(str(reason))
     if not instances:
@@ -134,24 +141,24 @@ def _size(size: tuple[object, object] | None) -> tuple[int, int] | None:
     return height, width
 
 
-def _instance(entry: CocoEntry, place: Place, hw: tuple[int, int]) -> Instance:
-    value = fetch(entry.file, place.span)
+def _read_instance(entry: CocoEntry, annotation: AnnotationSpan, hw: tuple[int, int]) -> Instance:
+    value = fetch(entry.file, annotation.span)
     number = value.get("id") if isinstance(value, dict) else None
     try:
         if not isinstance(value, dict):
             raise DamagedError(f"a {type(value).__name__}, expected an object")
-        category = check_text(place.category, "the listed name of its category")
+        category = check_text(annotation.category, "the listed name of its category")
         mask = to_rle(value.get("segmentation"), hw)
     except DamagedError as reason:
         raise DamagedError(
-            f"annotation {repr(number)[:60]} at byte {place.span.start}: {reason}"
+            f"annotation {repr(number)[:60]} at byte {annotation.span.start}: {reason}"
         ) from None
     ids = (number,) if type(number) is int else ()
     return Instance(category, value["category_id"], ids, mask, value.get("iscrowd") == 1)
 
 
 def _id(value: object) -> int | str | None:
-    """An id that can be looked up and written down; None for anything else."""
+    """Return an id that is an integer or printable text; None for anything else."""
     if type(value) is int or (isinstance(value, str) and value.isprintable()):
         return value
     return None

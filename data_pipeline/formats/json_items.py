@@ -1,8 +1,8 @@
-"""The items of a large JSON file, one after the other, and where each lies, to read it again.
+"""Streaming JSON reader: yields the items of a large file with their byte ranges.
 
-Published indices reach gigabytes, most of it polygons. A reader goes through such a file once,
-keeps the few numbers that it needs of every item, and fetches the item again when its turn comes.
-Only a buffer is in memory, never the file.
+Published indices reach gigabytes, mostly polygons. A reader scans such a file once, keeps a few
+numbers and the byte range of every item, and fetches single items again later. Only a buffer of the
+file is in memory.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from data_pipeline.errors import DamagedError
 from pixellm_jax.errors import InputError
 
 ITEM_LIMIT = 64 * 2**20
-"""Longest item, in characters."""
+"""Maximum length of an item, in characters."""
 
 _CHUNK = 2**20
-_SPACE = " \t\n\r"
+_WHITE_SPACE = " \t\n\r"
 
 
 class Span(NamedTuple):
@@ -33,7 +33,7 @@ class Span(NamedTuple):
 class Item(NamedTuple):
     """An element of the list `key` of the top-level object; `key` is "" if the file is a list.
 
-    A member of the top-level object that is not a list counts as one item.
+    A member of the top-level object that is not a list is one item.
     """
 
     key: str
@@ -42,14 +42,14 @@ class Item(NamedTuple):
 
 
 def items(path: Path) -> Iterator[Item]:
-    """All items of a JSON file, in the order of the file.
+    """Yield all items of a JSON file, in file order.
 
         {"info": 1, "images": [{"id": 7}, {"id": 8}]}
             ->  ("info", 1, ...)  ("images", {"id": 7}, ...)  ("images", {"id": 8}, ...)
 
     Raises:
-        InputError: no such file, not JSON in UTF-8, cut off, or an item beyond `ITEM_LIMIT`. The
-            items before the damage have been given out by then.
+        InputError: the file is missing, truncated, not JSON in UTF-8, or an item exceeds
+            `ITEM_LIMIT`. The items before the damage are yielded first.
     """
     try:
         with path.open("rb") as file:
@@ -59,10 +59,10 @@ def items(path: Path) -> Iterator[Item]:
 
 
 def fetch(path: Path, span: Span) -> Any:
-    """One item again, by its place in the file.
+    """Read one item again, by its byte range.
 
     Raises:
-        DamagedError: there is no such item any more: the file has changed since it was listed.
+        DamagedError: the range contains no item any more: the file has changed.
     """
     try:
         with path.open("rb") as file:
@@ -73,14 +73,21 @@ def fetch(path: Path, span: Span) -> Any:
 
 
 class _Scanner:
-    """A window on the text of a file: `text[at:]` is unread.
+    """Incremental parser of a file with a window on its text.
 
-    known: a place in the window, at or before `at`, and its byte in the file.
+    Attributes:
+        text: decoded text of the window.
+        position: index of the next unread character of the window.
+        anchor: an index into the window, at most `position`, and its byte offset in the file.
+        ended: whether the whole file has been read.
     """
 
     def __init__(self, file: Any, path: Path) -> None:
-        self.file, self.path = file, path
-        self.text, self.at, self.known = "", 0, (0, 0)
+        self.file = file
+        self.path = path
+        self.text = ""
+        self.position = 0
+        self.anchor = (0, 0)
         self.ended = False
         self.utf8 = codecs.getincrementaldecoder("utf-8")()
         self.decoder = json.JSONDecoder()
@@ -92,20 +99,20 @@ class _Scanner:
             case "{":
                 yield from self.members()
             case _:
-                raise self.damage("expected a list or an object")
+                raise self.error("expected a list or an object")
         if self.peek():
-            raise self.damage("expected the end of the file")
+            raise self.error("expected the end of the file")
 
     def members(self) -> Iterator[Item]:
-        self.at += 1
+        self.position += 1
         if self.peek() == "}":
-            self.at += 1
+            self.position += 1
             return
         while True:
             key, _ = self.value()
             if not isinstance(key, str) or self.peek() != ":":
-                raise self.damage("expected a key and a colon")
-            self.at += 1
+                raise self.error("expected a key and a colon")
+            self.position += 1
             if self.peek() == "[":
                 yield from self.elements(key)
             else:
@@ -114,9 +121,9 @@ class _Scanner:
                 return
 
     def elements(self, key: str) -> Iterator[Item]:
-        self.at += 1
+        self.position += 1
         if self.peek() == "]":
-            self.at += 1
+            self.position += 1
             return
         while True:
             yield Item(key, *self.value())
@@ -124,43 +131,43 @@ class _Scanner:
                 return
 
     def separator(self, end: str) -> bool:
-        """Steps over a comma (False) or over the end of a list or object (True)."""
-        found = self.peek()
-        if found not in (",", end) or not found:
-            raise self.damage(f"expected a comma or {end!r}")
-        self.at += 1
-        return found == end
+        """Consume a comma (False) or the end of a list or object (True)."""
+        character = self.peek()
+        if character not in (",", end) or not character:
+            raise self.error(f"expected a comma or {end!r}")
+        self.position += 1
+        return character == end
 
     def peek(self) -> str:
-        """The next character that is not white space; "" at the end of the file."""
+        """Return the next character that is not white space; "" at the end of the file."""
         while True:
-            while self.at < len(self.text) and self.text[self.at] in _SPACE:
-                self.at += 1
-            if self.at < len(self.text) or not self.more(_CHUNK):
-                return self.text[self.at : self.at + 1]
+            while self.position < len(self.text) and self.text[self.position] in _WHITE_SPACE:
+                self.position += 1
+            if self.position < len(self.text) or not self.read_more(_CHUNK):
+                return self.text[self.position : self.position + 1]
 
     def value(self) -> tuple[Any, Span]:
-        """Reads one value; more of the file until it is whole."""
+        """Parse one value, and read more of the file until it is complete."""
         self.peek()
         while True:
             try:
-                value, end = self.decoder.raw_decode(self.text, self.at)
+                value, end = self.decoder.raw_decode(self.text, self.position)
             except (ValueError, RecursionError) as error:
-                unread = len(self.text) - self.at
+                unread = len(self.text) - self.position
                 if isinstance(error, RecursionError) or unread > ITEM_LIMIT:
-                    raise self.damage("an item that is not JSON, or too long or deep") from None
-                if not self.more(max(_CHUNK, unread)):
-                    raise self.damage("not JSON, or cut off") from None
+                    raise self.error("an item that is not JSON, or too long or deep") from None
+                if not self.read_more(max(_CHUNK, unread)):
+                    raise self.error("not JSON, or cut off") from None
                 continue
-            # A number near the end of the window may go on: 1 of 1e+5.
-            if end + 3 > len(self.text) and self.more(_CHUNK):
+            # A number at the end of the window may be incomplete, such as 1 of 1e+5.
+            if end + 3 > len(self.text) and self.read_more(_CHUNK):
                 continue
-            start = self.byte(self.at)
-            self.at = end
-            return value, Span(start, self.byte(end) - start)
+            start = self.byte_offset(self.position)
+            self.position = end
+            return value, Span(start, self.byte_offset(end) - start)
 
-    def more(self, size: int) -> bool:
-        """Reads on, and forgets the text that has been read. False at the end of the file."""
+    def read_more(self, size: int) -> bool:
+        """Drop the consumed text and extend the window. False at the end of the file."""
         if self.ended:
             return False
         data = self.file.read(size)
@@ -168,19 +175,20 @@ class _Scanner:
         try:
             text = self.utf8.decode(data, final=self.ended)
         except UnicodeDecodeError as error:
-            raise self.damage(f"not UTF-8 ({error.reason})") from None
-        self.known = 0, self.byte(self.at)
-        self.text, self.at = self.text[self.at :] + text, 0
+            raise self.error(f"not UTF-8 ({error.reason})") from None
+        self.anchor = (0, self.byte_offset(self.position))
+        self.text = self.text[self.position :] + text
+        self.position = 0
         return True
 
-    def byte(self, at: int) -> int:
-        """Place in the file of a place in the window, not before the last one asked for."""
-        known, byte = self.known
-        passed = self.text[known:at]
-        self.known = at, byte + (len(passed) if passed.isascii() else len(passed.encode("utf-8")))
-        return self.known[1]
+    def byte_offset(self, index: int) -> int:
+        """Return the byte offset in the file of an index into the window; advance the anchor."""
+        anchor, offset = self.anchor
+        text = self.text[anchor:index]
+        offset += len(text) if text.isascii() else len(text.encode("utf-8"))
+        self.anchor = (index, offset)
+        return offset
 
-    def damage(self, what: str) -> InputError:
-        return InputError(
-            f"{str(self.path)!r} near byte {self.byte(self.at)}: {what}; download the file again"
-        )
+    def error(self, what: str) -> InputError:
+        offset = self.byte_offset(self.position)
+        return InputError(f"{str(self.path)!r} near byte {offset}: {what}; download the file again")

@@ -1,4 +1,4 @@
-"""Label maps: PNG files whose pixels are numbers, not colours."""
+"""Label maps: PNG files whose pixel values are class or object numbers, not colours."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from data_pipeline.errors import DamagedError
 from data_pipeline.formats.masks import check_size
 
 MODES = ("L", "P", "1")
-"""Pillow's names for 8-bit grey, palette (the index counts, not its colour) and black and white."""
+"""Pillow's modes for 8-bit grey, palette (index, not colour) and black and white."""
 
 
 def read_label_map(path: Path, hw: tuple[int, int]) -> UInt8[np.ndarray, "y x"]:
-    """The stored numbers, 0..255; of black and white 0 and 1. `hw` is the size of the image.
+    """Read the stored values, 0..255 (0 and 1 for black and white). `hw` is the size of the image.
 
     Raises:
-        DamagedError: the file is missing, not a whole PNG, of a mode that is not in `MODES`, or of
+        DamagedError: the file is missing, not a complete PNG, has a mode that is not in `MODES`, or
             another size than the image.
     """
     name = repr(path.name)
@@ -36,11 +36,11 @@ def read_label_map(path: Path, hw: tuple[int, int]) -> UInt8[np.ndarray, "y x"]:
             if image.mode not in MODES:
                 raise DamagedError(f"label map {name} has mode {image.mode}, expected 8-bit grey")
             if (image.height, image.width) != tuple(hw):
-                found = f"{image.height} x {image.width}"
-                raise DamagedError(f"label map {name} is {found}, its picture {hw[0]} x {hw[1]}")
+                actual = f"{image.height} x {image.width}"
+                raise DamagedError(f"label map {name} is {actual}, its picture {hw[0]} x {hw[1]}")
             return np.array(image, np.uint8)
     except DamagedError:
         raise
-    except Exception as error:  # decoders leak errors of every type; here all mean the same
+    except Exception as error:  # Pillow's decoders raise exceptions of any type
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DamagedError(f"label map {name} cannot be decoded ({reason})") from None

@@ -1,8 +1,8 @@
 """COCO segmentations in every published form, converted to compressed run-length encodings.
 
 `pixellm_jax.images.rle` encodes, decodes and fills polygons with pycocotools, which trusts its
-input down to the C code. Nothing gets there unchecked: input that it would crash on, hang on or
-misread raises `DamagedError` here.
+input down to the C code. This module checks all input first: input that would crash it, hang it or
+be misread raises `DamagedError`.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ def to_rle(segmentation: object, hw: tuple[int, int]) -> Rle:
     Accepted forms (the parts of a list are united, even where they overlap):
 
     * [[x0, y0, x1, y1, ...], ...]: polygons, in pixels, origin at the top left corner of the top
-      left pixel, clipped to the image. Two corners (4 numbers) are a line, which holds no pixel:
-      pycocotools alone would take them for a box.
+      left pixel, clipped to the image. Two corners (4 numbers) are a line, which contains no pixel;
+      pycocotools would read them as a box.
     * [x0, y0, x1, y1, ...]: one polygon.
     * {"size": [h, w], "counts": [n0, n1, ...]}: run lengths.
     * {"size": [h, w], "counts": "..."}: compressed run lengths, as str or bytes.
-    * [{"size": ..., "counts": ...}, ...]: several of them, as in refCLEF.
+    * [{"size": ..., "counts": ...}, ...]: several encodings, as in refCLEF.
     * []: an empty mask.
 
         [[0, 0, 2, 0, 2, 1, 0, 1], [1, 0, 3, 0, 3, 1, 1, 1]], (2, 3)  ->  1 1 1
                                                                           0 0 0
 
     Raises:
-        DamagedError: anything else; corners that are not finite or lie beyond `COORDINATE_LIMIT`; a
-            polygon of an odd number of values or fewer than 4; run lengths of another size, or that
-            do not fill it; a size that `check_size` refuses.
+        DamagedError: another form; corners that are not finite or beyond `COORDINATE_LIMIT`; a
+            polygon with an odd number of values or fewer than 4; run lengths that have another size
+            or do not fill it; a size that `check_size` rejects.
     """
     hw = check_size(*hw)
     if isinstance(segmentation, dict):
@@ -79,14 +79,14 @@ def encode(mask: Bool[np.ndarray, "y x"] | UInt8[np.ndarray, "y x"]) -> Rle:
     """Encode the pixels that are not 0.
 
     Raises:
-        DamagedError: a size that `check_size` refuses.
+        DamagedError: a size that `check_size` rejects.
     """
     check_size(*mask.shape)
     return codec.encode(mask)
 
 
 def decode(rle: Rle) -> UInt8[np.ndarray, "y x"]:
-    """Decode a mask to pixels 0 and 1, stored column by column as the runs are.
+    """Decode a mask to pixels 0 and 1, stored column by column like the runs.
 
     Raises:
         DamagedError: the run lengths do not fill the size.
@@ -95,7 +95,7 @@ def decode(rle: Rle) -> UInt8[np.ndarray, "y x"]:
 
 
 def decode_many(rles: Sequence[Rle]) -> UInt8[np.ndarray, "m y x"]:
-    """Decode masks of one size to pixels 0 and 1; no mask gives shape [0 0 0].
+    """Decode masks of one size to pixels 0 and 1; an empty list gives shape [0 0 0].
 
     Raises:
         DamagedError: the masks differ in size, or run lengths do not fill it.
@@ -108,7 +108,7 @@ def decode_many(rles: Sequence[Rle]) -> UInt8[np.ndarray, "m y x"]:
 
 
 def union(rles: Sequence[Rle], hw: tuple[int, int]) -> Rle:
-    """Return the pixels that are in any of the masks; without masks an empty one of size `hw`.
+    """Return the union of masks; an empty list gives an empty mask of size `hw`.
 
     Raises:
         DamagedError: a mask of another size, or run lengths that do not fill it.
@@ -156,15 +156,15 @@ def _polygon(values: object) -> np.ndarray:
         raise DamagedError(
             f"polygon of {len(corners)} numbers: expected an even number, at least 4"
         )
-    if not (np.abs(corners) <= COORDINATE_LIMIT).all():  # not a number compares false, too
+    if not (np.abs(corners) <= COORDINATE_LIMIT).all():  # also rejects NaN
         raise DamagedError(f"polygon {_short(values)}: a corner beyond {COORDINATE_LIMIT} pixels")
-    if len(corners) == 4:  # the second corner twice: the same line, but not read as a box
+    if len(corners) == 4:  # repeat the second corner: the same line, but not read as a box
         corners = np.concatenate([corners, corners[2:]])
     return corners
 
 
 def _outline(corners: np.ndarray) -> float:
-    """Return the length of the closed outline as pycocotools walks it, in pixels."""
+    """Return the length of the closed outline in pixels, as pycocotools traces it."""
     points = corners.reshape(-1, 2)
     return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()) + len(points)
 
@@ -186,7 +186,7 @@ def _runs(rle: object, hw: tuple[int, int] | None = None) -> np.ndarray:
     else:
         raise DamagedError(f"run lengths {_short(counts)}: expected a list or text")
     pixels = height * width
-    # The range first: a sum of huge numbers could wrap around.
+    # Check the range first: a sum of huge numbers could overflow.
     if not ((runs >= 0) & (runs <= pixels)).all() or runs.sum() != pixels:
         raise DamagedError(f"run lengths that do not fill {height} x {width} pixels")
     return runs
@@ -207,7 +207,7 @@ def _numbers(values: Sequence[object], kinds: str, what: str) -> np.ndarray:
         return np.zeros(0, np.int64)
     try:
         array = np.asarray(values)
-    except (ValueError, OverflowError):  # lists of different lengths in it
+    except (ValueError, OverflowError):  # ragged lists, or integers beyond the range of floats
         array = np.array(None)
     if array.ndim != 1 or array.dtype.kind not in kinds:
         raise DamagedError(f"{what} {_short(values)}: expected a flat list of numbers")
@@ -215,7 +215,7 @@ def _numbers(values: Sequence[object], kinds: str, what: str) -> np.ndarray:
 
 
 def _short(value: object) -> str:
-    """Return at most 60 characters that describe any value."""
+    """Describe any value in at most 60 characters."""
     try:
         text = " ".join(reprlib.repr(value).split())
     except ValueError:  # an integer of thousands of digits

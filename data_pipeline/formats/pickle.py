@@ -1,9 +1,9 @@
-"""Reader for pickles of plain data: nothing in the file is imported, called or built.
+"""Safe reader for pickles of plain data: it imports, calls and builds nothing from the file.
 
-The reference unpickles the refer indices, which lets a file run any program
-(docs/reference_notes.md D27). `SafeUnpickler` reads the opcodes that make lists, tuples,
+The reference unpickles the refer indices, which lets a file execute arbitrary code
+(docs/reference_notes.md D27). `SafeUnpickler` accepts the opcodes that make lists, tuples,
 dictionaries, sets, numbers and text (protocols 0 to 5). The few names of builtin containers that
-protocols 0 to 3 need for sets and bytes are compared as text, never looked up.
+protocols 0 to 3 need for sets and bytes are compared as text, never resolved.
 
 Limits: `SIZE_LIMIT` bytes and `STEP_LIMIT` opcodes; integers of 64 bytes; containers that are
 referenced several times, counted at each place, `STEP_LIMIT` values.
@@ -52,7 +52,7 @@ def load(path: Path) -> Any:
 
 
 def loads(data: bytes) -> Any:
-    """Like `load`, from bytes. Messages begin with the fault; the caller puts the name before."""
+    """Return the data of a pickle in memory; error messages lack the file name, unlike `load`."""
     unpickler = _PlainUnpickler(data, STEP_LIMIT)
     try:
         value = unpickler.load()
@@ -78,7 +78,7 @@ _KNOWN = _BYTES.copy()
 for _module in ("builtins", "__builtin__"):
     _BYTES.add(_Name(_module, "bytes"))
     _KNOWN |= {_Name(_module, kind) for kind in ("bytes", "set", "frozenset")}
-# Opcodes that build objects, and what they would build.
+# Rejected opcodes: they build objects.
 _REFUSED = {
     "INST": "a class",
     "OBJ": "a class",
@@ -110,16 +110,16 @@ class _PlainUnpickler(SafeUnpickler):
         self.has_shared_containers = False
 
     def find_class(self, module: str, name: str) -> _Name:
-        found = _Name(module, name)
-        if found not in _KNOWN:
+        global_name = _Name(module, name)
+        if global_name not in _KNOWN:
             self._refuse(f"the global {short_name(module, name, 120)}")
-        return found
+        return global_name
 
     def refuse_opcode(self, opcode: pickletools.OpcodeInfo) -> NoReturn:
         self._refuse(_REFUSED[opcode.name])
 
     def load_reduce(self) -> None:
-        """Make what protocols 0 to 3 write for sets and bytes, which they have no opcode for."""
+        """Build sets and bytes, which protocols 0 to 3 write as calls of a global."""
         arguments = self.stack.pop()
         function = self.stack.pop()
         if type(function) is not _Name or type(arguments) is not tuple:
@@ -139,7 +139,7 @@ class _PlainUnpickler(SafeUnpickler):
         return members or []
 
     def _decode_string(self, value: bytes) -> str:
-        """Decode a byte string of Python 2."""
+        """Decode a byte string of Python 2: UTF-8, else Latin-1."""
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError:

@@ -1,8 +1,8 @@
-"""Scan conversion of outlines, bit-exact with OpenCV up to 4.10 (4.11 changed its filling).
+"""Polygon rasterisation (scan-line fill), bit-exact with `cv2.fillPoly` up to OpenCV 4.10.
 
-The published ReasonSeg masks were made that way: the corners are truncated to whole pixels, the
-outline is drawn, and the inside is filled between crossings (the even-odd rule). The code is our
-own because no kept release of OpenCV fills like this.
+The published ReasonSeg masks were made in this way: corners are truncated to whole pixels, the
+outline is drawn, and the inside is filled between crossings (the even-odd rule). OpenCV 4.11
+changed the result, and no maintained release fills like this, so the algorithm is implemented here.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Point = tuple[int, int]
 
 
 class Shape(NamedTuple):
-    """A closed outline, and the value of the pixels on it and inside."""
+    """A closed outline, and the value of the pixels on the outline and inside."""
 
     corners: tuple[Point, ...]
     value: int
 
 
 def rasterise(shapes: Sequence[Shape], hw: tuple[int, int]) -> UInt8[np.ndarray, "y x"]:
-    """Paint shapes on top of each other, in descending order of their areas.
+    """Paint shapes on top of each other, in descending order of area.
 
     Of two shapes of equal area, the later one is painted first. Pixels outside the image are
     clipped.
@@ -61,14 +61,15 @@ def rasterise(shapes: Sequence[Shape], hw: tuple[int, int]) -> UInt8[np.ndarray,
 def _fill(corners: Sequence[Point], hw: tuple[int, int]) -> tuple[slice, Bool[np.ndarray, "y x"]]:
     """Return the rows of a shape, and its pixels in these rows: the outline and the inside.
 
-    An edge does not include its lower end, so that each row crosses the outline an even number of
-    times.
+    An edge excludes its lower end, so that every row crosses the outline an even number of times.
     """
     height, width = hw
     ys = [y for _, y in corners]
-    top, bottom = max(min(ys), 0), max(min(max(ys) + 1, height), 0)
+    top = max(min(ys), 0)
+    bottom = max(min(max(ys) + 1, height), 0)
     outline = np.zeros((max(bottom - top, 0), width), bool)
-    met_rows, met_columns = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    crossing_rows = [np.zeros(0, np.int64)]
+    crossing_columns = [np.zeros(0, np.int64)]
     for start, end in zip((corners[-1], *corners[:-1]), corners, strict=True):
         first, last, visible = _clip(start, end, hw)
         if visible:
@@ -76,21 +77,26 @@ def _fill(corners: Sequence[Point], hw: tuple[int, int]) -> tuple[slice, Bool[np
             outline[rows - top, columns] = True
         if start[1] == end[1]:
             continue
-        half = _HALF if visible and (first, last) == (start, end) else 0  # cut lines: left pixel
+        # A clipped edge crosses at the left pixel, an unclipped edge at the nearest one.
+        half = _HALF if visible and (first, last) == (start, end) else 0
         if first[1] == last[1]:
             first, last = start, end
         (x, y), (x_end, y_end) = sorted((first, last), key=lambda point: point[1])
         slope = math.trunc((x_end - x << 16) / (y_end - y))
         rows = np.arange(max(min(start[1], end[1]), 0), min(max(start[1], end[1]), height))
-        met_rows.append(rows)
-        met_columns.append((x << 16) + half + (rows - y) * slope >> 16)
-    rows, columns = np.concatenate(met_rows), np.concatenate(met_columns)
+        crossing_rows.append(rows)
+        crossing_columns.append((x << 16) + half + (rows - y) * slope >> 16)
+    rows = np.concatenate(crossing_rows)
+    columns = np.concatenate(crossing_columns)
     order = np.lexsort((columns, rows))
-    rows, left, right = rows[order][::2] - top, columns[order][::2], columns[order][1::2]
-    seen = (left < width) & (right >= 0)
+    rows = rows[order][::2] - top
+    left = columns[order][::2]
+    right = columns[order][1::2]
+    visible_spans = (left < width) & (right >= 0)
+    rows = rows[visible_spans]
     change = np.zeros((len(outline), width + 1), np.int32)
-    np.add.at(change, (rows[seen], left[seen].clip(min=0)), 1)
-    np.add.at(change, (rows[seen], right[seen].clip(max=width - 1) + 1), -1)
+    np.add.at(change, (rows, left[visible_spans].clip(min=0)), 1)
+    np.add.at(change, (rows, right[visible_spans].clip(max=width - 1) + 1), -1)
     np.cumsum(change, axis=1, out=change)
     return slice(top, bottom), outline | (change[:, :-1] > 0)
 
@@ -98,11 +104,14 @@ def _fill(corners: Sequence[Point], hw: tuple[int, int]) -> tuple[slice, Bool[np
 def _line(start: Point, end: Point) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows and columns of a line, one pixel per step along its longer side.
 
-    From the left end, the position across is step / longer * shorter; exact halves round down.
+    At each step from the left end, the offset along the shorter side is step / longer * shorter,
+    with exact halves rounded down.
     """
     (x, y), (x_end, y_end) = sorted((start, end))
-    width, height = x_end - x, abs(y_end - y)
-    longer, shorter = max(width, height), min(width, height)
+    width = x_end - x
+    height = abs(y_end - y)
+    longer = max(width, height)
+    shorter = min(width, height)
     along = np.arange(longer + 1)
     across = (2 * shorter * along + max(longer - 1, 0)) // max(2 * longer, 1)
     right, down = (along, across) if width >= height else (across, along)
@@ -110,10 +119,10 @@ def _line(start: Point, end: Point) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _clip(start: Point, end: Point, hw: tuple[int, int]) -> tuple[Point, Point, bool]:
-    """Return the part of a line inside the image, and whether there is any.
+    """Clip a line to the image; return its ends and whether any part is inside.
 
-    Ends above or below the image are moved along the line to the border first, then ends to its
-    left or right; each time the other coordinate is truncated to a whole number.
+    Ends above or below the image are moved along the line to the border first, then ends to the
+    left or right of it. Each time the other coordinate is truncated to a whole number.
     """
     ends = [list(start), list(end)]
     for axis in (1, 0):

@@ -1,10 +1,10 @@
-"""TFDS builders: one split of one dataset -> a folder of ArrayRecord shards, whole or not there.
+"""TFDS builder that stores a split of a dataset as a folder of ArrayRecord shards, atomically.
 
-One class serves every dataset: what differs between them is in their `Source`. The writer of TFDS's
-own `GeneratorBasedBuilder` is not used: it runs in one process, starts over after an interruption,
-and from 1 GB on needs TensorFlow. `shards.py` writes instead; this builder turns what it wrote into
-a TFDS folder in one step. Each split is a folder (to TFDS, a config) of its own, so that splits are
-prepared, copied and redone one by one.
+One class serves every dataset; the differences between datasets are in their `Source`. The writer
+of TFDS's `GeneratorBasedBuilder` is not used: it runs in one process, starts over after an
+interruption, and needs TensorFlow above 1 GB. `shards.py` writes the shards instead, and this
+builder turns them into a TFDS folder in one step. Each split is a separate folder (a config of
+TFDS), so splits can be prepared, copied and prepared again one by one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from data_pipeline.storage.shards import (
     Plan,
     Report,
     Skip,
-    run_length,
+    choose_shard_size,
     working_folder,
     write_shards,
 )
@@ -41,19 +41,27 @@ class ExampleBuilder(FileReaderBuilder, skip_registration=True):  # type: ignore
     """TFDS builder of one split: `download_and_prepare()` stores the examples that `source` reads.
 
     Damaged entries are left out, counted in `info.metadata` and listed in skipped.jsonl with key
-    and reason; with `strict` they are an error. `run`: entries per shard. `progress` is called
-    with the number of further entries done and the total. `writing`: options of
-    `shards.write_shards`.
+    and reason.
+
+    Args:
+        source: reader of the dataset.
+        split: split to store.
+        root: folder of all published datasets.
+        out: folder of all prepared datasets.
+        strict: raise an error if anything is damaged.
+        shard_size: entries per shard; None chooses it from their number.
+        progress: called after each shard with its number of entries and the total.
+        **writing: options of `shards.write_shards`.
 
     Raises:
-        AbsentError: (`download_and_prepare`, as all of these) there are no entries.
+        AbsentError: (by `download_and_prepare`, as the other error) there are no entries.
         InputError: no entry can be used, `strict` and something is damaged, or another process
-            prepares the split. There is no folder then; finished shards are kept, and the next call
-            resumes from them.
+            prepares the split. No folder is created then; finished shards are kept, and the next
+            call resumes from them.
     """
 
     VERSION = tfds.core.Version(VERSION)
-    code_path = None  # where TFDS would look for checksums of downloads
+    code_path = None  # location of the checksums of downloads
 
     def __init__(
         self,
@@ -63,14 +71,16 @@ class ExampleBuilder(FileReaderBuilder, skip_registration=True):  # type: ignore
         out: Path,
         *,
         strict: bool = False,
-        run: int | None = None,
+        shard_size: int | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
         **writing: Any,
     ) -> None:
         self.name = folder_name(source.dataset)
-        self._strict, self._progress, self._writing = strict, progress, writing
+        self._strict = strict
+        self._progress = progress
+        self._writing = writing
         folder = out.resolve() / UNFINISHED / f"{self.name}-{split}"
-        self.plan = Plan(source, root.resolve(), split, folder, run or 0)
+        self.plan = Plan(source, root.resolve(), split, folder, shard_size or 0)
         config = tfds.core.BuilderConfig(name=split, version=VERSION)
         super().__init__(data_dir=out.resolve(), config=config, file_format="array_record")
 
@@ -84,14 +94,14 @@ class ExampleBuilder(FileReaderBuilder, skip_registration=True):  # type: ignore
         )
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any) -> None:
-        """Fills `data_dir`, which is a temporary folder until this returns."""
+        """Fill `data_dir`, which is a temporary folder until this method returns."""
         plan = self.plan
         entries = plan.source.entries(plan.root, plan.split)
         if not entries:
             raise AbsentError(
                 f"the index of {plan.source.dataset} has nothing in split {plan.split}"
             )
-        plan = plan._replace(run=plan.run or run_length(len(entries)))
+        plan = plan._replace(shard_size=plan.shard_size or choose_shard_size(len(entries)))
         with working_folder(plan, entries):
             self._remove_leftovers()
             reports = list[Report]()
@@ -99,30 +109,30 @@ class ExampleBuilder(FileReaderBuilder, skip_registration=True):  # type: ignore
                 reports.append(report)
                 self._progress(report.entries, len(entries))
                 if self._strict:
-                    refuse(plan.name, report.skips)
+                    require_no_skips(plan.name, report.skips)
             skips = [skip for report in reports for skip in report.skips]
-            self._count(reports, skips)
+            self._set_metadata(reports, skips)
             with open(self.data_path / SKIPPED, "w", encoding="utf-8", errors="replace") as file:
                 for skip in skips:
                     file.write(json.dumps(skip._asdict(), ensure_ascii=False) + "\n")
-            self._take_shards(plan, [report.examples for report in reports])
+            self._move_shards(plan, [report.examples for report in reports])
             shutil.rmtree(plan.folder)
-        with contextlib.suppress(OSError):  # stays while other splits are at work in it
+        with contextlib.suppress(OSError):  # not empty while other splits are being prepared
             plan.folder.parent.rmdir()
 
     def _log_download_bytes(self) -> None:
-        """TFDS would announce on standard output what it is about to download: nothing."""
+        """Do nothing; TFDS would print the size of the download, although there is none."""
 
     def _log_download_done(self) -> None:
         """Do nothing: there is no download to log."""
 
     def _remove_leftovers(self) -> None:
-        """Temporary folders of earlier calls that were killed."""
+        """Remove the temporary folders of earlier calls that were killed."""
         for path in Path(self.data_path).parent.glob("incomplete.*"):
             if path != Path(self.data_path):
                 shutil.rmtree(path)
 
-    def _count(self, reports: Sequence[Report], skips: Sequence[Skip]) -> None:
+    def _set_metadata(self, reports: Sequence[Report], skips: Sequence[Skip]) -> None:
         total = Counter[str]()
         for report in reports:
             total.update({name: getattr(report, name) for name in Report._fields[:-1]})
@@ -139,8 +149,8 @@ class ExampleBuilder(FileReaderBuilder, skip_registration=True):  # type: ignore
             parts_left_out=sum(not skip.whole for skip in skips),
         )
 
-    def _take_shards(self, plan: Plan, lengths: Sequence[int]) -> None:
-        """Moves the shards that are not empty into the folder, under the names TFDS knows."""
+    def _move_shards(self, plan: Plan, lengths: Sequence[int]) -> None:
+        """Move the shards that are not empty into the folder, under the file names of TFDS."""
         template = self._get_filename_template(plan.split)
         kept = [number for number, length in enumerate(lengths) if length]
         paths = [
@@ -159,68 +169,73 @@ class ExampleBuilder(FileReaderBuilder, skip_registration=True):  # type: ignore
 
 
 class Prepared(NamedTuple):
-    """A prepared split, what was left out of it, and whether it was there before."""
+    """A prepared split, what was left out of it, and whether it already existed."""
 
     stored: StoredSplit
     skips: tuple[Skip, ...]
-    found: bool
+    existed: bool
 
 
 def prepare(source: Source, split: str, root: Path, out: Path, **options: Any) -> Prepared:
     """Store a split below `out`, resume an interrupted run, or return a finished one.
 
-    `options`: as of `ExampleBuilder`.
+    `options` are the keyword arguments of `ExampleBuilder`.
+
+    Example:
+        >>> prepared = prepare(Jsonl(), "train", Path("birds"), Path("prepared"))
+        >>> len(prepared.stored), prepared.skips
+        (3, ())
 
     Raises:
         InputError: as `ExampleBuilder`, or the folder cannot be written, or the disk is full.
     """
-    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         with _quiet_log(), tempfile.TemporaryDirectory() as downloads:
             builder = ExampleBuilder(source, split, root, out, **options)
-            found = builder.is_prepared()
+            existed = builder.is_prepared()
             builder.download_and_prepare(download_dir=downloads)
     except OSError as error:
         raise InputError(
             f"{out}: writing failed ({error.strerror or error}); finished shards are kept, free "
-            "some space or see who owns the folder, and run the command again to go on"
+            "some space or see who owns the folder, and run the command again to resume"
         ) from error
     finally:
-        made = out / folder_name(source.dataset)
-        for folder in (made / split, made, *new):
-            with contextlib.suppress(OSError):  # stays if something is in it
+        dataset_folder = out / folder_name(source.dataset)
+        for folder in (dataset_folder / split, dataset_folder, *new_folders):
+            with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
     stored = StoredSplit(Path(builder.data_path))
     skips = read_skips(stored)
     if options.get("strict"):
-        refuse(f"{source.dataset}/{split}", skips)
-    return Prepared(stored, skips, found)
+        require_no_skips(f"{source.dataset}/{split}", skips)
+    return Prepared(stored, skips, existed)
 
 
 def read_skips(stored: StoredSplit) -> tuple[Skip, ...]:
-    """Return the entries left out of a prepared split, in their order."""
+    """Return everything that was left out of a prepared split, in the order of the entries."""
     with (stored.folder / SKIPPED).open(encoding="utf-8") as lines:
         return tuple(Skip(**json.loads(line)) for line in lines)
 
 
-def refuse(name: str, skips: Sequence[Skip]) -> None:
-    """Raises InputError if anything was left out."""
+def require_no_skips(name: str, skips: Sequence[Skip]) -> None:
+    """Raise InputError if anything was left out of the split `name`."""
     if skips:
         first = skips[0]
         raise InputError(
-            f"{name}: {len(skips)} damaged, the first is {first.key}: {first.reason}; mend it, or "
-            "leave out --strict to skip what is damaged"
+            f"{name}: {len(skips)} damaged, the first is {first.key}: {first.reason}; repair it, "
+            "or omit --strict to skip damaged entries"
         )
 
 
 def folder_name(dataset: str) -> str:
-    """TFDS takes letters, digits and "_": refcoco+ -> refcoco_plus."""
+    """Return a name of letters, digits and "_", as TFDS requires: refcoco+ -> refcoco_plus."""
     return dataset.replace("+", "_plus").replace("-", "_")
 
 
 @contextlib.contextmanager
 def _quiet_log() -> Iterator[None]:
-    """TFDS warns of every config that its class does not list."""
+    """Silence the warning of TFDS about a config that its builder class does not list."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:

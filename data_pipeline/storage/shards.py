@@ -1,10 +1,10 @@
-"""Entries of a split -> ArrayRecord shards, in parallel, and so that an interruption loses little.
+"""Parallel, resumable writer of the entries of a split as ArrayRecord shards.
 
-A split is cut into runs of consecutive entries, and each run becomes one shard. Its bytes depend on
-the entries alone, so they are the same whoever writes it: this process, a pool of processes, or the
-workers of an Apache Beam pipeline. Shards are written into a working folder. A shard is finished
-when its report stands beside it; the report is written last, and a file appears whole or not at
-all. What an interruption left unfinished is written again, what is finished is kept.
+Each shard stores a range of consecutive entries. Its bytes depend on the entries alone, so they are
+the same whether this process, a pool of processes or the workers of an Apache Beam pipeline write
+it. Shards are written into a working folder. A shard is finished when its report is next to it:
+files are written atomically, and the report is written last. After an interruption, finished shards
+are kept and the others are written again.
 """
 
 from __future__ import annotations
@@ -37,39 +37,51 @@ from pixellm_jax.errors import InputError
 from pixellm_jax.files import whole_file
 from pixellm_jax.images.read import read_image
 
-RUN, MOST_RUNS = 256, 4096
-"""Entries of a shard, unless that makes more than `MOST_RUNS` shards."""
+MIN_SHARD_SIZE = 256
+"""Entries per shard, unless that gives more than `MAX_SHARDS` shards."""
 
-_RECORDS = "group_size:1"  # each record can be read on its own
+MAX_SHARDS = 4096
+"""Maximum number of shards of a split."""
+
+_WRITER_OPTIONS = "group_size:1"  # each record can be read alone
 _BEAM_MISSING = "apache-beam is not installed: pip install 'pixellm_jax[beam]'"
 
 
 class Skip(NamedTuple):
-    """Something that was left out: a whole entry, or a part of the example `key`."""
+    """Something that was left out: an entry, or a part of an example that was stored."""
 
     key: str
+    """Key of the entry or example."""
     whole: bool
+    """Whether the entry was left out, not only a part of it."""
     reason: str
 
 
 class Report(NamedTuple):
-    """Outcome of a run of entries; `targets` and `turns` count the stored examples only."""
+    """Result of writing one shard."""
 
     entries: int
+    """Number of entries, stored or not."""
     examples: int
+    """Number of stored examples."""
     turns: int
+    """Number of questions of the stored examples."""
     targets: int
+    """Number of targets of the stored examples."""
     skips: tuple[Skip, ...]
 
 
 class Plan(NamedTuple):
-    """Partition of a split into shards: `run` entries each, written into `folder`."""
+    """Partition of a split into shards."""
 
     source: Source
     root: Path
+    """Folder of all published datasets."""
     split: str
     folder: Path
-    run: int
+    """Working folder."""
+    shard_size: int
+    """Entries per shard."""
 
     @property
     def name(self) -> str:
@@ -82,9 +94,9 @@ class Plan(NamedTuple):
         return self.folder / f"{number:06d}.json"
 
 
-def run_length(entries: int) -> int:
-    """Entries per shard: a function of their number only."""
-    return max(RUN, math.ceil(entries / MOST_RUNS))
+def choose_shard_size(entries: int) -> int:
+    """Return the number of entries per shard, a function of the number of entries only."""
+    return max(MIN_SHARD_SIZE, math.ceil(entries / MAX_SHARDS))
 
 
 def write_shards(
@@ -95,39 +107,43 @@ def write_shards(
     runner: str | None = None,
     runner_options: Sequence[str] = (),
 ) -> Iterator[Report]:
-    """Writes the shards that are not finished; yields the report of every shard in order.
+    """Write the shards that are not finished; yield the report of every shard in order.
 
-    `runner`: an Apache Beam runner that does it instead of a pool of `workers` processes;
-    `runner_options` are Beam's own, as `--name=value`.
+    Args:
+        plan: partition of the split.
+        entries: all entries of the split.
+        workers: processes that write shards, unless there is a `runner`.
+        runner: Apache Beam runner that writes the shards.
+        runner_options: options of Beam, as "--name=value".
 
     Raises:
-        InputError: a worker was killed, or Beam is not installed. (Its own failures are its own.)
+        InputError: a worker was killed, or Beam is not installed. Errors of Beam are not caught.
     """
-    shards = math.ceil(len(entries) / plan.run)
-    todo = [number for number in range(shards) if not _finished(plan, number)]
-    if runner and todo:
-        _write_with_beam(plan, todo, runner, runner_options)
-        todo = []
-    writing = set(todo)
-    jobs = [(number, _own(plan, number, entries)) for number in todo]
-    with _mapped(min(workers, len(todo)), partial(_write_run, plan)) as mapped:
-        written = mapped(jobs)
-        for number in range(shards):
+    num_shards = math.ceil(len(entries) / plan.shard_size)
+    unfinished = [number for number in range(num_shards) if not _is_finished(plan, number)]
+    if runner and unfinished:
+        _write_with_beam(plan, unfinished, runner, runner_options)
+        unfinished = []
+    writing = set(unfinished)
+    jobs = [(number, _entries_of_shard(plan, number, entries)) for number in unfinished]
+    with _ordered_map(min(workers, len(jobs)), partial(_write_shard, plan)) as ordered_map:
+        written = ordered_map(jobs)
+        for number in range(num_shards):
             yield next(written) if number in writing else read_report(plan, number)
 
 
 def read_report(plan: Plan, number: int) -> Report:
-    """The report of a finished shard."""
+    """Read the report of a finished shard."""
     record = json.loads(plan.report(number).read_text(encoding="ascii"))
     return Report(**{**record, "skips": tuple(Skip(*skip) for skip in record["skips"])})
 
 
 @contextlib.contextmanager
 def working_folder(plan: Plan, entries: Sequence[Any]) -> Iterator[None]:
-    """Opens the folder of a plan for one process alone; keeps what fits the plan, and no other.
+    """Lock the working folder of a plan; remove all files unless they belong to the same plan.
 
     Raises:
-        InputError: another process is at work in it.
+        InputError: another process has locked the folder.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
     with (plan.folder / "lock").open("w") as lock:
@@ -137,12 +153,13 @@ def working_folder(plan: Plan, entries: Sequence[Any]) -> Iterator[None]:
             raise InputError(
                 f"{plan.folder}: another process prepares {plan.name}; let it finish or end it"
             ) from None
-        wanted, made_for = _fingerprint(plan, entries), plan.folder / "made_for"
-        fits = made_for.is_file() and made_for.read_text(encoding="ascii") == wanted
+        fingerprint = _fingerprint(plan, entries)
+        file = plan.folder / "made_for"
+        same_plan = file.is_file() and file.read_text(encoding="ascii") == fingerprint
         for path in plan.folder.iterdir():
-            if path.name.startswith(".") or (not fits and path.name != "lock"):
+            if path.name.startswith(".") or (not same_plan and path.name != "lock"):
                 path.unlink()
-        made_for.write_text(wanted, encoding="ascii")
+        file.write_text(fingerprint, encoding="ascii")
         yield
 
 
@@ -154,38 +171,46 @@ def _fingerprint(plan: Plan, entries: Sequence[Any]) -> str:
     return digest.hexdigest()
 
 
-def _finished(plan: Plan, number: int) -> bool:
+def _is_finished(plan: Plan, number: int) -> bool:
     return plan.report(number).is_file() and plan.shard(number).is_file()
 
 
-def _own(plan: Plan, number: int, entries: Sequence[Any]) -> Sequence[Any]:
-    return entries[number * plan.run : (number + 1) * plan.run]
+def _entries_of_shard(plan: Plan, number: int, entries: Sequence[Any]) -> Sequence[Any]:
+    return entries[number * plan.shard_size : (number + 1) * plan.shard_size]
 
 
-def _write_run(plan: Plan, job: tuple[int, Sequence[Any]]) -> Report:
-    """Writes one shard, then its report."""
+def _write_shard(plan: Plan, job: tuple[int, Sequence[Any]]) -> Report:
+    """Write one shard, then its report."""
     number, entries = job
-    skips, examples = list[Skip](), list[tuple[int, int]]()
+    skips: list[Skip] = []
+    num_turns: list[int] = []
+    num_targets: list[int] = []
     with whole_file(plan.shard(number)) as path, _record_writer(path) as write:
         for entry in entries:
             try:
                 example, problems = plan.source.read(entry)
-                _decode(example.image)
+                _check_pixels(example.image)
             except DamagedError as reason:
                 skips.append(Skip(entry.key, True, " ".join(str(reason).split())))
                 continue
             skips += (Skip(example.key, False, " ".join(p.split())) for p in problems)
-            examples.append((sum(map(len, example.conversations)), len(example.targets)))
+            num_turns.append(sum(map(len, example.conversations)))
+            num_targets.append(len(example.targets))
             write(to_record(example))
-    turns, targets = map(sum, zip(*examples, strict=True)) if examples else (0, 0)
-    report = Report(len(entries), len(examples), turns, targets, tuple(skips))
+    report = Report(
+        entries=len(entries),
+        examples=len(num_targets),
+        turns=sum(num_turns),
+        targets=sum(num_targets),
+        skips=tuple(skips),
+    )
     with whole_file(plan.report(number)) as path:
         path.write_text(json.dumps(report._asdict()), encoding="ascii")
     return report
 
 
-def _decode(image: bytes) -> None:
-    """Decodes the image once: the readers look at its header only."""
+def _check_pixels(image: bytes) -> None:
+    """Decode an image completely: readers decode only its header."""
     try:
         with Image.open(io.BytesIO(image)) as opened:
             read_image(opened, upright=False)
@@ -195,8 +220,8 @@ def _decode(image: bytes) -> None:
 
 @contextlib.contextmanager
 def _record_writer(path: Path) -> Iterator[Callable[[bytes], None]]:
-    """Writes records; a full disk is an OSError, as everywhere else."""
-    writer = ArrayRecordWriter(str(path), _RECORDS)
+    """Open an ArrayRecord file for writing; a full disk raises OSError."""
+    writer = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
 
     def write(record: bytes) -> None:
         with _as_os_error():
@@ -216,39 +241,40 @@ def _as_os_error() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _mapped(workers: int, function: Callable[[Any], Report]) -> Iterator[Callable]:
-    """An ordered `map`: over a pool of processes, or over this one alone."""
+def _ordered_map(workers: int, function: Callable[[Any], Report]) -> Iterator[Callable]:
+    """Yield a map that preserves order: over a pool of processes, or in this process."""
     if workers <= 1:
         yield partial(map, function)
         return
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_watch_parent)
 
-    def mapped(jobs: Sequence[Any]) -> Iterator[Report]:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # left to the parent
+    def ordered_map(jobs: Sequence[Any]) -> Iterator[Report]:
+        # The workers inherit the signal mask: only this process handles SIGINT.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
-            return pool.map(function, jobs)  # starts the processes, which inherit the mask
+            return pool.map(function, jobs)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     try:
-        yield mapped
+        yield ordered_map
     except BrokenProcessPool:
         raise InputError(
-            "a worker process was killed, perhaps for its memory: run the command again to go on, "
-            "with fewer --workers"
+            "a worker process was killed, possibly because memory ran out: run the command again "
+            "to resume, with fewer --workers"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _watch_parent() -> None:
-    """Ends this worker when its parent ends, however that may be."""
+    """Exit this worker when its parent exits or is killed."""
     parent = parent_process()
     if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+        threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
 
 
-def _end_with(sentinel: int) -> None:
+def _exit_after(sentinel: int) -> None:
     connection.wait([sentinel])
     os._exit(1)
 
@@ -256,7 +282,7 @@ def _end_with(sentinel: int) -> None:
 def _write_with_beam(
     plan: Plan, numbers: Sequence[int], runner: str, options: Sequence[str]
 ) -> None:
-    """Writes shards on Beam's workers, which see the source and the working folder as we do."""
+    """Write shards on Beam's workers, which must share the file system with this process."""
     try:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -264,15 +290,15 @@ def _write_with_beam(
         raise InputError(_BEAM_MISSING) from None
     with beam.Pipeline(runner=runner, options=PipelineOptions(list(options))) as pipeline:
         shards = pipeline | beam.Create(numbers) | beam.Reshuffle()
-        _ = shards | "Write" >> beam.Map(partial(_write_listed, plan))
+        _ = shards | "Write" >> beam.Map(partial(_write_shard_by_number, plan))
 
 
-def _write_listed(plan: Plan, number: int) -> None:
-    entries = _listed(plan.source, plan.root, plan.split)  # type: ignore[arg-type]
-    _write_run(plan, (number, _own(plan, number, entries)))
+def _write_shard_by_number(plan: Plan, number: int) -> None:
+    entries = _cached_entries(plan.source, plan.root, plan.split)  # type: ignore[arg-type]
+    _write_shard(plan, (number, _entries_of_shard(plan, number, entries)))
 
 
 @lru_cache(maxsize=1)
-def _listed(source: Source, root: Path, split: str) -> Sequence[Any]:
-    """The index of a split: each of Beam's workers reads it once, no shard is sent its entries."""
+def _cached_entries(source: Source, root: Path, split: str) -> Sequence[Any]:
+    """Return the entries of a split. Each Beam worker reads the index once; none are sent to it."""
     return source.entries(root, split)

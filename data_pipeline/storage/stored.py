@@ -1,6 +1,6 @@
-"""Prepared data: random access to the examples that `pixellm prepare` stored.
+"""Random access to prepared data: the examples that `pixellm prepare` stored.
 
-A prepared folder is one split, in the layout of TFDS (`tfds.data_source` reads it too):
+The folder of a split has the layout of TFDS (`tfds.data_source` reads it, too):
 
     OUT/refcoco_plus/testA/1.0.0/   dataset_info.json  features.json  metadata.json  skipped.jsonl
                                     refcoco_plus-testA.array_record-00000-of-00001
@@ -25,9 +25,11 @@ from pixellm_jax.errors import InputError
 VERSION = "1.0.0"
 """Version of the stored records; older code cannot read another first number."""
 
-INFO, METADATA, SKIPPED = "dataset_info.json", "metadata.json", "skipped.jsonl"
+INFO = "dataset_info.json"
+METADATA = "metadata.json"
+SKIPPED = "skipped.jsonl"
 UNFINISHED = ".unfinished"
-"""Folder of the work in progress, beside the datasets."""
+"""Folder of unfinished shards, next to the datasets."""
 
 _DEPTH = 3  # dataset / split / version
 
@@ -41,9 +43,9 @@ def features() -> tfds.features.FeaturesDict:
 
 
 def to_record(example: Example) -> bytes:
-    """The `features` of an example as `tf.train.Example`; the same bytes in every process.
+    """Serialise an example as `tf.train.Example` with the `features`; deterministic.
 
-    (TFDS's own serializer writes the features in an order that changes from process to process.)
+    (The order of the features that TFDS's serialiser writes differs from process to process.)
     """
     texts = {"key": example.key, "record": to_json(example)}
     values = {name: text.encode("utf-8", "surrogatepass") for name, text in texts.items()}
@@ -56,22 +58,31 @@ def to_record(example: Example) -> bytes:
 
 
 def from_record(record: bytes) -> Example:
-    """The inverse of `to_record`."""
+    """Parse an example from the record that `to_record` wrote."""
     feature = tf_example_pb2.Example.FromString(record).features.feature
     text = feature["record"].bytes_list.value[0].decode("utf-8", "surrogatepass")
     return from_json(text, feature["image"].bytes_list.value[0])
 
 
 class StoredSplit(Sequence[Example]):
-    """The examples of one prepared split, read from the disk one by one.
+    """Sequence of the examples of one prepared split, read from disk one by one.
 
-    In memory are only the number of examples of each shard and, of shards in use, where their
-    records begin. It can be pickled, and threads may share it: Grain's workers do both.
+    Only the number of examples per shard and the record offsets of opened shards are in memory. It
+    is picklable and thread-safe, as Grain's workers require.
 
-    metadata: what was counted when it was prepared: dataset, split, examples, conversations, ...
+    Example:
+        >>> stored = StoredSplit(Path("prepared/muse/train/1.0.0"))
+        >>> len(stored), stored[0].key
+
+    Attributes:
+        folder: folder of the split.
+        dataset: published name of the dataset.
+        split: published name of the split.
+        metadata: counts of the preparation: entries, examples, turns, targets, skipped, ...
+        shards: paths of the ArrayRecord files.
 
     Raises:
-        InputError: `folder` does not hold a prepared split, or a file of it is missing or damaged.
+        InputError: `folder` is not a prepared split, or a file is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -79,10 +90,12 @@ class StoredSplit(Sequence[Example]):
         try:
             self.metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
             info = json.loads((folder / INFO).read_text(encoding="utf-8"))
-            self.dataset, self.split = str(self.metadata["dataset"]), str(self.metadata["split"])
+            self.dataset = str(self.metadata["dataset"])
+            self.split = str(self.metadata["split"])
             (split,) = info["splits"]
             lengths = [int(length) for length in split["shardLengths"]]
-            stem, version = f"{info['name']}-{split['name']}", str(info["version"])
+            stem = f"{info['name']}-{split['name']}"
+            version = str(info["version"])
         except FileNotFoundError as error:
             raise InputError(
                 f"{folder} is not a prepared split, it has no {Path(error.filename).name}: name a "
@@ -117,20 +130,20 @@ class StoredSplit(Sequence[Example]):
     def __getitem__(self, index: slice) -> list[Example]: ...
 
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """One example, or the list of those in a slice.
+        """Read one example, or a list of the examples of a slice.
 
         Raises:
-            IndexError: there is no such example.
+            IndexError: the index is out of range.
             InputError: a shard is damaged.
         """
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        place = index + len(self) * (index < 0)
-        if not 0 <= place < len(self):
+        position = index + len(self) * (index < 0)
+        if not 0 <= position < len(self):
             raise IndexError(f"{self.folder}: no example {index}, it has {len(self)}")
-        source = self._opened
+        source = self._data_source
         try:
-            return from_record(source[place])
+            return from_record(source[position])
         except (OSError, RuntimeError, ValueError, LookupError, DecodeError) as error:
             raise self._damaged(error) from None
 
@@ -138,10 +151,10 @@ class StoredSplit(Sequence[Example]):
         return f"StoredSplit({str(self.folder)!r}: {len(self)} examples)"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_opened"}
+        return {name: value for name, value in vars(self).items() if name != "_data_source"}
 
     @cached_property
-    def _opened(self) -> ArrayRecordDataSource:
+    def _data_source(self) -> ArrayRecordDataSource:
         try:
             source = ArrayRecordDataSource([str(shard) for shard in self.shards])
         except (OSError, RuntimeError, ValueError) as error:
@@ -150,40 +163,42 @@ class StoredSplit(Sequence[Example]):
             raise self._damaged(f"{len(source)} records instead of {len(self)}")
         return source
 
-    def _damaged(self, found: object) -> InputError:
-        return InputError(f"{self.folder} is damaged ({found}): copy or prepare it again")
+    def _damaged(self, reason: object) -> InputError:
+        return InputError(f"{self.folder} is damaged ({reason}): copy or prepare it again")
 
 
 def find_splits(
     folder: Path, *, dataset: str | None = None, split: str | None = None
 ) -> list[StoredSplit]:
-    """The prepared splits in a folder (of one split, of one dataset, or of all), sorted by name.
+    """Find the prepared splits in a folder, sorted by name.
 
-    `dataset`, `split`: only these.
+    Args:
+        folder: folder of one split, of one dataset, or of all datasets.
+        dataset: find only splits of this dataset.
+        split: find only splits of this name.
 
     Raises:
-        InputError: there is none, or a folder is damaged.
+        InputError: there is no such split, or a folder is damaged.
     """
     if not folder.is_dir():
         raise InputError(f"no folder {folder}: name one that `pixellm prepare` made")
-    found = [
+    folders = [
         path.parent
         for depth in range(_DEPTH + 1)
         for path in folder.glob("*/" * depth + INFO)
         if not any(part.startswith((".", "incomplete.")) for part in path.relative_to(folder).parts)
     ]
-    splits = sorted(map(StoredSplit, found), key=lambda stored: (stored.dataset, stored.split))
-    kept = [
+    splits = sorted(map(StoredSplit, folders), key=lambda stored: (stored.dataset, stored.split))
+    matching = [
         stored
         for stored in splits
         if dataset in (None, stored.dataset) and split in (None, stored.split)
     ]
-    if kept:
-        return kept
+    if matching:
+        return matching
+    if not splits:
+        raise InputError(
+            f"{folder} holds no prepared data: name a folder that `pixellm prepare` made"
+        )
     names = ", ".join(f"{stored.dataset}/{stored.split}" for stored in splits)
-    wanted = f"{dataset or '*'}/{split or '*'}"
-    raise InputError(
-        f"{folder} has no {wanted}, it has {names}"
-        if names
-        else f"{folder} holds no prepared data: name a folder that `pixellm prepare` made"
-    )
+    raise InputError(f"{folder} has no {dataset or '*'}/{split or '*'}, it has {names}")

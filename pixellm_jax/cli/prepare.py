@@ -25,9 +25,10 @@ from pixellm_jax.cli.console import format_table
 from pixellm_jax.errors import InputError
 
 ALL = "all"
-COCO, JSONL = "coco", "jsonl"
-MOST_WORKERS = 16
-"""By default; disks are seldom faster."""
+COCO = "coco"
+JSONL = "jsonl"
+MAX_DEFAULT_WORKERS = 16
+"""Maximum of the default of --workers: disks are seldom faster."""
 
 COLUMNS = {
     "examples": "examples",
@@ -38,8 +39,8 @@ COLUMNS = {
 }
 """Counted fields of the summary, and their labels."""
 
-SHOWN = 3
-"""Reasons of a split that are shown; skipped.jsonl has them all."""
+MAX_REASONS = 3
+"""Maximum number of reasons that are printed per split; skipped.jsonl has all of them."""
 
 EXAMPLES = f"""datasets:
   {textwrap.fill(", ".join(SOURCES), 90, subsequent_indent="  ")}
@@ -53,14 +54,14 @@ examples:
       --runner-option direct_running_mode=multi_processing --runner-option direct_num_workers=4
 
 The source has the layout of the PixelLM README. Each split becomes a folder
-OUT/DATASET/SPLIT/VERSION with its shards, and with {SKIPPED}: the key and the reason of
-everything that is damaged and was left out. An interrupted command goes on where it was when it is
-run again; finished splits are left as they are.
+OUT/DATASET/SPLIT/VERSION with its shards and {SKIPPED}, which lists the key and the reason
+of everything that is damaged and was left out. Run an interrupted command again to resume it;
+finished splits are not prepared again.
 """
 
 
 class Row(NamedTuple):
-    """A line of the summary: a prepared split, or why there is none."""
+    """A row of the summary: a prepared split, or the reason why its files are missing."""
 
     dataset: str
     split: str
@@ -69,38 +70,53 @@ class Row(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declares the options."""
+    """Declare the options."""
     parser.description = (
-        "Reads datasets in their published form and stores them as ArrayRecord shards."
+        "Read datasets in their published form and store them as ArrayRecord shards."
     )
     parser.epilog = EXAMPLES
-    parser.add_argument("--dataset", required=True, metavar="NAME", help=f"see below, or {ALL!r}")
-    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="all datasets")
+    parser.add_argument(
+        "--dataset", required=True, metavar="NAME", help=f"name of a dataset (see below), or {ALL}"
+    )
+    parser.add_argument(
+        "--source", type=Path, required=True, metavar="DIR", help="folder of the published datasets"
+    )
     parser.add_argument(
         "--format",
         choices=(COCO, JSONL),
-        help="of your own data: --dataset is the name you give it, --source its folder (or file)",
+        help="format of your own data: --dataset is a name of your choice, --source the folder "
+        "(or the JSONL file)",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="prepared data")
-    parser.add_argument("--split", metavar="S", help="only this one (default: those in the source)")
-    workers = min(os.cpu_count() or 1, MOST_WORKERS)
     parser.add_argument(
-        "--workers", type=int, default=workers, metavar="N", help=f"processes ({workers})"
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the prepared data"
     )
-    parser.add_argument("--strict", action="store_true", help="refuse what is damaged")
-    parser.add_argument("--runner", metavar="NAME", help="an Apache Beam runner (extra [beam])")
+    parser.add_argument(
+        "--split", metavar="SPLIT", help="prepare only this split (default: all in the source)"
+    )
+    workers = min(os.cpu_count() or 1, MAX_DEFAULT_WORKERS)
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=workers,
+        metavar="N",
+        help=f"number of processes ({workers})",
+    )
+    parser.add_argument("--strict", action="store_true", help="stop with an error at damaged data")
+    parser.add_argument(
+        "--runner", metavar="NAME", help="Apache Beam runner that writes (extra [beam])"
+    )
     parser.add_argument(
         "--runner-option",
         action="append",
         default=[],
-        metavar="=--X=Y",
-        help="for Beam; repeatable",
+        metavar="NAME=VALUE",
+        help="option of Beam; repeatable",
     )
-    parser.set_defaults(when_interrupted="finished shards are kept, run it again to go on")
+    parser.set_defaults(when_interrupted="finished shards are kept, run it again to resume")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prepares with a progress bar and prints what came out."""
+    """Prepare the splits with a progress bar and print a summary."""
     if options.workers < 1:
         raise InputError(f"--workers {options.workers}: expected at least 1")
     root, datasets = _datasets(options)
@@ -109,42 +125,43 @@ def run(options: argparse.Namespace) -> None:
         for source, splits in datasets
         for split in ([options.split] if options.split else splits)
     ]
-    done = [row.prepared.stored for row in rows if row.prepared]
-    if not done:
+    stored = [row.prepared.stored for row in rows if row.prepared]
+    if not stored:
         raise InputError(f"nothing of {options.dataset} in {options.source}: {rows[0].reason}")
-    print(_table(done))
+    print(_table(stored))
     for row in rows:
         for line in _notes(row):
             print(line)
-    for line in _absent(rows):
+    for line in _missing(rows):
         print(line)
 
 
 def _datasets(options: argparse.Namespace) -> tuple[Path, list[SourceSplits]]:
     """Return the source folder and the datasets to read."""
-    name, place = str(options.dataset), Path(options.source)
+    name = str(options.dataset)
+    root = Path(options.source)
     if options.format == JSONL and re.fullmatch(r"[A-Za-z]\w*", name):
-        file = place if place.is_file() else place / "data.jsonl"
+        file = root if root.is_file() else root / "data.jsonl"
         jsonl = Jsonl(dataset=name, file=file.name)
         return file.parent, [SourceSplits(jsonl, jsonl.splits)]
-    if not place.is_dir():
-        raise InputError(f"no folder {place}: name the one that holds the datasets")
+    if not root.is_dir():
+        raise InputError(f"no folder {root}: name the folder that contains the datasets")
     if options.format == COCO and re.fullmatch(r"[A-Za-z]\w*", name):
         coco = Coco(dataset=name, folder=".")
-        return place, [SourceSplits(coco, coco.splits)]
+        return root, [SourceSplits(coco, coco.splits)]
     if options.format:
         raise InputError(f"dataset name {name!r}: expected letters, digits and _, a letter first")
     if name == ALL:
-        return place, list(SOURCES.values())
+        return root, list(SOURCES.values())
     if name not in SOURCES:
         close = difflib.get_close_matches(name.lower(), [*SOURCES, ALL], n=1, cutoff=0.5)
-        known = f"did you mean {close[0]}?" if close else f"use one of {', '.join(SOURCES)}, {ALL}"
-        raise InputError(f"no dataset {name!r}: {known} (your own data needs --format)")
-    return place, [SOURCES[name]]
+        hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(SOURCES)}, {ALL}"
+        raise InputError(f"no dataset {name!r}: {hint} (your own data needs --format)")
+    return root, [SOURCES[name]]
 
 
 def _prepare(options: argparse.Namespace, root: Path, source: Source, split: str) -> Row:
-    """A split that is not in the source is an error only if it was asked for by name."""
+    """Prepare a split; missing files are an error only if the split was selected by name."""
     with _entry_bar(f"{source.dataset}/{split}") as progress:
         try:
             prepared = prepare(
@@ -166,9 +183,9 @@ def _prepare(options: argparse.Namespace, root: Path, source: Source, split: str
 
 
 @contextlib.contextmanager
-def _entry_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, if that is a terminal; yields a function of (new, all) entries."""
-    with tqdm(desc=what, unit=" entries", disable=None, leave=False, delay=0.5) as bar:
+def _entry_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on a terminal; yield a function that takes (new, total) entries."""
+    with tqdm(desc=label, unit=" entries", disable=None, leave=False, delay=0.5) as bar:
 
         def advance(new: int, total: int) -> None:
             bar.total = total
@@ -178,7 +195,7 @@ def _entry_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _table(splits: Sequence[StoredSplit]) -> str:
-    """Counts of every split, and their sums."""
+    """Format the counts of every split and their sums."""
     counts = [[int(stored.metadata[name]) for name in COLUMNS] for stored in splits]
     names = [(stored.dataset, stored.split) for stored in splits]
     rows = [(*name, *numbers) for name, numbers in zip(names, counts, strict=True)]
@@ -190,18 +207,20 @@ def _notes(row: Row) -> Iterator[str]:
     """Yield notes on a split: where it is, what was left out and why."""
     if row.prepared is None:
         return
-    name, (stored, skips, found) = f"{row.dataset}/{row.split}", row.prepared
-    if found:
+    name = f"{row.dataset}/{row.split}"
+    stored, skips, existed = row.prepared
+    if existed:
         yield f"{name}: was prepared before, in {stored.folder}"
-    for skip in skips[:SHOWN]:
+    for skip in skips[:MAX_REASONS]:
         yield f"{name}: {'skipped' if skip.whole else 'a part of'} {skip.key}: {skip.reason}"
-    if len(skips) > SHOWN:
-        yield f"{name}: {len(skips) - SHOWN} more in {stored.folder / SKIPPED}"
+    if len(skips) > MAX_REASONS:
+        yield f"{name}: {len(skips) - MAX_REASONS} more in {stored.folder / SKIPPED}"
 
 
-def _absent(rows: Sequence[Row]) -> Iterator[str]:
-    """One line for each dataset of which not all splits were there."""
-    gone = [row for row in rows if row.prepared is None]
-    for dataset in dict.fromkeys(row.dataset for row in gone):
-        own = [row for row in gone if row.dataset == dataset]
-        yield f"not prepared: {dataset} ({', '.join(row.split for row in own)}): {own[0].reason}"
+def _missing(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield a line per dataset with missing splits."""
+    missing = [row for row in rows if row.prepared is None]
+    for dataset in dict.fromkeys(row.dataset for row in missing):
+        splits = [row for row in missing if row.dataset == dataset]
+        names = ", ".join(row.split for row in splits)
+        yield f"not prepared: {dataset} ({names}): {splits[0].reason}"

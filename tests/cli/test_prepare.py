@@ -1,4 +1,4 @@
-"""`pixellm prepare`: what it prints, and one line for what it cannot do."""
+"""`pixellm prepare`: its summary, and one line per error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def run(capsys):
-    """Runs the command; gives its exit code, the lines it printed and those of its errors."""
+    """Run the command; return its exit code and the lines of standard output and error."""
 
     def run(*arguments: object) -> tuple[int, list[str], list[str]]:
         code = main(["prepare", *map(str, arguments), "--workers", "1"])
@@ -46,20 +46,20 @@ def refuse(run):
 
 
 def rows(lines: list[str]) -> dict[tuple[str, str], dict[str, int]]:
-    """The table: (dataset, split) -> counts."""
+    """Parse the table: (dataset, split) -> counts."""
     head = lines[0].replace("parts left out", "parts_left_out").split()
     assert head == ["dataset", "split", "examples", "questions", "targets", "skipped", head[-1]]
     end = next(i for i, line in enumerate(lines) if line.startswith("all "))
-    found = {}
+    counts = {}
     for line in lines[1:end]:
         dataset, split, *numbers = line.split()
-        found[dataset, split] = dict(zip(head[2:], map(int, numbers), strict=True))
-    sums = [sum(row[name] for row in found.values()) for name in head[2:]]
+        counts[dataset, split] = dict(zip(head[2:], map(int, numbers), strict=True))
+    sums = [sum(row[name] for row in counts.values()) for name in head[2:]]
     assert lines[end].split() == ["all", *map(str, sums)]
-    return found
+    return counts
 
 
-def test_all(data_root, tmp_path, run):
+def test_prepares_all_datasets(data_root, tmp_path, run):
     code, out, err = run("--dataset", "all", "--source", data_root, "--out", tmp_path)
     assert (code, err) == (0, [])
     table = rows(out)
@@ -79,7 +79,7 @@ def test_all(data_root, tmp_path, run):
     assert any("{seg}" in line for line in skipped)
 
 
-def test_one_split_and_again(data_root, tmp_path, run):
+def test_second_run_finds_prepared_split(data_root, tmp_path, run):
     arguments = ("--dataset", "muse", "--split", "val", "--source", data_root, "--out", tmp_path)
     first = run(*arguments)
     assert list(rows(first[1])) == [("muse", "val")]
@@ -100,7 +100,7 @@ def write_lines(folder: Path, *names: str) -> Path:
     return file
 
 
-def test_own_data(tmp_path, run):
+def test_jsonl_data_of_a_user(tmp_path, run):
     file = write_lines(tmp_path / "birds", *["bird.png"] * 3, *["lost.png"] * 5)
     out = tmp_path / "out"
     options = ("--dataset", "birds", "--format", "jsonl", "--out", out)
@@ -114,7 +114,7 @@ def test_own_data(tmp_path, run):
     assert rows(run(*options, "--source", file.rename(file.parent / "data.jsonl").parent)[1])
 
 
-def test_own_coco_file(tmp_path, run):
+def test_coco_file_of_a_user(tmp_path, run):
     write_lines(tmp_path / "birds", "bird.png")
     (tmp_path / "birds" / "train.json").write_text(
         json.dumps(
@@ -132,7 +132,7 @@ def test_own_coco_file(tmp_path, run):
     assert rows(lines)["birds", "train"]["targets"] == 1
 
 
-BAD = [
+BAD_ARGUMENTS = [
     (["--dataset", "refcoc"], "no dataset 'refcoc': did you mean refcoco?"),
     (["--dataset", "reasonseg"], "did you mean ReasonSeg?"),
     (["--dataset", "zzzz"], "use one of muse, refcoco"),
@@ -147,8 +147,10 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(b) for b, _ in BAD])
-def test_refuses(arguments, message, data_root, tmp_path, refuse, monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD_ARGUMENTS, ids=[" ".join(bad) for bad, _ in BAD_ARGUMENTS]
+)
+def test_rejects_bad_arguments(arguments, message, data_root, tmp_path, refuse, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     assert message in refuse(*arguments, "--source", data_root, "--out", tmp_path / "out")
     assert not list(tmp_path.rglob(INFO))
@@ -156,7 +158,7 @@ def test_refuses(arguments, message, data_root, tmp_path, refuse, monkeypatch):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_refuses_places(data_root, tmp_path, refuse):
+def test_rejects_bad_paths(data_root, tmp_path, refuse):
     (tmp_path / "file").write_text("")
     options = ("--dataset", "muse", "--out")
     assert "no folder" in refuse(*options, tmp_path, "--source", tmp_path / "nowhere")
@@ -166,7 +168,7 @@ def test_refuses_places(data_root, tmp_path, refuse):
 
 
 def test_interrupted_command_resumes(data_root, tmp_path):
-    """Ctrl-C, or a job scheduler's SIGTERM, in the middle; the same command then goes on."""
+    """After Ctrl-C, the same command resumes."""
     for number in range(1500):
         Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / f"{number}.png")
     with (tmp_path / "data.jsonl").open("w") as lines:
@@ -187,7 +189,7 @@ def test_interrupted_command_resumes(data_root, tmp_path):
         printed = process.communicate(timeout=30)
     assert process.returncode == 130
     assert printed[0] == ""
-    kept = "finished shards are kept, run it again to go on"
+    kept = "finished shards are kept, run it again to resume"
     assert printed[1] == f"pixellm prepare: interrupted; {kept}\n"
     assert not list(out.rglob(INFO))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

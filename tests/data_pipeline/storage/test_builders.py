@@ -31,7 +31,7 @@ from data_pipeline.storage.stored import INFO, SKIPPED, UNFINISHED, StoredSplit,
 from pixellm_jax.errors import InputError
 
 ROOT = Path(__file__).parents[3]
-RUN = 5
+SHARD_SIZE = 5
 SOURCE = Jsonl()
 
 
@@ -63,7 +63,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> StoredSplit:
     """What every way of preparing `photos` must give."""
-    return prepare(SOURCE, "train", photos, tmp_path_factory.mktemp("whole"), run=RUN).stored
+    return prepare(
+        SOURCE, "train", photos, tmp_path_factory.mktemp("whole"), shard_size=SHARD_SIZE
+    ).stored
 
 
 class All(NamedTuple):
@@ -181,7 +183,7 @@ def test_same_bytes_whatever_the_number_of_workers(workers, whole, photos, tmp_p
         "train",
         photos,
         tmp_path / "out",
-        run=RUN,
+        shard_size=SHARD_SIZE,
         workers=workers,
         progress=lambda new, total: done.append((new, total)),
     )
@@ -197,7 +199,7 @@ def test_finished_splits_are_left_alone(photos, tmp_path):
     first = prepare(SOURCE, "train", source, tmp_path / "out")
     shutil.rmtree(source)
     again = prepare(SOURCE, "train", source, tmp_path / "out")
-    assert (first.found, again.found) == (False, True)
+    assert (first.existed, again.existed) == (False, True)
     assert list(again.stored) == list(first.stored)
 
 
@@ -218,7 +220,7 @@ def test_what_is_damaged_is_listed(tmp_path):
     folder = write_photos(tmp_path / "photos", 20, DAMAGE)
     with (folder / "data.jsonl").open("a") as file:
         file.write('{"image": "3.png", \n')
-    stored, skips, _ = prepare(SOURCE, "train", folder, tmp_path / "out", run=RUN)
+    stored, skips, _ = prepare(SOURCE, "train", folder, tmp_path / "out", shard_size=SHARD_SIZE)
     assert [(skip.key, skip.whole) for skip in skips] == [
         ("photo 1", True),
         ("photo 8", True),
@@ -240,7 +242,7 @@ def test_what_is_damaged_is_listed(tmp_path):
 def test_shards_of_which_nothing_is_left_are_dropped(tmp_path):
     broken = {number: {"image": "nowhere.png"} for number in range(5, 10)}
     folder = write_photos(tmp_path / "photos", 12, broken)
-    stored, skips, _ = prepare(SOURCE, "train", folder, tmp_path / "out", run=RUN)
+    stored, skips, _ = prepare(SOURCE, "train", folder, tmp_path / "out", shard_size=SHARD_SIZE)
     assert len(stored.shards) == 2
     assert [example.key for example in stored] == [f"photo {n}" for n in (0, 1, 2, 3, 4, 10, 11)]
     assert len(skips) == 5
@@ -251,13 +253,15 @@ def test_strict(tmp_path, whole):
     write_photos(folder, 23, {12: {"image": "nowhere.png"}})
     for workers in (1, 1, 2):
         with pytest.raises(InputError, match=r"jsonl/train: 1 damaged, .* photo 12: no picture"):
-            prepare(SOURCE, "train", folder, out, run=RUN, strict=True, workers=workers)
+            prepare(
+                SOURCE, "train", folder, out, shard_size=SHARD_SIZE, strict=True, workers=workers
+            )
         assert not list(out.rglob(INFO))
         with pytest.raises(InputError, match="holds no prepared data"):
             find_splits(out)
-    assert len(prepare(SOURCE, "train", folder, out, run=RUN).stored) == 22
+    assert len(prepare(SOURCE, "train", folder, out, shard_size=SHARD_SIZE).stored) == 22
     with pytest.raises(InputError, match="photo 12"):
-        prepare(SOURCE, "train", folder, out, run=RUN, strict=True)
+        prepare(SOURCE, "train", folder, out, shard_size=SHARD_SIZE, strict=True)
     assert not (out / UNFINISHED).exists()
 
 
@@ -265,10 +269,10 @@ def test_shards_of_another_source_are_not_used(tmp_path, whole):
     folder, out = tmp_path / "photos", tmp_path / "out"
     write_photos(folder, 23, {12: {"image": "nowhere.png"}})
     with pytest.raises(InputError):
-        prepare(SOURCE, "train", folder, out, run=RUN, strict=True)
+        prepare(SOURCE, "train", folder, out, shard_size=SHARD_SIZE, strict=True)
     assert (out / UNFINISHED).exists()
     write_photos(folder, 23)
-    mended = prepare(SOURCE, "train", folder, out, run=RUN, strict=True).stored
+    mended = prepare(SOURCE, "train", folder, out, shard_size=SHARD_SIZE, strict=True).stored
     assert contents(mended.folder) == contents(whole.folder)
 
 
@@ -321,7 +325,7 @@ from data_pipeline.sources.jsonl import Jsonl
 
 if __name__ == "__main__":
     source, out, workers = sys.argv[1:]
-    prepare(Jsonl(), "train", Path(source), Path(out), run=5, workers=int(workers))
+    prepare(Jsonl(), "train", Path(source), Path(out), shard_size=5, workers=int(workers))
 """
 
 
@@ -353,7 +357,7 @@ def test_killed_and_run_again(workers, many, tmp_path):
     with pytest.raises(InputError, match="holds no prepared data"):
         find_splits(out)
 
-    again = prepare(SOURCE, "train", many, out, run=RUN).stored
+    again = prepare(SOURCE, "train", many, out, shard_size=SHARD_SIZE).stored
     inodes = [path.stat().st_ino for path in again.shards]
     assert all(inodes[number] == inode for number, inode in kept.items())
     assert [example.key for example in again] == [f"photo {n}" for n in range(2500)]
@@ -382,12 +386,12 @@ def test_killed_while_it_becomes_whole(photos, whole, tmp_path, monkeypatch):
     while True:
         left, out = step, tmp_path / str(step)
         try:
-            prepare(SOURCE, "train", photos, out, run=RUN)
+            prepare(SOURCE, "train", photos, out, shard_size=SHARD_SIZE)
             break
         except Killed:
             assert not list(out.rglob(INFO))
         left = 1000
-        stored = prepare(SOURCE, "train", photos, out, run=RUN).stored
+        stored = prepare(SOURCE, "train", photos, out, shard_size=SHARD_SIZE).stored
         assert contents(stored.folder) == contents(whole.folder)
         step += 1
     assert step > 5
@@ -398,7 +402,7 @@ def test_leftovers_of_a_kill_are_removed(photos, whole, tmp_path):
     shutil.copytree(whole.folder, left)
     with pytest.raises(InputError, match="holds no prepared data"):
         find_splits(tmp_path)
-    stored = prepare(SOURCE, "train", photos, tmp_path, run=RUN).stored
+    stored = prepare(SOURCE, "train", photos, tmp_path, shard_size=SHARD_SIZE).stored
     assert contents(stored.folder) == contents(whole.folder)
     assert not left.exists()
 
@@ -425,7 +429,7 @@ class Deadly:
 
 def test_worker_is_killed(tmp_path):
     with pytest.raises(InputError, match="a worker process was killed.*run the command again"):
-        prepare(Deadly(), "train", tmp_path, tmp_path / "out", run=1, workers=2)
+        prepare(Deadly(), "train", tmp_path, tmp_path / "out", shard_size=1, workers=2)
 
 
 @pytest.mark.beam
@@ -436,7 +440,7 @@ def test_beam_writes_the_same_bytes(photos, whole, tmp_path):
         "train",
         photos,
         tmp_path,
-        run=RUN,
+        shard_size=SHARD_SIZE,
         runner="DirectRunner",
         runner_options=options,
     ).stored
@@ -450,8 +454,8 @@ def test_beam_is_an_extra(photos, tmp_path, monkeypatch):
 
 
 def test_length_of_runs():
-    assert shards.run_length(1) == shards.run_length(256 * 4096) == 256
-    assert shards.run_length(30_000_000) == 7325
+    assert shards.choose_shard_size(1) == shards.choose_shard_size(256 * 4096) == 256
+    assert shards.choose_shard_size(30_000_000) == 7325
 
 
 def test_a_picture_that_ends_early_is_skipped(tmp_path):

@@ -26,14 +26,14 @@ from data_pipeline.storage.stored import (
 )
 from pixellm_jax.errors import InputError
 
-RUN = 5
+SHARD_SIZE = 5
 
 
 @pytest.fixture(scope="module")
 def prepared(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("prepared")
     for name, split in (("muse", "train"), ("muse", "val"), ("refcoco+", "testA")):
-        prepare(SOURCES[name].source, split, data_root, out, run=RUN)
+        prepare(SOURCES[name].source, split, data_root, out, shard_size=SHARD_SIZE)
     return out
 
 
