@@ -248,5 +248,5 @@ def _remove_void(mask: Rle, void: Rle | None) -> Rle:
     """Return the mask without void pixels."""
     if void is None:
         return mask
-    inside, unknown = decode_many([mask, void])
-    return encode(inside & (1 - unknown)) if (inside & unknown).any() else mask
+    inside, void_pixels = decode_many([mask, void])
+    return encode(inside & (1 - void_pixels)) if (inside & void_pixels).any() else mask

@@ -111,7 +111,7 @@ def stream(
         members = []
         for name in family.datasets:
             if name not in datasets or not len(datasets[name]):
-                state = "empty" if name in datasets else "not there"
+                state = "empty" if name in datasets else "missing"
                 raise InputError(
                     f"dataset {name!r} is {state}; prepare it with `pixellm prepare`, or take it "
                     "out of data.families"
@@ -163,7 +163,7 @@ class Loader(Iterator[Batch]):
         start: int = 0,
     ) -> None:
         if data.batch % hosts:
-            raise InputError(f"data.batch={data.batch} cannot be shared by {hosts} hosts")
+            raise InputError(f"data.batch={data.batch} cannot be divided among {hosts} hosts")
         samples = stream(data, datasets).map_with_index(ToSample(vocabulary, data, model))
         self._batches = samples.batch(data.batch // hosts, batch_fn=collate)[host::hosts]
         self._workers = data.workers

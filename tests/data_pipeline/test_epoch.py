@@ -1,4 +1,4 @@
-"""One epoch of the paper's mixture over the small real root: everything once, nothing lost."""
+"""An epoch of each dataset of the paper's mixture contains every example and target once."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def read_all(name, root):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_epoch_shows_every_example_and_target(name, data_root, model_and_vocabulary):
+def test_epoch_contains_every_example_and_target(name, data_root, model_and_vocabulary):
     examples = read_all(name, data_root)
-    # Budgets and caps beyond what any picture has, so that nothing may be left out.
+    # Budgets and limits above those that any image needs, so that nothing is dropped.
     data = DataConfig(
         families=(FamilyConfig(weight=1.0, datasets=(name,)),),
         batch=1,
@@ -50,16 +50,17 @@ def test_an_epoch_shows_every_example_and_target(name, data_root, model_and_voca
         compose=ComposeSettings(num_classes_per_sample=64, num_classes_per_question=64),
     )
     loader = Loader(data, *model_and_vocabulary, {name: examples})
-    seen, found = Counter(), Counter()
+    seen = Counter()
+    totals = Counter()
     for _ in examples:
         batch = next(loader)
         check(batch, model_and_vocabulary[0])
         seen[loader.keys[0]] += 1
-        found["targets"] += int(batch.target_valid.sum())
-        found["conversations"] += int(batch.segment.max())
+        totals["targets"] += int(batch.target_valid.sum())
+        totals["conversations"] += int(batch.segment.max())
     loader.close()
     assert sorted(seen.values()) == [1] * len(examples)
     assert loader.counts["conversations over budget"] == loader.counts["damaged examples"] == 0
-    assert found["targets"] == sum(len(example.targets) for example in examples)
+    assert totals["targets"] == sum(len(example.targets) for example in examples)
     if examples[0].conversations:
-        assert found["conversations"] == sum(len(example.conversations) for example in examples)
+        assert totals["conversations"] == sum(len(example.conversations) for example in examples)

@@ -1,4 +1,4 @@
-"""The stream of batches: a pure function of the config and the step."""
+"""Data loader: batches are a pure function of the config and the step."""
 
 from __future__ import annotations
 
@@ -34,29 +34,34 @@ DATA = DataConfig(
 )
 
 
-def picture(seed, hw):
+def png(seed, hw):
     pixels = np.random.default_rng(seed).integers(0, 256, (*hw, 3), np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def named(dataset, number, hw=(31, 47)):
     rng = np.random.default_rng(number)
     masks = tuple(encode(rng.random(hw) > 0.5) for _ in range(3))
     targets = tuple(Target((f"thing {i}",), i) for i in range(3))
-    return Example(str(number), dataset, "train", "names", picture(number, hw), hw, masks, targets)
+    return Example(str(number), dataset, "train", "names", png(number, hw), hw, masks, targets)
 
 
 def chat(number, answer="A picture."):
-    turns = ((Turn("What is it?", answer),),)
+    hw = (23, 19)
     return Example(
-        str(number), "c", "train", "instruct", picture(number, (23, 19)), (23, 19),
-        conversations=turns,
-    )  # fmt: skip
+        key=str(number),
+        dataset="c",
+        split="train",
+        kind="instruct",
+        image=png(number, hw),
+        hw=hw,
+        conversations=((Turn("What is it?", answer),),),
+    )
 
 
-SETS = {
+DATASETS = {
     "a/train": [named("a", i) for i in range(5)],
     "b/train": [named("b", 10 + i, (53, 29)) for i in range(2)],
     "c/train": [chat(i) for i in range(3)],
@@ -73,8 +78,8 @@ def model_and_vocabulary(maker, tmp_path_factory):
 
 @pytest.fixture
 def batches(model_and_vocabulary):
-    def run(steps, data=DATA, sets=SETS, **options):
-        loader = Loader(data, *model_and_vocabulary, sets, **options)
+    def run(steps, data=DATA, datasets=DATASETS, **options):
+        loader = Loader(data, *model_and_vocabulary, datasets, **options)
         try:
             return [next(loader) for _ in range(steps)]
         finally:
@@ -83,12 +88,12 @@ def batches(model_and_vocabulary):
     return run
 
 
-def assert_same(found, expected):
-    for field, a, b in zip(expected._fields, found, expected, strict=True):
+def assert_same(actual, expected):
+    for field, a, b in zip(expected._fields, actual, expected, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=field)
 
 
-def test_batches_keep_the_contract(batches, model_and_vocabulary):
+def test_batches_satisfy_the_contract(batches, model_and_vocabulary):
     for batch in batches(5):
         check(batch, model_and_vocabulary[0])
         assert batch.masks[~batch.target_valid].min(initial=255) == 255
@@ -96,7 +101,7 @@ def test_batches_keep_the_contract(batches, model_and_vocabulary):
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_share_every_batch(batches, hosts):
+def test_batches_of_hosts_join_to_the_global_batch(batches, hosts):
     whole = batches(3)
     parts = [batches(3, host=host, hosts=hosts) for host in range(hosts)]
     for step, expected in enumerate(whole):
@@ -106,37 +111,38 @@ def test_hosts_share_every_batch(batches, hosts):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 4])
-def test_worker_processes_change_nothing(batches, workers):
-    for found, expected in zip(batches(3, replace(DATA, workers=workers)), batches(3), strict=True):
-        assert_same(found, expected)
+def test_batches_do_not_depend_on_worker_processes(batches, workers):
+    with_workers = batches(3, replace(DATA, workers=workers))
+    for actual, expected in zip(with_workers, batches(3), strict=True):
+        assert_same(actual, expected)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in /proc")
-def test_signals_for_the_training_do_not_end_workers(model_and_vocabulary):
-    loader = Loader(replace(DATA, workers=1), *model_and_vocabulary, SETS)
+def test_workers_ignore_signals(model_and_vocabulary):
+    loader = Loader(replace(DATA, workers=1), *model_and_vocabulary, DATASETS)
     try:
         next(loader)
-        found = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children"))
+        children = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children"))
         workers = [
             int(pid)
-            for pid in found.split()
+            for pid in children.split()
             if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
         assert workers
         for pid in workers:
             os.kill(pid, signal.SIGINT)
             os.kill(pid, signal.SIGTERM)
-        for _ in range(8):  # more than any buffer holds
+        for _ in range(8):  # more than the capacity of any buffer
             next(loader)
     finally:
         loader.close()
 
 
 @pytest.mark.slow
-def test_resume_under_other_workers_and_hosts(batches, model_and_vocabulary, tmp_path):
-    whole = batches(5)
-    loader = Loader(DATA, *model_and_vocabulary, SETS)
+def test_resume_with_other_numbers_of_workers_and_hosts(batches, model_and_vocabulary, tmp_path):
+    uninterrupted = batches(5)
+    loader = Loader(DATA, *model_and_vocabulary, DATASETS)
     for _ in range(3):
         next(loader)
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
@@ -148,33 +154,33 @@ def test_resume_under_other_workers_and_hosts(batches, model_and_vocabulary, tmp
         data = replace(DATA, workers=workers)
         parts = []
         for host in range(hosts):
-            other = Loader(data, *model_and_vocabulary, SETS, host=host, hosts=hosts)
-            other.set_state(state)
-            parts.append(next(other))
-            assert other.step == 4
-            other.close()
-        found = type(whole[3])(*map(np.concatenate, zip(*parts, strict=True)))
-        assert_same(found, whole[3])
+            resumed = Loader(data, *model_and_vocabulary, DATASETS, host=host, hosts=hosts)
+            resumed.set_state(state)
+            parts.append(next(resumed))
+            assert resumed.step == 4
+            resumed.close()
+        actual = type(uninterrupted[3])(*map(np.concatenate, zip(*parts, strict=True)))
+        assert_same(actual, uninterrupted[3])
 
 
-def test_other_seeds_and_other_epochs_draw_differently(batches):
+def test_conversations_differ_between_seeds_and_epochs(batches):
     first = batches(10)
     other = batches(10, replace(DATA, seed=4))
     assert any((a.tokens != b.tokens).any() for a, b in zip(first, other, strict=True))
     rows = [row.tobytes() for batch in first for row in batch.tokens]
-    pictures = {row.tobytes() for batch in first for row in batch.image}
-    assert len(pictures) == 10
-    assert len(set(rows)) > 12  # forty rows of ten pictures, three of them always the same
+    images = {row.tobytes() for batch in first for row in batch.image}
+    assert len(images) == 10
+    assert len(set(rows)) > 12  # forty rows of ten images; the rows of three images never change
 
 
-def test_weights_of_families_and_sets():
-    names = [e.dataset for e in stream(DATA, SETS)[:600]]
+def test_weights_of_families_and_datasets():
+    names = [e.dataset for e in stream(DATA, DATASETS)[:600]]
     assert names.count("c") == 200
     assert names.count("a") == names.count("b") == 200
 
 
-def test_every_epoch_shows_every_example_once():
-    keys = [e.key for e in stream(DATA, SETS)[:90] if e.dataset == "a"]
+def test_every_epoch_contains_every_example_once():
+    keys = [e.key for e in stream(DATA, DATASETS)[:90] if e.dataset == "a"]
     assert len(keys) == 30
     for epoch in range(6):
         assert sorted(keys[5 * epoch : 5 * epoch + 5]) == ["0", "1", "2", "3", "4"]
@@ -183,33 +189,33 @@ def test_every_epoch_shows_every_example_once():
 def test_conversations_over_budget_are_counted(batches, model_and_vocabulary):
     prefix = int((batches(1)[0].segment == 0).sum(axis=1).max())
     short = replace(DATA, length=prefix + 60)
-    loader = Loader(short, *model_and_vocabulary, SETS)
+    loader = Loader(short, *model_and_vocabulary, DATASETS)
     batch = next(loader)
     loader.close()
     assert loader.counts["conversations over budget"] > 0
     check(batch, model_and_vocabulary[0])
 
 
-def test_a_damaged_example_gives_an_empty_row_and_is_counted(model_and_vocabulary, caplog):
-    broken = chat(0, answer="Here: {seg}.")._replace(kind="ready")  # a target that is not there
-    sets = SETS | {"c/train": [broken]}
-    loader = Loader(DATA, *model_and_vocabulary, sets)
+def test_damaged_example_gives_an_empty_row_and_is_counted(model_and_vocabulary, caplog):
+    damaged = chat(0, answer="Here: {seg}.")._replace(kind="ready")  # it has no target
+    datasets = DATASETS | {"c/train": [damaged]}
+    loader = Loader(DATA, *model_and_vocabulary, datasets)
     batch = next(loader)
-    bad = [i for i, key in enumerate(loader.keys) if key.startswith("c/")]
+    rows = [i for i, key in enumerate(loader.keys) if key.startswith("c/")]
     loader.close()
-    assert loader.counts["damaged examples"] == len(bad) > 0
+    assert loader.counts["damaged examples"] == len(rows) > 0
     assert "c/train/0: left out" in caplog.text
-    assert (batch.segment[bad] == -1).all() and not batch.target_valid[bad].any()
+    assert (batch.segment[rows] == -1).all() and not batch.target_valid[rows].any()
     check(batch, model_and_vocabulary[0])
 
 
-def test_errors_name_what_is_wrong(model_and_vocabulary):
-    with pytest.raises(InputError, match="'c/train' is not there"):
-        Loader(DATA, *model_and_vocabulary, {k: v for k, v in SETS.items() if k != "c/train"})
+def test_errors_name_the_cause(model_and_vocabulary):
+    with pytest.raises(InputError, match="'c/train' is missing"):
+        Loader(DATA, *model_and_vocabulary, {k: v for k, v in DATASETS.items() if k != "c/train"})
     with pytest.raises(InputError, match="'b/train' is empty"):
-        Loader(DATA, *model_and_vocabulary, SETS | {"b/train": []})
-    with pytest.raises(InputError, match="batch=4 cannot be shared by 3 hosts"):
-        Loader(DATA, *model_and_vocabulary, SETS, hosts=3)
+        Loader(DATA, *model_and_vocabulary, DATASETS | {"b/train": []})
+    with pytest.raises(InputError, match="batch=4 cannot be divided among 3 hosts"):
+        Loader(DATA, *model_and_vocabulary, DATASETS, hosts=3)
     for bad in ({"batch": 0}, {"length": 0}, {"families": ()}, {"seed": -1}):
         with pytest.raises(InputError, match=next(iter(bad))):
             replace(DATA, **bad)
@@ -218,5 +224,5 @@ def test_errors_name_what_is_wrong(model_and_vocabulary):
 
 
 def test_state_is_small_json(model_and_vocabulary):
-    loader = Loader(DATA, *model_and_vocabulary, SETS)
+    loader = Loader(DATA, *model_and_vocabulary, DATASETS)
     assert json.loads(json.dumps(loader.get_state())) == {"step": 0, "counts": {}}

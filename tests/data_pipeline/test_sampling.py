@@ -17,7 +17,7 @@ KEYS = st.integers(0, WORD - 1)
 
 
 def philox(counter: list[int], key: list[int]) -> list[int]:
-    """One block of Philox4x64-10, from the equations of the paper."""
+    """Compute one block of Philox4x64-10 from the equations of the paper."""
     a, b, c, d = counter
     k, l = key  # noqa: E741
     for _ in range(10):
@@ -33,7 +33,7 @@ def words(seed: int, epoch: int, index: int, count: int) -> list[int]:
 
 
 def test_published_values_of_the_generator():
-    """Of the authors' known-answer tests: all words 0, and all words 2^64 - 1."""
+    """Known-answer tests of the authors: all words 0, and all words 2^64 - 1."""
     assert philox([0] * 4, [0] * 2)[0] == 0x16554D9ECA36314C
     assert philox([WORD - 1] * 4, [WORD - 1] * 2)[0] == 0x87B092C3013FE90B
 
@@ -41,9 +41,9 @@ def test_published_values_of_the_generator():
 @given(KEYS, KEYS, KEYS)
 @settings(max_examples=50, deadline=None)
 def test_words_are_philox(seed, epoch, index):
-    draws = PhiloxSampler(seed=seed, epoch=epoch, index=index)
+    sampler = PhiloxSampler(seed=seed, epoch=epoch, index=index)
     expected = [word >> 11 for word in words(seed, epoch, index, 9)]
-    assert [draws.uniform() * 2**53 for _ in range(9)] == expected
+    assert [sampler.uniform() * 2**53 for _ in range(9)] == expected
 
 
 PINNED = """
@@ -69,7 +69,7 @@ def test_values_are_pinned_in_every_process(capsys):
     assert other.stdout == VALUES
 
 
-def test_every_word_of_the_key_counts():
+def test_samples_depend_on_every_word_of_the_key():
     keys = itertools.product((0, 1, WORD - 1), repeat=3)
     firsts = [PhiloxSampler(seed=s, epoch=e, index=i).uniform() for s, e, i in keys]
     assert len(set(firsts)) == 27
@@ -87,31 +87,31 @@ def test_subset_and_permutation(seed, n, data):
     assert everything[:size] == numbers
 
 
-def test_draws_of_neighbours_are_uniform():
-    """First draws of successive examples: 24 orders of 4 things, 12 pairs, chi-square at 1e-4."""
-    keys = [PhiloxSampler(seed=0, epoch=e, index=i) for e in range(3) for i in range(2000)]
-    for draw, kinds, limit in (
+def test_first_samples_of_successive_examples_are_uniform():
+    """24 permutations of 4 items, 12 ordered pairs, 6 outcomes: chi-square test at 1e-4."""
+    samplers = [PhiloxSampler(seed=0, epoch=e, index=i) for e in range(3) for i in range(2000)]
+    for sample, kinds, limit in (
         (lambda d: tuple(d.permutation(4)), 24, 58.6),
         (lambda d: tuple(d.subset(4, 2)), 12, 37.4),
         (lambda d: (d.coin(), int(d.uniform() * 3)), 6, 25.8),
     ):
-        counts = Counter(draw(key) for key in keys)
-        expected = len(keys) / kinds
+        counts = Counter(sample(sampler) for sampler in samplers)
+        expected = len(samplers) / kinds
         assert len(counts) == kinds
         assert sum((c - expected) ** 2 / expected for c in counts.values()) < limit
 
 
 @pytest.mark.parametrize("name", ["seed", "epoch", "index"])
 @pytest.mark.parametrize("value", [-1, WORD])
-def test_refuses_keys(name, value):
+def test_rejects_keys_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}, expected 0 <= {name} < 2"):
         PhiloxSampler(**{"seed": 0, "epoch": 0, "index": 0, name: value})
 
 
-def test_refuses_the_impossible():
-    draws = PhiloxSampler(seed=0, epoch=0, index=0)
+def test_rejects_impossible_samples():
+    sampler = PhiloxSampler(seed=0, epoch=0, index=0)
     with pytest.raises(ValueError, match="one of 0"):
-        draws.index(0)
+        sampler.index(0)
     for n, size in ((2, 3), (2, -1)):
         with pytest.raises(ValueError, match=f"{size} of {n}"):
-            draws.subset(n, size)
+            sampler.subset(n, size)

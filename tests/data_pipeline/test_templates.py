@@ -19,14 +19,14 @@ from data_pipeline.templates import (
 )
 
 LISTS = {name: value for name, value in vars(templates).items() if name.isupper()}
-DRAWN = ("names", "short", "long", "muse")
+SAMPLED = ("names", "short", "long", "muse")
 
 
 def placeholders(template: str) -> list[str]:
     return re.findall(r"\{(.*?)\}", template)
 
 
-def test_sizes():
+def test_numbers_of_templates():
     sizes = {name: len(value) for name, value in LISTS.items() if isinstance(value, tuple)}
     assert sizes == {
         "SHORT_QUESTIONS": 4,
@@ -54,8 +54,8 @@ def test_templates_are_distinct_and_well_formed():
             assert template == template.strip()
 
 
-@pytest.mark.parametrize("kind", DRAWN)
-def test_choices(kind):
+@pytest.mark.parametrize("kind", SAMPLED)
+def test_choices_of_each_kind(kind):
     plain, expanded = choices(kind, expanded=False), choices(kind, expanded=True)
     more = 5 if kind in ("long", "muse") else 14
     assert plain.questions == expanded.questions[:-more]
@@ -68,25 +68,27 @@ def test_choices(kind):
     assert bool(plain.explanatory) == (kind in ("short", "long"))
 
 
-def test_kinds_do_not_share_what_differs():
-    names, short, long, muse = (choices(kind, expanded=True) for kind in DRAWN)
+def test_choices_differ_between_kinds():
+    names, short, long, muse = (choices(kind, expanded=True) for kind in SAMPLED)
     assert names.questions == short.questions and long.questions == muse.questions
     assert [len(names.questions), len(long.questions)] == [18, 7]
     assert [len(names.separate), len(muse.separate)] == [3, 1]
     assert [len(names.joint), len(muse.joint)] == [11, 8]
-    assert all(isinstance(value, tuple) for kind in DRAWN for value in choices(kind, expanded=True))
+    assert all(
+        isinstance(value, tuple) for kind in SAMPLED for value in choices(kind, expanded=True)
+    )
     assert choices("names", expanded=True) == names
     assert isinstance(names, Choices)
 
 
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - set(DRAWN)) + ["nonsense"])
-def test_nothing_to_choose(kind):
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - set(SAMPLED)) + ["nonsense"])
+def test_kinds_without_templates(kind):
     with pytest.raises(ValueError, match=kind):
         choices(kind, expanded=False)
 
 
 @given(st.text(), st.text())
-def test_values_are_not_templates(name, seg):
+def test_placeholders_in_values_stay_unchanged(name, seg):
     assert fill("a {name} is {seg}.", name=name, seg=seg) == "a " + name + " is " + seg + "."
 
 

@@ -17,8 +17,8 @@ SEG = "[SEG0] [SEG1]"
 NAMES = ("Ant", "bee", "cow", "Dog {seg}", "elk {", "fox }{", "{name}", r"gnu \1 %s", "hen, and")
 
 
-class Script:
-    """Gives the written decisions, whatever is asked; at the end all must be used."""
+class ScriptedSampler:
+    """Sampler that returns given decisions in order, whatever the arguments are."""
 
     def __init__(self, *decisions: object) -> None:
         self.rest = list(decisions)
@@ -56,7 +56,7 @@ def conversations(*turns: Turn) -> tuple[tuple[Turn, ...], ...]:
 
 
 def run(
-    script: Script, given: Example, expanded: bool = False, **fields
+    script: ScriptedSampler, given: Example, expanded: bool = False, **fields
 ) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
     composed = compose(given, script, ComposeSettings(expanded=expanded, **fields), group_text=SEG)
     assert script.rest == []
@@ -66,8 +66,9 @@ def run(
 def test_names_by_hand():
     animals = example("names", targets=targets("Ant", "bee", "Cow", "dog", masks=[7, 1, 7, 3]))
     fields = {"num_classes_per_sample": 2, "num_classes_per_question": 3}
-    order = [[2, 0, 3, 1], 1, 0, 0, 0]  # Cow opens question 1, Ant question 0, the rest joins it
-    separate = Script(*order, 0, True, 0, 2, False, 3)
+    # Cow starts question 1 and Ant question 0, to which the others are added.
+    order = [[2, 0, 3, 1], 1, 0, 0, 0]
+    separate = ScriptedSampler(*order, 0, True, 0, 2, False, 3)
     assert run(separate, animals, **fields) == [
         (
             (
@@ -84,17 +85,17 @@ def test_names_by_hand():
             (7,),
         ),
     ]
-    joint = Script(*order, 1, False, 0, 3, True, 4)
+    joint = ScriptedSampler(*order, 1, False, 0, 3, True, 4)
     assert [messages[1] for messages, _ in run(joint, animals, **fields)] == [
         f"ant, dog and bee are {SEG}, {SEG} and {SEG}, separately.",
         f"{SEG}.",
     ]
 
 
-def test_more_candidates_than_room():
+def test_more_candidates_than_fit():
     parts = targets("a", ("dog leg", "the leg of the dog"), "c", ("d x", "the x of the d"))
-    script = Script([3, 1, 0], 0.49, 0.5, [0, 1, 2], 0, 0, 0, 17, True, 2)
-    found = run(
+    script = ScriptedSampler([3, 1, 0], 0.49, 0.5, [0, 1, 2], 0, 0, 0, 17, True, 2)
+    actual = run(
         script,
         example("names", targets=parts),
         expanded=True,
@@ -105,11 +106,11 @@ def test_more_candidates_than_room():
         "<image>\nIn the picture provided, can you show where d x, the leg of the dog and a is "
         "with a segmentation mask?"
     )
-    assert found == [((question, f"{SEG}, {SEG} and {SEG}."), (3, 1, 0))]
+    assert actual == [((question, f"{SEG}, {SEG} and {SEG}."), (3, 1, 0))]
 
 
 @pytest.mark.parametrize("count", [1, 8, 9, 10])
-def test_candidates_are_drawn_where_there_are_enough(count):
+def test_candidates_are_sampled_only_at_the_limit(count):
     class Counting(PhiloxSampler):
         subsets = 0
 
@@ -120,14 +121,14 @@ def test_candidates_are_drawn_where_there_are_enough(count):
         def permutation(self, n: int) -> list[int]:
             return super().subset(n, n)
 
-    draws = Counting(seed=0, epoch=0, index=0)
+    sampler = Counting(seed=0, epoch=0, index=0)
     compose(
         example("names", targets=targets(*"abcdefghij"[:count])),
-        draws,
+        sampler,
         ComposeSettings(),
         group_text=SEG,
     )
-    assert draws.subsets == (count >= 9)
+    assert sampler.subsets == (count >= 9)
 
 
 WHY = "It is {seg} {big} because."
@@ -140,12 +141,12 @@ def reasoning(kind: str, turns: Sequence[Turn]) -> Example:
 
 
 def test_reasoning_without_explanation():
-    script = Script([0, 2], 1, 0, 0, 4)
+    script = ScriptedSampler([0, 2], 1, 0, 0, 4)
     assert run(script, reasoning("short", TURNS), num_classes_per_sample=2) == [
         (("<image>\nPlease segment the the {big} one in this image.", f"It is {SEG}."), (0,)),
         (("<image>\nCan you segment the c in this image?", f"{SEG}."), (0,)),
     ]
-    script = Script(3, 2)  # fewer texts than asked for: none is drawn
+    script = ScriptedSampler(3, 2)  # fewer texts than the limit: no subset is sampled
     assert run(script, reasoning("long", TURNS[:1]), expanded=True) == [
         (("<image>\nThe {Big} one Output the segmentation mask.", f"Sure, it is {SEG}."), (0,)),
     ]
@@ -166,20 +167,20 @@ def test_reasoning_without_explanation():
     ids=["mask", "mask and explanation", "explanation"],
 )
 def test_reasoning_modes(decisions, question, answer, masks):
-    found = run(Script(*decisions), reasoning("long", EXPLAINED[:1]), explanatory=0.4)
-    assert found == [((f"<image>\n{question}", answer), (0,) * masks)]
+    actual = run(ScriptedSampler(*decisions), reasoning("long", EXPLAINED[:1]), explanatory=0.4)
+    assert actual == [((f"<image>\n{question}", answer), (0,) * masks)]
 
 
 def test_explanations_can_be_switched_off():
-    found = run(Script(0, 0), reasoning("long", EXPLAINED[:1]), explanatory=None)
-    assert found[0][0][1] == f"It is {SEG}."
+    actual = run(ScriptedSampler(0, 0), reasoning("long", EXPLAINED[:1]), explanatory=None)
+    assert actual[0][0][1] == f"It is {SEG}."
 
 
-def test_a_text_without_explanation_keeps_its_mask():
+def test_text_without_explanation_keeps_its_mask():
     mixed = reasoning("short", [EXPLAINED[0], TURNS[1]])
-    found = run(Script(0.0, 0, 0, 0), mixed, explanatory=0.1)
-    assert found[0] == (("<image>\nThe {Big} one", WHY), ())
-    assert found[1][1] == (0,)
+    actual = run(ScriptedSampler(0.0, 0, 0, 0), mixed, explanatory=0.1)
+    assert actual[0] == (("<image>\nThe {Big} one", WHY), ())
+    assert actual[1][1] == (0,)
 
 
 def muse(*turns: Turn) -> Example:
@@ -189,7 +190,7 @@ def muse(*turns: Turn) -> Example:
 
 def test_muse_by_hand():
     text = Turn("Who {barks}?", "The cat {seg} does, {seg} {not} {}.", (1, 0))
-    assert run(Script(1), muse(text)) == [
+    assert run(ScriptedSampler(1), muse(text)) == [
         (
             (
                 "<image>\nWho {barks}? Please output segmentation mask.",
@@ -198,9 +199,9 @@ def test_muse_by_hand():
             (2, 4),
         )
     ]
-    drawn = Turn("Who?", None, (0, 1, 0))
-    separate = Script(4, 0.11, 0.0, 0.1, True, 0)
-    assert run(separate, muse(drawn), expanded=True) == [
+    without_answer = Turn("Who?", None, (0, 1, 0))
+    separate = ScriptedSampler(4, 0.11, 0.0, 0.1, True, 0)
+    assert run(separate, muse(without_answer), expanded=True) == [
         (
             (
                 "<image>\nWho? Please show the segmentation mask.",
@@ -209,37 +210,37 @@ def test_muse_by_hand():
             (4, 2, 4),
         )
     ]
-    joint = Script(0, 0.5, 0.5, 0.5, False, 4)
-    assert run(joint, muse(drawn))[0][0][1] == (
+    joint = ScriptedSampler(0, 0.5, 0.5, 0.5, False, 4)
+    assert run(joint, muse(without_answer))[0][0][1] == (
         f"the segmentation result of the big {{dog}}, cat, the big {{dog}} are {SEG}, {SEG} and "
         f"{SEG}."
     )
-    single = Script(0, 0.5, False, 1)
+    single = ScriptedSampler(0, 0.5, False, 1)
     assert run(single, muse(Turn("Who?", None, (1,))))[0][0][1] == f"cat are {SEG}."
 
 
 def test_every_question_of_muse_is_asked():
     turns = [Turn(f"Question {i}?", "{seg}", (i % 2,)) for i in range(11)]
-    found = run(Script(*[0] * 11), muse(*turns), num_classes_per_sample=1)
-    assert [masks for _, masks in found] == [(4,), (2,)] * 5 + [(4,)]
+    actual = run(ScriptedSampler(*[0] * 11), muse(*turns), num_classes_per_sample=1)
+    assert [masks for _, masks in actual] == [(4,), (2,)] * 5 + [(4,)]
 
 
-def test_as_they_are():
+def test_verbatim_kinds():
     turns = (Turn("A {seg}?", "{seg} {b}", (1,)), Turn("C?", "d"), Turn("E?", "{seg}{seg}", (0, 1)))
     ready = example("ready", targets=targets("x", "y"), conversations=(turns,))
     messages = ("<image>\nA {seg}?", f"{SEG} {{b}}", "C?", "d", "E?", SEG + SEG)
-    assert run(Script(), ready) == [(messages, (1, 0, 1))]
+    assert run(ScriptedSampler(), ready) == [(messages, (1, 0, 1))]
     assert compose_evaluation(ready, group_text=SEG) == (
         Composed(messages, (1, 0, 1), ("y", "x", "y")),
     )
     talk = example("instruct", conversations=((Turn("A?", "{seg} { is text"), Turn("B?", "c")),))
-    assert run(Script(), talk) == [(("<image>\nA?", "{seg} { is text", "B?", "c"), ())]
+    assert run(ScriptedSampler(), talk) == [(("<image>\nA?", "{seg} { is text", "B?", "c"), ())]
 
 
 @pytest.mark.parametrize("kind", ["names", "short", "long", "muse", "instruct", "ready"])
-def test_nothing_to_ask(kind):
-    draws = PhiloxSampler(seed=0, epoch=0, index=0)
-    assert compose(example(kind), draws, ComposeSettings(), group_text=SEG) == ()
+def test_example_without_targets_gives_no_conversation(kind):
+    sampler = PhiloxSampler(seed=0, epoch=0, index=0)
+    assert compose(example(kind), sampler, ComposeSettings(), group_text=SEG) == ()
     assert compose_evaluation(example(kind), group_text=SEG) == ()
 
 
@@ -258,14 +259,14 @@ def test_nothing_to_ask(kind):
         ),
     ],
 )
-def test_damaged(given, message):
+def test_damaged_examples(given, message):
     with pytest.raises(DamagedError, match=message):
         compose(given, PhiloxSampler(seed=0, epoch=0, index=0), ComposeSettings(), group_text=SEG)
 
 
 def test_unknown_kind():
     for call in (
-        lambda e: compose(e, Script(), ComposeSettings(), group_text=SEG),
+        lambda e: compose(e, ScriptedSampler(), ComposeSettings(), group_text=SEG),
         lambda e: compose_evaluation(e, group_text=SEG),
     ):
         with pytest.raises(ValueError, match="'nonsense' is not one of the kinds names, short"):
@@ -280,15 +281,15 @@ def test_unknown_kind():
         ({"explanatory": 1.5}, "explanatory=1.5 must be None or between 0 and 1"),
     ],
 )
-def test_refuses_settings(fields, message):
+def test_rejects_bad_settings(fields, message):
     with pytest.raises(InputError, match=message):
         ComposeSettings(**fields)
 
 
 def test_evaluation_of_names():
     given = example("names", targets=targets(" Left Dog", ("{seg}", "x"), "c", masks=[2, 0, 2]))
-    one_by_one = compose_evaluation(given, group_text=SEG)
-    assert one_by_one[0] == Composed(
+    separate = compose_evaluation(given, group_text=SEG)
+    assert separate[0] == Composed(
         (
             "<image>\n What is left dog in this image? Please output segmentation mask.",
             f"{SEG}.",
@@ -296,18 +297,18 @@ def test_evaluation_of_names():
         (2,),
         ("left dog",),
     )
-    assert [c.masks for c in one_by_one] == [(2,), (0,), (2,)]
-    together = compose_evaluation(given, group_text=SEG, group=(2,))
-    assert [(c.messages[1], c.masks) for c in together] == [
+    assert [c.masks for c in separate] == [(2,), (0,), (2,)]
+    joined = compose_evaluation(given, group_text=SEG, group=(2,))
+    assert [(c.messages[1], c.masks) for c in joined] == [
         (f"{SEG} and {SEG}.", (2, 0)),
         (SEG, (2,)),
     ]
-    assert together[0].messages[0] == (
+    assert joined[0].messages[0] == (
         "<image>\n What is left dog and {seg} in this image? Please output segmentation mask."
     )
 
 
-def test_groups_are_repeated():
+def test_group_sizes_are_repeated():
     given = example("names", targets=targets(*(str(i) for i in range(23))))
     sizes = [len(c.masks) for c in compose_evaluation(given, group_text=SEG, group=(6, 5, 4))]
     assert sizes == [6, 5, 4, 6, 2]
@@ -321,13 +322,13 @@ def test_evaluation_of_texts():
         compose_evaluation(reasoning(kind, EXPLAINED), group_text=SEG) for kind in ("short", "long")
     )
     end = "Please output segmentation mask."
-    asked = ("The {Big} one",)
+    phrases = ("The {Big} one",)
     assert short == (
         Composed(
-            (f"<image>\n What is The {{Big}} one in this image? {end}", f"{SEG}."), (0,), asked
+            (f"<image>\n What is The {{Big}} one in this image? {end}", f"{SEG}."), (0,), phrases
         ),
     )
-    assert long == (Composed((f"<image>\n The {{Big}} one {end}", f"{SEG}."), (0,), asked),)
+    assert long == (Composed((f"<image>\n The {{Big}} one {end}", f"{SEG}."), (0,), phrases),)
 
 
 def test_evaluation_of_muse():
@@ -347,24 +348,24 @@ sizes = st.integers(1, 4)
 
 @given(keys, st.integers(1, len(NAMES)), sizes, sizes, st.booleans())
 @settings(deadline=None)
-def test_names_are_asked_once_each(draws, count, questions, room, expanded):
-    """And within the caps, in the order of their groups, with braces kept as they are."""
+def test_names_are_asked_once_each(sampler, count, questions, limit, expanded):
+    """Also within the limits, in the order of their groups, with braces unchanged."""
     given = example("names", targets=targets(*NAMES[:count], masks=[i + 10 for i in range(count)]))
     setting = ComposeSettings(
-        num_classes_per_sample=questions, num_classes_per_question=room, expanded=expanded
+        num_classes_per_sample=questions, num_classes_per_question=limit, expanded=expanded
     )
-    composed = compose(given, draws, setting, group_text=SEG)
+    composed = compose(given, sampler, setting, group_text=SEG)
     assert len(composed) == min(questions, count)
-    asked = [phrase for c in composed for phrase in c.phrases]
-    assert len(set(asked)) == len(asked) == min(questions * room, count)
+    all_phrases = [phrase for c in composed for phrase in c.phrases]
+    assert len(set(all_phrases)) == len(all_phrases) == min(questions * limit, count)
     questions_possible = choices("names", expanded=expanded).questions
     for (question, answer), masks, phrases in composed:
-        assert 1 <= len(masks) <= room
+        assert 1 <= len(masks) <= limit
         assert [NAMES[mask - 10] for mask in masks] == list(phrases)
         assert answer.count(SEG) == len(masks)
         *some, last = phrases
-        together = (f"{', '.join(some)} and {last}" if some else last).lower()
-        possible = [f"<image>\n{q.replace('{name}', together, 1)}" for q in questions_possible]
+        joined = (f"{', '.join(some)} and {last}" if some else last).lower()
+        possible = [f"<image>\n{q.replace('{name}', joined, 1)}" for q in questions_possible]
         assert question in possible
         if len(phrases) > 1 and all(phrase in answer for phrase in phrases):
             places = [answer.index(phrase) for phrase in phrases]
@@ -373,13 +374,11 @@ def test_names_are_asked_once_each(draws, count, questions, room, expanded):
 
 @given(st.integers(0, 2**64 - 1), st.permutations(range(6)))
 @settings(deadline=None)
-def test_renumbered_masks_give_renumbered_masks(index, order):
-    """The text does not depend on where masks are stored."""
-
+def test_text_does_not_depend_on_mask_indices(index, order):
     def composed(masks: Sequence[int]) -> tuple[Composed, ...]:
         given = example("names", targets=targets(*"abcdef", masks=masks))
-        draws = PhiloxSampler(seed=0, epoch=0, index=index)
-        return compose(given, draws, ComposeSettings(), group_text=SEG)
+        sampler = PhiloxSampler(seed=0, epoch=0, index=index)
+        return compose(given, sampler, ComposeSettings(), group_text=SEG)
 
     plain, moved = composed(range(6)), composed(order)
     assert [c._replace(masks=()) for c in plain] == [c._replace(masks=()) for c in moved]
@@ -397,20 +396,20 @@ KINDS = [
 @pytest.mark.parametrize("given", KINDS, ids=lambda e: e.kind)
 def test_same_key_same_conversations(given):
     def composed(**key: int) -> tuple[Composed, ...]:
-        draws = PhiloxSampler(**{"seed": 3, "epoch": 5, "index": 7, **key})
-        return compose(given, draws, ComposeSettings(explanatory=0.4), group_text=SEG)
+        sampler = PhiloxSampler(**{"seed": 3, "epoch": 5, "index": 7, **key})
+        return compose(given, sampler, ComposeSettings(explanatory=0.4), group_text=SEG)
 
     assert composed() == composed()
     for name in ("seed", "epoch", "index"):
         assert len({composed(**{name: i}) for i in range(20)}) > 3
 
 
-def test_modes_come_as_often_as_asked_for():
+def test_frequencies_of_explanation_modes():
     given = reasoning("long", EXPLAINED[:1])
     counts = {"alone": 0, "with": 0, "without": 0}
     for index in range(3000):
-        draws = PhiloxSampler(seed=0, epoch=0, index=index)
-        (only,) = compose(given, draws, ComposeSettings(explanatory=0.4), group_text=SEG)
+        sampler = PhiloxSampler(seed=0, epoch=0, index=index)
+        (only,) = compose(given, sampler, ComposeSettings(explanatory=0.4), group_text=SEG)
         answer = only.messages[1]
         counts["alone" if answer == WHY else "with" if WHY in answer else "without"] += 1
     assert counts["alone"] == pytest.approx(1200, abs=120)
@@ -420,6 +419,6 @@ def test_modes_come_as_often_as_asked_for():
 
 def test_another_group_text():
     given = example("names", targets=targets("a", "b"))
-    draws = PhiloxSampler(seed=0, epoch=0, index=0)
-    composed = compose(given, draws, ComposeSettings(), group_text="[SEG]")
+    sampler = PhiloxSampler(seed=0, epoch=0, index=0)
+    composed = compose(given, sampler, ComposeSettings(), group_text="[SEG]")
     assert [c.messages[1].count("[SEG]") for c in composed] == [1, 1]

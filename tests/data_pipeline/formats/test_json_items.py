@@ -1,4 +1,4 @@
-"""Items of large JSON files: the same as `json.load` gives, each at its place."""
+"""Streaming JSON reader: the same items as `json.load`, each with its byte range."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def expected(document) -> list[tuple]:
 
 @given(DOCUMENTS, st.booleans(), st.sampled_from([None, 1]), st.integers(1, 9))
 @settings(max_examples=300, deadline=None)
-def test_items_are_those_of_json(tmp_path_factory, document, ascii_only, indent, chunk):
+def test_items_equal_those_of_json_load(tmp_path_factory, document, ascii_only, indent, chunk):
     path = tmp_path_factory.mktemp("json") / "x.json"
     text = json.dumps(document, ensure_ascii=ascii_only, indent=indent)
     path.write_bytes(text.encode("utf-8", "replace"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_items, "_CHUNK", chunk)
-        found = list(items(path))
-    assert [(item.key, item.value) for item in found] == expected(json.loads(path.read_bytes()))
-    for item in found:
+        actual = list(items(path))
+    assert [(item.key, item.value) for item in actual] == expected(json.loads(path.read_bytes()))
+    for item in actual:
         assert fetch(path, item.span) == item.value
 
 
-def test_places(tmp_path):
+def test_byte_ranges(tmp_path):
     path = tmp_path / "x.json"
     path.write_text('{"é": [1, {"a": 2}], "b": {}}', encoding="utf-8")
     assert list(items(path)) == [
@@ -79,31 +79,31 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_damaged(case, tmp_path):
+def test_damaged_files(case, tmp_path):
     path = tmp_path / "x.json"
     path.write_bytes(DAMAGED[case])
     with pytest.raises(InputError, match="x.json' near byte"):
         list(items(path))
 
 
-def test_no_file(tmp_path):
+def test_missing_file(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         list(items(tmp_path / "x.json"))
 
 
 def test_item_limit(tmp_path, monkeypatch):
-    """A broken item is given up early; the rest of the file is not read into memory."""
+    """A damaged item is an error at the limit; the rest of the file is not read into memory."""
     monkeypatch.setattr(json_items, "ITEM_LIMIT", 100)
     monkeypatch.setattr(json_items, "_CHUNK", 16)
     path = tmp_path / "x.json"
     path.write_bytes(b'[1, "' + b"a" * 10_000 + b'"]')
-    found = items(path)
-    assert next(found).value == 1
+    iterator = items(path)
+    assert next(iterator).value == 1
     with pytest.raises(InputError, match="near byte 4: "):
-        next(found)
+        next(iterator)
 
 
-def test_a_file_that_changed(tmp_path):
+def test_file_that_changed(tmp_path):
     path = tmp_path / "x.json"
     path.write_bytes(b'["abcdef"]')
     (item,) = items(path)
@@ -116,7 +116,7 @@ def test_a_file_that_changed(tmp_path):
 
 
 def test_fuzz(tmp_path):
-    """300 damaged files: items or `InputError`."""
+    """300 mutated files give items or `InputError`."""
     rng = random.Random(0)
     text = json.dumps({"images": [{"id": 1, "é": [1.5]}], "x": None}, ensure_ascii=False).encode()
     path = tmp_path / "x.json"

@@ -1,4 +1,4 @@
-"""Every form of a COCO mask, and that nothing damaged reaches pycocotools."""
+"""All forms of COCO masks; damaged input never reaches pycocotools."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FORMS = {
         dict(masks.encode(rectangle(1, 1, 3, 3))),
         uncompressed(rectangle(1, 2, 3, 4)),
     ],
-    "polygon beside run lengths": [
+    "polygon and run lengths": [
         [1, 1, 2, 1, 2, 3, 1, 3],
         uncompressed(rectangle(1, 2, 3, 4)),
     ],
@@ -63,19 +63,19 @@ def test_every_form_gives_the_same_mask(form):
 
 
 @pytest.mark.parametrize("empty", [[], [[0, 0, 6, 4]], [6, 4, 0, 0], [[2, 2, 2, 2]]])
-def test_nothing_and_lines_are_empty(empty):
+def test_empty_lists_and_lines_are_empty_masks(empty):
     rle = masks.to_rle(empty, HW)
     assert masks.area(rle) == 0
     np.testing.assert_array_equal(masks.decode(rle), np.zeros(HW))
 
 
 def test_four_numbers_are_a_line_and_not_a_box():
-    """pycocotools takes them for x, y, width, height."""
+    """pycocotools reads four numbers as x, y, width, height."""
     assert coco.area(coco.frPyObjects(np.array([[0.0, 0, 4, 4]]), *HW))[0] == 16
     assert masks.area(masks.to_rle([[0, 0, 4, 4]], HW)) == 0
 
 
-def test_polygons_are_cut_off_at_the_border():
+def test_polygons_are_clipped_to_the_image():
     rle = masks.to_rle([[-9, -9, 99, -9, 99, 99, -9, 99]], HW)
     assert masks.area(rle) == HW[0] * HW[1]
 
@@ -99,7 +99,7 @@ DAMAGED = {
     "far away": ([[1, 2, 3, 2e6, 4, 5]], "a corner beyond"),
     "too long": ([[0, 0, 1_000_000, 0] * 3], "outlines of more than"),
     "too long together": ([[0, 0, 900_000, 0, 0, 1]] * 2, "outlines of more than"),
-    "null beside a polygon": ([SQUARE, None], "expected a list of numbers"),
+    "null next to a polygon": ([SQUARE, None], "expected a list of numbers"),
     "no counts": ({"size": [5, 7]}, "expected the keys"),
     "no size": ({"counts": [35]}, "expected the keys"),
     "another size": ({"size": [7, 5], "counts": [35]}, "7 x 5 in a picture of 5 x 7"),
@@ -115,7 +115,7 @@ DAMAGED = {
     "runs of floats": ({"size": [5, 7], "counts": [35.0]}, "flat list"),
     "runs of text": ({"size": [5, 7], "counts": ["35"]}, "flat list"),
     "counts of another type": ({"size": [5, 7], "counts": 35}, "a list or text"),
-    "no text": ({"size": [5, 7], "counts": ""}, "end inside a count"),
+    "empty text": ({"size": [5, 7], "counts": ""}, "end inside a count"),
     "an open count": ({"size": [5, 7], "counts": "3P"}, "end inside a count"),
     "foreign characters": ({"size": [5, 7], "counts": "3 1"}, "characters other than"),
     "zero bytes": ({"size": [5, 7], "counts": b"3\x001"}, "characters other than"),
@@ -126,14 +126,14 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_damaged(case):
+def test_damaged_segmentations(case):
     segmentation, message = DAMAGED[case]
     with pytest.raises(DamagedError, match=message) as error:
         masks.to_rle(segmentation, HW)
     assert len(str(error.value)) < 200
 
 
-def test_damaged_by_a_list_in_itself():
+def test_list_that_contains_itself():
     loop: list = [1, 2, 3, 4]
     loop[0] = loop
     with pytest.raises(DamagedError):
@@ -145,13 +145,13 @@ def test_damaged_by_a_list_in_itself():
 @pytest.mark.parametrize(
     "hw", [(0, 5), (5, -1), (True, 5), (5.0, 5), ("5", 5), (None, 5), (10**6, 10**6), (10**30, 1)]
 )
-def test_sizes_that_no_mask_can_have(hw):
+def test_invalid_sizes(hw):
     with pytest.raises(DamagedError, match="size"):
         masks.check_size(*hw)
 
 
 def test_runs_of_length_zero():
-    """pycocotools ends a union where two of them meet, and loses what follows."""
+    """The union of pycocotools stops where two such runs meet, and loses all later runs."""
     first = {"size": list(HW), "counts": [3, 2, 5, 0, 0, 2, 23]}
     second = {"size": list(HW), "counts": [10, 0, 0, 0, 0, 25]}
     pixels = np.zeros(35, np.uint8)
@@ -181,19 +181,19 @@ def test_round_trip(hw, seed, share):
 
 @given(SIZES, st.integers(0, 2**32))
 @settings(max_examples=100, deadline=None)
-def test_union_and_many(hw, seed):
+def test_union_and_decode_many(hw, seed):
     parts = np.random.default_rng(seed).random((3, *hw)) < 0.3
     rles = [masks.encode(part) for part in parts]
     np.testing.assert_array_equal(masks.decode_many(rles), parts)
     np.testing.assert_array_equal(masks.decode(masks.union(rles, hw)), parts.any(0))
 
 
-def test_of_no_mask():
+def test_without_masks():
     assert masks.decode_many([]).shape == (0, 0, 0)
     assert masks.union([], HW) == masks.encode(np.zeros(HW, np.uint8))
 
 
-def test_masks_of_different_sizes_do_not_mix():
+def test_rejects_masks_of_different_sizes():
     rles = [masks.encode(np.zeros(hw, np.uint8)) for hw in ((5, 7), (7, 5))]
     with pytest.raises(DamagedError, match="7 x 5 in a picture of 5 x 7"):
         masks.decode_many(rles)
@@ -205,14 +205,14 @@ def test_masks_of_different_sizes_do_not_mix():
     st.lists(st.floats(-40, 40, width=32), min_size=6, max_size=16).filter(lambda p: not len(p) % 2)
 )
 @settings(max_examples=150, deadline=None)
-def test_polygons_are_those_of_pycocotools(polygon):
+def test_polygons_equal_those_of_pycocotools(polygon):
     expected = coco.decode(coco.merge(coco.frPyObjects([polygon], *HW)))
     np.testing.assert_array_equal(masks.decode(masks.to_rle([polygon], HW)), expected)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_fuzz(seed):
-    """20 x 25 mutated masks: each is a mask of the size or `DamagedError`, and can be decoded."""
+    """Each of 20 x 25 mutated masks is a mask that can be decoded, or `DamagedError`."""
     rng = random.Random(seed)
     for _ in range(25):
         segmentation = mutate(rng.choice(list(FORMS.values())), rng)
@@ -227,7 +227,7 @@ def test_fuzz(seed):
 @given(st.binary(max_size=30))
 @settings(max_examples=300, deadline=None)
 def test_fuzz_compressed(counts):
-    """Also in the alphabet of the encoding, where damage is likelier to be taken for a mask."""
+    """Also in the alphabet of the encoding, where damaged text more often looks like a mask."""
     for text in (counts, bytes(48 + byte % 64 for byte in counts)):
         with contextlib.suppress(DamagedError):
             masks.decode(masks.to_rle({"size": list(HW), "counts": text}, HW))

@@ -1,4 +1,4 @@
-"""Plain data of every protocol comes out as Python reads it; nothing else comes in."""
+"""Safe pickle reader: plain data of every protocol is read as by Python; all else is rejected."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ DATA = st.recursive(
 
 @given(DATA, st.sampled_from(PROTOCOLS), st.booleans())
 @settings(max_examples=400, deadline=None)
-def test_reads_what_python_writes(data, protocol, optimize):
+def test_reads_pickles_of_plain_data(data, protocol, optimize):
     written = pickle.dumps(data, protocol)
     read = loads(pickletools.optimize(written) if optimize else written)
     assert read == data
     assert repr(type(read)) == repr(type(data))
 
 
-def test_reads_the_python_implementation_too():
-    """It writes other instructions than the one in C."""
+def test_reads_pickles_of_the_pure_python_pickler():
+    """It writes other opcodes than the C implementation."""
     data = {"a": [1, 2.5, -70000, 2**40, "b\n'", None, True, {"c": ()}, (1, 2, 3, 4)]}
     for protocol in PROTOCOLS:
         assert loads(pickle._dumps(data, protocol)) == data
@@ -77,12 +77,12 @@ PYTHON_2 = {
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON_2)))
-def test_reads_python_2(number):
+def test_reads_pickles_of_python_2(number):
     data, expected = list(PYTHON_2.items())[number]
     assert loads(data) == expected
 
 
-def test_parts_may_stand_in_several_places():
+def test_shared_containers():
     shared = ["a"]
     read = loads(pickle.dumps([shared, shared, {"k": shared}]))
     assert read == [["a"], ["a"], {"k": ["a"]}]
@@ -100,7 +100,7 @@ class Runs:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_runs_nothing(protocol, tmp_path):
+def test_executes_nothing(protocol, tmp_path):
     data = pickle.dumps([Runs(tmp_path / "ran")], protocol)
     with pytest.raises(InputError, match=r"names the global (posix|nt)\.mkdir"):
         loads(data)
@@ -123,7 +123,7 @@ GLOBALS = {
 
 
 @pytest.mark.parametrize(("name", "protocol"), itertools.product(GLOBALS, (0, 2, 4)))
-def test_refuses_globals_by_name(name, protocol):
+def test_rejects_globals_by_name(name, protocol):
     data = pickle.dumps({"k": GLOBALS[name]}, protocol)
     with pytest.raises(InputError) as error:
         loads(data)
@@ -153,7 +153,7 @@ INSTRUCTIONS = {
 
 
 @pytest.mark.parametrize("case", INSTRUCTIONS)
-def test_refuses_what_builds_objects(case):
+def test_rejects_opcodes_that_build_objects(case):
     with pytest.raises(InputError, match="names .*, which could run a program") as error:
         loads(INSTRUCTIONS[case])
     assert str(error.value).isprintable()
@@ -193,17 +193,17 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_damaged(case):
+def test_damaged_pickles(case):
     with pytest.raises(InputError, match="not a whole pickle|contains itself"):
         loads(DAMAGED[case])
 
 
-def test_a_huge_memo_number_takes_no_memory():
+def test_huge_memo_index_uses_no_memory():
     assert loads(b"I1\nr\xff\xff\xff\x7f.") == 1
 
 
-def test_parts_that_multiply():
-    """Each list holds the one before ten times: 400 bytes for 10**40 values."""
+def test_exponential_expansion_is_rejected():
+    """Each list contains the previous list ten times: 400 bytes for 10**40 values."""
     data = [1] * 10
     for _ in range(40):
         data = [data] * 10
@@ -220,8 +220,8 @@ def test_parts_that_multiply():
     ],
     ids=["copied set", "copied text", "hashed tuple"],
 )
-def test_copies_count_as_steps(monkeypatch, amplified):
-    """An opcode that copies or hashes a value of any size once more is charged for the size."""
+def test_copies_count_towards_the_limit(monkeypatch, amplified):
+    """An opcode that copies or hashes a value counts as many steps as the value is long."""
     monkeypatch.setattr(restricted_pickle, "STEP_LIMIT", 10_000)
     loads(amplified + b".")
     monkeypatch.setattr(restricted_pickle, "STEP_LIMIT", 500)
@@ -237,26 +237,26 @@ def test_copies_count_as_steps(monkeypatch, amplified):
     ],
     ids=["long integers", "tuples"],
 )
-def test_colliding_keys_are_refused(keys):
-    """The hashes of these keys are equal: a dictionary of n takes n**2 steps."""
+def test_rejects_colliding_keys(keys):
+    """The hashes of these keys are equal: a dictionary of n keys takes n**2 steps."""
     assert len({hash(key) for key in keys}) == 1
     with pytest.raises(InputError, match="colliding hashes"):
         loads(pickle.dumps(dict.fromkeys(keys)))
     assert loads(pickle.dumps([set(keys[:100]), dict.fromkeys(keys[:900])]))
 
 
-def test_deep_data_is_no_crash():
+def test_deeply_nested_data_does_not_crash():
     data = loads(b"]" * 100_000 + b"a" * 99_999 + b".")
     assert isinstance(data, list)
 
 
-def test_step_limit(monkeypatch):
+def test_limit_of_opcodes(monkeypatch):
     monkeypatch.setattr(restricted_pickle, "STEP_LIMIT", 10)
     with pytest.raises(InputError, match="more than 10 instructions"):
         loads(b"N0" * 10 + b"N.")
 
 
-def test_files(tmp_path, monkeypatch):
+def test_load_from_files(tmp_path, monkeypatch):
     path = tmp_path / "refs(unc).p"
     with pytest.raises(InputError, match="cannot be read"):
         restricted_pickle.load(path)
@@ -277,12 +277,12 @@ SEED = [{"ref_id": 1, "ann_id": [2, 3], "sentences": [{"sent": "a b", "x": (1.5,
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_fuzz(protocol):
-    """6 x 500 damaged pickles: plain data or `InputError`."""
+    """6 x 500 mutated pickles give plain data or `InputError`."""
     rng = random.Random(protocol)
     written = pickle.dumps(SEED, protocol)
     for _ in range(500):
         try:
-            plain(loads(mutate_bytes(written, rng)))
+            assert_plain(loads(mutate_bytes(written, rng)))
         except InputError as error:
             assert len(str(error)) < 400 and "\n" not in str(error)
 
@@ -291,17 +291,17 @@ def test_fuzz(protocol):
 @settings(max_examples=300, deadline=None)
 def test_fuzz_bytes(data):
     try:
-        plain(loads(data + b"."))
+        assert_plain(loads(data + b"."))
     except InputError:
         return
 
 
-def plain(value) -> None:
-    """The value is made of nothing but containers and scalars."""
+def assert_plain(value) -> None:
+    """Assert that a value consists of containers and scalars only."""
     if isinstance(value, dict):
         value = [*value.keys(), *value.values()]
     if isinstance(value, list | tuple | set | frozenset):
         for part in value:
-            plain(part)
+            assert_plain(part)
     else:
         assert type(value) in (str, bytes, int, float, bool, type(None))

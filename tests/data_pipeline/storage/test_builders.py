@@ -1,4 +1,4 @@
-"""Prepared folders: whole or not there, the same bytes from anybody, and nothing lost silently."""
+"""Preparation of splits: atomic, deterministic, resumable, and nothing is lost silently."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ SOURCE = Jsonl()
 
 
 def write_photos(folder: Path, count: int, damage: dict[int, dict] | None = None) -> Path:
-    """A file of `count` lines, each with a picture of its own; `damage` changes lines."""
+    """Write a JSONL file of `count` lines with one image each; `damage` replaces fields."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "data.jsonl").open("w") as file:
         for number in range(count):
-            picture = np.full((7, 11, 3), number % 251, np.uint8)
-            Image.fromarray(picture).save(folder / f"{number}.png")
+            pixels = np.full((7, 11, 3), number % 251, np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
             line = {
                 "key": f"photo {number}",
                 "image": f"{number}.png",
@@ -62,7 +62,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> StoredSplit:
-    """What every way of preparing `photos` must give."""
+    """Prepare `photos` in one process: the reference for all other ways."""
     return prepare(
         SOURCE, "train", photos, tmp_path_factory.mktemp("whole"), shard_size=SHARD_SIZE
     ).stored
@@ -86,10 +86,12 @@ def everything(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> All
     return All(folder, splits)
 
 
-def test_what_the_readers_read_is_what_is_stored(everything, data_root):
+def test_stored_examples_equal_those_of_the_readers(everything, data_root):
     assert everything.splits
     for (name, split), prepared in everything.splits.items():
-        source, stored, read = SOURCES[name].source, prepared.stored, []
+        source = SOURCES[name].source
+        stored = prepared.stored
+        read = []
         skipped = [skip.key for skip in prepared.skips if skip.whole]
         for entry in source.entries(data_root, split):
             try:
@@ -110,7 +112,8 @@ def counts(data_root: Path) -> dict[str, dict]:
 
 @pytest.mark.parametrize("split", SOURCES["muse"].splits)
 def test_counts_of_muse(split, everything, counts, data_root):
-    expected, (stored, skips, _) = counts[f"muse_{split}"], everything.splits["muse", split]
+    expected = counts[f"muse_{split}"]
+    stored, skips, _ = everything.splits["muse", split]
     assert expected["questions_by_target_count"]
     items = json.loads((data_root / "muse" / f"muse_{split}.json").read_text())
     parts = [skip for skip in skips if not skip.whole]
@@ -127,19 +130,22 @@ def test_counts_of_muse(split, everything, counts, data_root):
 
 @pytest.mark.parametrize("name", ["refcoco", "refcoco+", "refcocog", "refclef", "grefcoco"])
 def test_counts_of_refer(name, everything, counts):
-    expected, sentences, pictures, refs = counts[name], 0, set(), {}
+    expected = counts[name]
+    sentences = 0
+    images = set()
+    refs = {}
     for split in SOURCES[name].splits:
         stored = everything.splits[name, split].stored
         ids = [target.ids for example in stored for target in example.targets]
         sentences += len(ids)
-        refs[split] = len({own[0] for own in ids})
-        pictures |= {example.key.partition("/")[2] for example in stored}
+        refs[split] = len({ref_id for ref_id, *_ in ids})
+        images |= {example.key.partition("/")[2] for example in stored}
     assert refs == expected["refs_by_split"]
     assert sentences == expected["sentences"]
-    assert len(pictures) == expected["images"]
+    assert len(images) == expected["images"]
 
 
-def test_counts_of_the_others(everything, counts):
+def test_counts_of_other_datasets(everything, counts):
     def stored(name: str, split: str = "train") -> StoredSplit:
         return everything.splits[name, split].stored
 
@@ -152,15 +158,16 @@ def test_counts_of_the_others(everything, counts):
     assert len(stored("llava_instruct")) == counts["llava_instruct_150k"]["conversations"]
     reason = {split: stored("ReasonSeg", split) for split in ("train", "val", "test")}
     expected = counts["ReasonSeg"]
-    assert {split: len(own) for split, own in reason.items()} == {s: expected[s] for s in reason}
-    examples = [example for own in reason.values() for example in own]
+    sizes = {split: len(examples) for split, examples in reason.items()}
+    assert sizes == {split: expected[split] for split in reason}
+    examples = [example for stored_split in reason.values() for example in stored_split]
     assert sum(example.kind == "long" for example in examples) == expected["is_sentence_true"]
     assert sum(example.kind == "short" for example in examples) == expected["is_sentence_false"]
     explained = [e for e in examples if e.conversations[0][0].answer is not None]
     assert len(explained) == expected["explanations"]
 
 
-def test_tfds_reads_it(everything):
+def test_tfds_reads_a_prepared_split(everything):
     stored = everything.splits["refcoco+", "testA"].stored
     source = tfds.data_source("refcoco_plus/testA", split="testA", data_dir=everything.folder)
     assert len(source) == len(stored)
@@ -170,15 +177,15 @@ def test_tfds_reads_it(everything):
     assert json.loads(record["record"])["dataset"] == "refcoco+"
 
 
-def test_no_tensorflow():
+def test_builders_do_not_import_tensorflow():
     program = "import data_pipeline.storage.builders, sys; sys.exit('tensorflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_same_bytes_whatever_the_number_of_workers(workers, whole, photos, tmp_path):
+def test_bytes_do_not_depend_on_the_number_of_workers(workers, whole, photos, tmp_path):
     done = []
-    stored, skips, found = prepare(
+    stored, skips, existed = prepare(
         SOURCE,
         "train",
         photos,
@@ -190,11 +197,11 @@ def test_same_bytes_whatever_the_number_of_workers(workers, whole, photos, tmp_p
     assert len(stored.shards) == 5
     assert contents(stored.folder) == contents(whole.folder)
     assert done == [(5, 23)] * 4 + [(3, 23)]
-    assert (skips, found) == ((), False)
+    assert (skips, existed) == ((), False)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["jsonl"]
 
 
-def test_finished_splits_are_left_alone(photos, tmp_path):
+def test_finished_splits_are_not_prepared_again(photos, tmp_path):
     source = shutil.copytree(photos, tmp_path / "photos")
     first = prepare(SOURCE, "train", source, tmp_path / "out")
     shutil.rmtree(source)
@@ -216,7 +223,7 @@ DAMAGE = {
 }
 
 
-def test_what_is_damaged_is_listed(tmp_path):
+def test_damaged_entries_are_listed(tmp_path):
     folder = write_photos(tmp_path / "photos", 20, DAMAGE)
     with (folder / "data.jsonl").open("a") as file:
         file.write('{"image": "3.png", \n')
@@ -239,17 +246,18 @@ def test_what_is_damaged_is_listed(tmp_path):
     assert [example.key for example in stored] == kept
 
 
-def test_shards_of_which_nothing_is_left_are_dropped(tmp_path):
-    broken = {number: {"image": "nowhere.png"} for number in range(5, 10)}
-    folder = write_photos(tmp_path / "photos", 12, broken)
+def test_empty_shards_are_dropped(tmp_path):
+    damage = {number: {"image": "nowhere.png"} for number in range(5, 10)}
+    folder = write_photos(tmp_path / "photos", 12, damage)
     stored, skips, _ = prepare(SOURCE, "train", folder, tmp_path / "out", shard_size=SHARD_SIZE)
     assert len(stored.shards) == 2
     assert [example.key for example in stored] == [f"photo {n}" for n in (0, 1, 2, 3, 4, 10, 11)]
     assert len(skips) == 5
 
 
-def test_strict(tmp_path, whole):
-    folder, out = tmp_path / "photos", tmp_path / "out"
+def test_strict_rejects_damage(tmp_path, whole):
+    folder = tmp_path / "photos"
+    out = tmp_path / "out"
     write_photos(folder, 23, {12: {"image": "nowhere.png"}})
     for workers in (1, 1, 2):
         with pytest.raises(InputError, match=r"jsonl/train: 1 damaged, .* photo 12: no picture"):
@@ -265,18 +273,19 @@ def test_strict(tmp_path, whole):
     assert not (out / UNFINISHED).exists()
 
 
-def test_shards_of_another_source_are_not_used(tmp_path, whole):
-    folder, out = tmp_path / "photos", tmp_path / "out"
+def test_shards_of_another_source_are_not_reused(tmp_path, whole):
+    folder = tmp_path / "photos"
+    out = tmp_path / "out"
     write_photos(folder, 23, {12: {"image": "nowhere.png"}})
     with pytest.raises(InputError):
         prepare(SOURCE, "train", folder, out, shard_size=SHARD_SIZE, strict=True)
     assert (out / UNFINISHED).exists()
     write_photos(folder, 23)
-    mended = prepare(SOURCE, "train", folder, out, shard_size=SHARD_SIZE, strict=True).stored
-    assert contents(mended.folder) == contents(whole.folder)
+    repaired = prepare(SOURCE, "train", folder, out, shard_size=SHARD_SIZE, strict=True).stored
+    assert contents(repaired.folder) == contents(whole.folder)
 
 
-def test_nothing_usable(tmp_path):
+def test_split_without_usable_entries(tmp_path):
     folder = write_photos(tmp_path / "photos", 3, dict.fromkeys(range(3), {"image": "no.png"}))
     with pytest.raises(
         InputError, match=r"none of 3 entries can be used; the first, photo 0: no p"
@@ -288,17 +297,17 @@ def test_nothing_usable(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_one_at_a_time(photos, tmp_path):
-    place = tmp_path / UNFINISHED / "jsonl-train"
-    place.mkdir(parents=True)
-    with (place / "lock").open("w") as lock:
+def test_only_one_process_prepares_a_split(photos, tmp_path):
+    folder = tmp_path / UNFINISHED / "jsonl-train"
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process prepares jsonl/train"):
             prepare(SOURCE, "train", photos, tmp_path)
     assert len(prepare(SOURCE, "train", photos, tmp_path).stored) == 23
 
 
-def test_no_place_to_write(photos, tmp_path):
+def test_output_folder_cannot_be_written(photos, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="writing failed"):
         prepare(SOURCE, "train", photos, tmp_path / "file")
@@ -335,8 +344,9 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_killed_and_run_again(workers, many, tmp_path):
-    out, program = tmp_path / "out", tmp_path / "program.py"
+def test_killed_run_resumes(workers, many, tmp_path):
+    out = tmp_path / "out"
+    program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     work = out / UNFINISHED / "jsonl-train"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -346,9 +356,9 @@ def test_killed_and_run_again(workers, many, tmp_path):
         while len(list(work.glob("*.json"))) < 20:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.001)
-        family = psutil.Process(process.pid).children(recursive=True)
+        workers_of_process = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(workers_of_process, timeout=20)
     assert not alive
     finished = {int(p.stem): p.with_suffix(".array_record") for p in work.glob("*.json")}
     kept = {number: path.stat().st_ino for number, path in finished.items()}
@@ -357,40 +367,41 @@ def test_killed_and_run_again(workers, many, tmp_path):
     with pytest.raises(InputError, match="holds no prepared data"):
         find_splits(out)
 
-    again = prepare(SOURCE, "train", many, out, shard_size=SHARD_SIZE).stored
-    inodes = [path.stat().st_ino for path in again.shards]
+    resumed = prepare(SOURCE, "train", many, out, shard_size=SHARD_SIZE).stored
+    inodes = [path.stat().st_ino for path in resumed.shards]
     assert all(inodes[number] == inode for number, inode in kept.items())
-    assert [example.key for example in again] == [f"photo {n}" for n in range(2500)]
+    assert [example.key for example in resumed] == [f"photo {n}" for n in range(2500)]
     assert sorted(p.name for p in out.iterdir()) == ["jsonl"]
     assert sorted(p.name for p in (out / "jsonl" / "train").iterdir()) == ["1.0.0"]
 
 
-def test_killed_while_it_becomes_whole(photos, whole, tmp_path, monkeypatch):
-    """The last steps one by one: after each of them the next call gives the same folder."""
+def test_killed_in_any_of_the_last_steps(photos, whole, tmp_path, monkeypatch):
+    """After a kill at any step of the final move, the next call gives the same folder."""
     step = 0
 
     class Killed(BaseException): ...
 
-    def steps(real):
+    def kill_after_steps(function):
         def wrapped(*arguments, **options):
-            nonlocal left
-            if not left:
+            nonlocal remaining_steps
+            if not remaining_steps:
                 raise Killed
-            left -= 1
-            return real(*arguments, **options)
+            remaining_steps -= 1
+            return function(*arguments, **options)
 
         return wrapped
 
-    monkeypatch.setattr(builders, "os", SimpleNamespace(replace=steps(os.replace)))
-    monkeypatch.setattr(builders, "shutil", SimpleNamespace(rmtree=steps(shutil.rmtree)))
+    monkeypatch.setattr(builders, "os", SimpleNamespace(replace=kill_after_steps(os.replace)))
+    monkeypatch.setattr(builders, "shutil", SimpleNamespace(rmtree=kill_after_steps(shutil.rmtree)))
     while True:
-        left, out = step, tmp_path / str(step)
+        remaining_steps = step
+        out = tmp_path / str(step)
         try:
             prepare(SOURCE, "train", photos, out, shard_size=SHARD_SIZE)
             break
         except Killed:
             assert not list(out.rglob(INFO))
-        left = 1000
+        remaining_steps = 1000
         stored = prepare(SOURCE, "train", photos, out, shard_size=SHARD_SIZE).stored
         assert contents(stored.folder) == contents(whole.folder)
         step += 1
@@ -398,36 +409,36 @@ def test_killed_while_it_becomes_whole(photos, whole, tmp_path, monkeypatch):
 
 
 def test_leftovers_of_a_kill_are_removed(photos, whole, tmp_path):
-    left = tmp_path / "jsonl" / "train" / "incomplete.ABCDEF_1.0.0"
-    shutil.copytree(whole.folder, left)
+    leftover = tmp_path / "jsonl" / "train" / "incomplete.ABCDEF_1.0.0"
+    shutil.copytree(whole.folder, leftover)
     with pytest.raises(InputError, match="holds no prepared data"):
         find_splits(tmp_path)
     stored = prepare(SOURCE, "train", photos, tmp_path, shard_size=SHARD_SIZE).stored
     assert contents(stored.folder) == contents(whole.folder)
-    assert not left.exists()
+    assert not leftover.exists()
 
 
-class Number(NamedTuple):
+class KeyEntry(NamedTuple):
     key: str
 
 
 @dataclass(frozen=True)
 class Deadly:
-    """A source whose third entry ends the process that reads it, as a lack of memory does."""
+    """Source whose third entry kills the process that reads it, as the OOM killer does."""
 
     dataset: str = "deadly"
     splits: tuple[str, ...] = ("train",)
 
-    def entries(self, root: Path, split: str) -> list[Number]:
-        return [Number(key) for key in "abcd"]
+    def entries(self, root: Path, split: str) -> list[KeyEntry]:
+        return [KeyEntry(key) for key in "abcd"]
 
-    def read(self, entry: Number) -> Reading:
+    def read(self, entry: KeyEntry) -> Reading:
         if entry.key == "c":
             os.kill(os.getpid(), signal.SIGKILL)
         raise DamagedError("made up")
 
 
-def test_worker_is_killed(tmp_path):
+def test_killed_worker_is_reported(tmp_path):
     with pytest.raises(InputError, match="a worker process was killed.*run the command again"):
         prepare(Deadly(), "train", tmp_path, tmp_path / "out", shard_size=1, workers=2)
 
@@ -447,18 +458,18 @@ def test_beam_writes_the_same_bytes(photos, whole, tmp_path):
     assert contents(stored.folder) == contents(whole.folder)
 
 
-def test_beam_is_an_extra(photos, tmp_path, monkeypatch):
+def test_missing_beam_is_reported(photos, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     with pytest.raises(InputError, match=r"pip install 'pixellm_jax\[beam\]'"):
         prepare(SOURCE, "train", photos, tmp_path, runner="DirectRunner")
 
 
-def test_length_of_runs():
+def test_choose_shard_size():
     assert shards.choose_shard_size(1) == shards.choose_shard_size(256 * 4096) == 256
     assert shards.choose_shard_size(30_000_000) == 7325
 
 
-def test_a_picture_that_ends_early_is_skipped(tmp_path):
+def test_truncated_image_is_skipped(tmp_path):
     folder = write_photos(tmp_path / "photos", 3)
     noise = np.random.default_rng(0).integers(0, 256, (7, 11, 3), np.uint8)
     Image.fromarray(noise).save(folder / "1.png")

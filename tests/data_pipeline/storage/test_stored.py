@@ -1,4 +1,4 @@
-"""Reading prepared folders: any example at any time, and one line for what is no such folder."""
+"""Prepared splits: random access to examples, and one-line errors for damaged folders."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def prepared(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(prepared: Path, tmp_path: Path) -> Callable[[], Path]:
-    """A copy of muse/train, free to be damaged."""
+    """Return a function that copies muse/train, so that a test can damage it."""
     return lambda: shutil.copytree(prepared / "muse" / "train" / "1.0.0", tmp_path / "copy")
 
 
@@ -57,12 +57,12 @@ EXAMPLE = Example(
 )
 
 
-def test_record_keeps_everything():
+def test_record_round_trip():
     assert from_record(to_record(EXAMPLE)) == EXAMPLE
     assert from_record(to_record(EXAMPLE._replace(void=None, masks=(), targets=()))).void is None
 
 
-def test_any_example_at_any_time(prepared):
+def test_random_access(prepared):
     stored = StoredSplit(prepared / "muse" / "train" / "1.0.0")
     assert len(stored.shards) > 3
     everything = list(stored)
@@ -75,15 +75,15 @@ def test_any_example_at_any_time(prepared):
             stored[index]
 
 
-def test_threads_processes_and_grain(prepared):
+def test_pickling_threads_and_grain(prepared):
     stored = StoredSplit(prepared / "muse" / "train" / "1.0.0")
-    fresh = pickle.dumps(stored)
+    unopened = pickle.dumps(stored)
     everything = list(stored)
-    assert len(pickle.dumps(stored)) == len(fresh)
-    assert list(pickle.loads(fresh)) == everything
+    assert len(pickle.dumps(stored)) == len(unopened)
+    assert list(pickle.loads(unopened)) == everything
     with ThreadPoolExecutor(4) as pool:
         order = [n * 7 % len(stored) for n in range(200)]
-        assert list(pool.map(pickle.loads(fresh).__getitem__, order)) == [
+        assert list(pool.map(pickle.loads(unopened).__getitem__, order)) == [
             everything[n] for n in order
         ]
     dataset = grain.MapDataset.source(stored).seed(3).shuffle()
@@ -92,8 +92,8 @@ def test_threads_processes_and_grain(prepared):
 
 def test_find_splits(prepared):
     def names(*parts: str, **only: str) -> list[str]:
-        found = find_splits(prepared.joinpath(*parts), **only)
-        return [f"{stored.dataset}/{stored.split}" for stored in found]
+        splits = find_splits(prepared.joinpath(*parts), **only)
+        return [f"{stored.dataset}/{stored.split}" for stored in splits]
 
     assert names() == ["muse/train", "muse/val", "refcoco+/testA"]
     assert names("muse") == ["muse/train", "muse/val"]
@@ -106,7 +106,7 @@ def test_find_splits(prepared):
         names("nothing")
 
 
-def test_no_prepared_data(tmp_path):
+def test_folder_without_prepared_data(tmp_path):
     with pytest.raises(InputError, match="holds no prepared data: name a folder that `pixellm pre"):
         find_splits(tmp_path)
     with pytest.raises(InputError, match=f"is not a prepared split, it has no {METADATA}"):
@@ -122,7 +122,7 @@ def test_missing_shard(copied):
 
 
 @pytest.mark.parametrize("keep", [0, 100, 70_000])
-def test_shard_is_cut_off(keep, copied):
+def test_truncated_shard(keep, copied):
     folder = copied()
     shard = StoredSplit(folder).shards[2]
     shard.write_bytes(shard.read_bytes()[:keep])
@@ -130,7 +130,7 @@ def test_shard_is_cut_off(keep, copied):
         list(StoredSplit(folder))
 
 
-def test_shards_are_mixed_up(copied):
+def test_swapped_shards(copied):
     folder = copied()
     last = StoredSplit(folder).shards[-1]
     shutil.copy(StoredSplit(folder).shards[0], last)
@@ -142,7 +142,7 @@ def test_shards_are_mixed_up(copied):
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"splits": [1, 2]}', '{"splits": [{}]}', "\udcff"]
 )
-def test_damaged_description(name, text, copied):
+def test_damaged_metadata(name, text, copied):
     folder = copied()
     (folder / name).write_text(text, errors="surrogateescape")
     with pytest.raises(InputError, match="is damaged .*: remove it and prepare it again"):
