@@ -127,9 +127,13 @@ class Loader(Iterator[Batch]):
     """Checkpointable iterator over the batches of this host.
 
     Example:
-        >>> loader = Loader(data, model, vocabulary, open_datasets(data, folder))
-        >>> batch = next(loader)
-        >>> state = loader.get_state()
+        >>> from data_pipeline.config import FamilyConfig
+        >>> family = FamilyConfig(weight=1.0, datasets=("shapes/train",))
+        >>> data = DataConfig(families=(family,), batch=2, length=256)
+        >>> loader = Loader(data, model.config, vocabulary, open_datasets(data, None))
+        >>> next(loader).tokens.shape
+        (2, 256)
+        >>> loader.close()
 
     Args:
         data: mixture, budgets and workers.

@@ -181,10 +181,7 @@ def prepare(source: Source, split: str, root: Path, out: Path, **options: Any) -
 
     `options` are the keyword arguments of `ExampleBuilder`.
 
-    Example:
-        >>> prepared = prepare(Jsonl(), "train", Path("birds"), Path("prepared"))
-        >>> len(prepared.stored), prepared.skips
-        (3, ())
+        stored, skips, existed = prepare(Jsonl(), "train", Path("birds"), Path("prepared"))
 
     Raises:
         InputError: as `ExampleBuilder`, or the folder cannot be written, or the disk is full.

@@ -70,9 +70,8 @@ class StoredSplit(Sequence[Example]):
     Only the number of examples per shard and the record offsets of opened shards are in memory. It
     is picklable and thread-safe, as Grain's workers require.
 
-    Example:
-        >>> stored = StoredSplit(Path("prepared/muse/train/1.0.0"))
-        >>> len(stored), stored[0].key
+        stored = StoredSplit(Path("prepared/muse/train/1.0.0"))
+        example = stored[len(stored) - 1]
 
     Attributes:
         folder: folder of the split.
