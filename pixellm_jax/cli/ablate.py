@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
     grid = select_settings(make_grid(base.model), options.only)
     seeds = list(dict.fromkeys(options.seeds))
     if min(seeds) < 0:
-        raise InputError(f"--seeds: expected numbers of at least 0, found {min(seeds)}")
+        raise InputError(f"--seeds: {min(seeds)} must not be negative")
     figure_class()  # a missing matplotlib is reported before the first run
     check_base(base, options.out)
     flops = _print_settings(base, grid)
