@@ -76,7 +76,7 @@ def questioner(scenes: list, draw: np.random.Generator) -> Callable[[int], str]:
 def test_two_thousand_questions(capsys):
     draw = np.random.default_rng(0)
     source = Shapes(split="test")
-    scenes = [source.draw(number) for number in range(SCENES)]
+    scenes = [source.generate(number) for number in range(SCENES)]
     pictures = [np.asarray(Image.open(io.BytesIO(scene.image))) for scene in scenes]
     noise = draw.integers(1, 130, (PICTURES - SCENES, 2))
     pictures += [draw.integers(0, 256, (*shape, 3), np.uint8) for shape in noise]
@@ -123,7 +123,7 @@ def test_two_thousand_questions(capsys):
     assert {reason for _, reason, _ in answers} == {"stop", "length"}
     assert set(targets) >= {0, 1, 2, 3, 4, 5, 6}
     assert memory[-1] - memory[len(memory) // 2] < GROWTH
-    predictor.engine.clear()
+    predictor.engine.reset()
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(predictor.model)))
     assert held() - before - weights < LEFT  # of 200 pictures and 2,000 questions nothing is kept
     rows, lengths, capacities = 2, 7, 16
